@@ -1,0 +1,199 @@
+"""The definition of correct, in plain PyTorch: loops over sequences and heads, fp32 arithmetic.
+
+Every kernel has a function of the same name and signature here. README.md beside this file has the maths.
+A batch is N sequences; sequence i owns query rows cu_seqlens[i]:cu_seqlens[i+1], the last tokens of its
+seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range marks padding.
+"""
+
+import torch
+
+from .slot import EMPTY, LayerSlots, Policy, Rope, decode, encode, pack_rank, rank_position, rotate
+
+
+def left_ring(seq_len: int, slots: LayerSlots) -> int:
+    """Tokens that the memory holds when the last query is token seq_len - 1: a function of position alone."""
+    start = (seq_len - 1) // slots.segment * slots.segment
+    return max(start - slots.window, 0)
+
+
+def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
+    """Put the keys and values of new tokens into their ring cells. k, v [T, G, D] model dtype."""
+    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+        cells = torch.arange(seq_len - (end - begin), seq_len) % slots.ring_k.shape[2]
+        slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
+        slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
+
+
+def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out) -> None:
+    """Attention of q [T, H, D] over memory, window and segment; writes out [T, H, D].
+
+    A token sees every memory entry with log(mass) added to its logit (Bolya & Hoffman 2023, arXiv
+    2303.17604, "proportional attention"), and the ring cells of the window and of its own segment up to itself.
+    """
+    kv_heads, ring = slots.ring_k.shape[1:3]
+    group = q.shape[1] // kv_heads
+    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+        gone = left_ring(seq_len, slots)
+        position = torch.arange(gone, seq_len)
+        query = torch.arange(seq_len - (end - begin), seq_len)
+        hidden = position[None] > query[:, None]  # [T, K]
+        for g in range(kv_heads):
+            mem_k, mem_v, mass, rank = _entries(slots, slot, g)
+            held = rank != EMPTY
+            keys = torch.cat([mem_k[held].float(), slots.ring_k[slot, g, position % ring].float()])
+            values = torch.cat([mem_v[held].float(), slots.ring_v[slot, g, position % ring].float()])
+            bias = torch.zeros(len(query), len(keys))
+            bias[:, : held.sum()] = mass[held].log()
+            bias[:, held.sum() :].masked_fill_(hidden, -torch.inf)
+            for h in range(g * group, (g + 1) * group):
+                logits = q[begin:end, h].float() @ keys.T * scale + bias
+                out[begin:end, h] = (logits.softmax(-1) @ values).to(out.dtype)
+
+
+def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy) -> None:
+    """Move the oldest segment out of the ring of every sequence whose last token completes a segment.
+
+    Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
+    the next best; whatever loses its place is merged into the nearest coarse entry as far as the gate
+    lets it. All merges of a segment read the coarse entries as they stand after the replacements.
+    """
+    length = slots.segment
+    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+        start = seq_len - slots.window - length
+        if seq_len % length or start < 0:
+            continue
+        position = torch.arange(start, start + length)
+        cells = position % slots.ring_k.shape[2]
+        pinned = slots.pinned[slot, cells].bool()
+        for g in range(slots.ring_k.shape[1]):
+            k, v = slots.ring_k[slot, g, cells].float(), slots.ring_v[slot, g, cells].float()
+            plain = rotate(k, position, rope, inverse=True)
+            slots.key_sum[slot, g] += plain.sum(0)
+            mean = slots.key_sum[slot, g] / (start + length)
+            score = importance(plain[None], v[None], mean[None], _head(policy, g))[0]
+            rank = pack_rank(score.masked_fill(pinned, torch.inf), position)
+            k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
+            k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
+            _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, policy.gate[g])
+
+
+def importance(plain, v, mean, weights):
+    """Score [G, C] fp32 of tokens from their pre-RoPE keys and values [G, C, D] fp32; mean key [G, D]."""
+    unit = torch.nn.functional.normalize
+    if weights is None:
+        return -(unit(plain, dim=-1) * unit(mean, dim=-1)[:, None]).sum(-1)
+    w1, b1, w2, b2 = weights
+    features = torch.cat([unit(plain, dim=-1), unit(v, dim=-1)], -1)
+    hidden = torch.nn.functional.gelu(torch.bmm(features, w1) + b1[:, None], approximate="tanh")
+    return (hidden * w2[:, None]).sum(-1) + b2[:, None]
+
+
+def gate(cosine, mass, weights):
+    """How much of a loser the nearest entry takes up, in 0..1: sigmoid of (1, cosine, log mass) . weights.
+
+    Below 0.01 the loser is dropped instead. cosine, mass [G, C]; weights [G, 3].
+    """
+    open_ = torch.sigmoid(weights[:, 0:1] + weights[:, 1:2] * cosine + weights[:, 2:3] * mass.log())
+    return torch.where(open_ < 0.01, 0.0, open_)
+
+
+def _rows(slot_indices, cu_seqlens, seq_lens):
+    for i, slot in enumerate(slot_indices.tolist()):
+        begin, end = cu_seqlens[i].item(), cu_seqlens[i + 1].item()
+        if slot >= 0 and end > begin:
+            yield slot, begin, end, seq_lens[i].item()
+
+
+def _head(policy: Policy, g: int):
+    return policy.importance and tuple(w[g : g + 1] for w in policy.importance)
+
+
+def _entries(slots: LayerSlots, slot: int, g: int):
+    """All entries of one head as attention reads them: k, v [E, D], mass [E], rank [E]."""
+    x = slice(slots.exact_start[g], slots.exact_start[g + 1])
+    y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
+    dtype, codec = slots.ring_k.dtype, slots.codec
+    coarse_k = decode(slots.coarse_k[slot, y], slots.coarse_k_affine[slot, y], codec.key_bits, dtype)
+    coarse_v = decode(slots.coarse_v[slot, y], slots.coarse_v_affine[slot, y], codec.value_bits, dtype)
+    mass = torch.cat([torch.ones(x.stop - x.start), slots.coarse_mass[slot, y]])
+    rank = torch.cat([slots.exact_rank[slot, x], slots.coarse_rank[slot, y]])
+    return torch.cat([slots.exact_k[slot, x], coarse_k]), torch.cat([slots.exact_v[slot, x], coarse_v]), mass, rank
+
+
+def _duels(entry_rank, rank):
+    """Pair the newcomers, best first, with the entries, worst first; a newcomer wins if it ranks higher.
+
+    Empty entries are the worst, the first of them first. Returns (entry [P], newcomer [P]) of the winners.
+    """
+    order = torch.where(entry_rank == EMPTY, torch.arange(len(entry_rank)) - len(entry_rank), entry_rank)
+    worst, best = order.argsort(), rank.argsort(descending=True)
+    pairs = min(len(worst), len(best))
+    worst, best = worst[:pairs], best[:pairs]
+    won = (rank[best] > entry_rank[worst]) & (rank[best] != EMPTY)
+    return worst[won], best[won]
+
+
+def _keep_exact(slots, slot, g, k, v, rank):
+    """Exact entries take the best-ranked tokens; returns what they turned away or gave up, [C, ...]."""
+    x = slice(slots.exact_start[g], slots.exact_start[g + 1])
+    entry, newcomer = _duels(slots.exact_rank[slot, x], rank)
+    k, v, rank = k.clone(), v.clone(), rank.clone()
+    for field, new in ((slots.exact_k, k), (slots.exact_v, v), (slots.exact_rank, rank)):
+        given_up = field[slot, x][entry].to(new.dtype)
+        field[slot, x.start + entry] = new[newcomer].to(field.dtype)
+        new[newcomer] = given_up
+    return k, v, rank
+
+
+def _keep_coarse(slots, slot, g, k, v, rank):
+    """Coarse entries take the next best; returns the losers [C, ...] with their masses [C]."""
+    y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
+    entry, newcomer = _duels(slots.coarse_rank[slot, y], rank)
+    old = _coarse(slots, slot, y.start + entry)
+    old_rank, old_mass = slots.coarse_rank[slot, y.start + entry], slots.coarse_mass[slot, y.start + entry]
+    _store(slots, slot, y.start + entry, k[newcomer], v[newcomer], torch.ones(len(entry)), rank[newcomer])
+    k, v, rank, mass = k.clone(), v.clone(), rank.clone(), torch.ones(len(k))
+    k[newcomer], v[newcomer], rank[newcomer], mass[newcomer] = *old, old_rank, old_mass
+    return k, v, rank, mass
+
+
+def _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, gate_weights):
+    """entry += gate * mass * delta / (sum of masses), the loser's key turned to the entry's position."""
+    y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
+    losers, held = rank != EMPTY, slots.coarse_rank[slot, y] != EMPTY
+    if not losers.any() or not held.any():
+        return
+    unit = torch.nn.functional.normalize
+    k, v, mass = k[losers], v[losers], mass[losers]
+    plain = rotate(k, rank_position(rank[losers]), rope, inverse=True)
+    entries = y.start + held.nonzero().squeeze(1)
+    entry_k, entry_v = _coarse(slots, slot, entries)
+    entry_rank, entry_mass = slots.coarse_rank[slot, entries], slots.coarse_mass[slot, entries]
+    entry_plain = rotate(entry_k, rank_position(entry_rank), rope, inverse=True)
+    cosine, nearest = (unit(plain - mean, dim=-1) @ unit(entry_plain - mean, dim=-1).T).max(-1)
+    weight = mass * gate(cosine[None], entry_mass[nearest][None], gate_weights[None])[0]
+    for e in nearest.unique():
+        mine = (nearest == e) & (weight > 0)
+        if not mine.any():
+            continue
+        w, total = weight[mine], entry_mass[e] + weight[mine].sum()
+        turned = rotate(plain[mine], rank_position(entry_rank[e]).expand(len(w)), rope)
+        new_k = entry_k[e] + (w[:, None] * (turned - entry_k[e])).sum(0) / total
+        new_v = entry_v[e] + (w[:, None] * (v[mine] - entry_v[e])).sum(0) / total
+        _store(slots, slot, entries[e : e + 1], new_k[None], new_v[None], total[None], entry_rank[e : e + 1])
+
+
+def _coarse(slots, slot, entries):
+    """Keys and values [E, D] fp32 of coarse entries, as attention reads them."""
+    dtype = slots.ring_k.dtype
+    k = decode(slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries], slots.codec.key_bits, dtype)
+    v = decode(slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries], slots.codec.value_bits, dtype)
+    return k.float(), v.float()
+
+
+def _store(slots, slot, entries, k, v, mass, rank):
+    dtype = slots.ring_k.dtype
+    slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries] = encode(k, slots.codec.key_bits, dtype)
+    slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries] = encode(v, slots.codec.value_bits, dtype)
+    slots.coarse_mass[slot, entries] = mass
+    slots.coarse_rank[slot, entries] = rank

@@ -1,0 +1,145 @@
+"""Typed views of one layer's part of every slot, the rank that orders entries, and the low-bit codes.
+
+Letters: S slots, N sequences, T tokens, H query heads, G kv heads, R = H/G, D head size, L ring cells
+(window + segment), X and Y the exact and coarse entries of all kv heads of the layer, laid side by side.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+EMPTY = 0  # rank of an entry that holds nothing: a slot full of zero bytes is an empty memory
+POSITION_BITS = 31
+MAX_POSITION = (1 << POSITION_BITS) - 1
+
+
+class Codec(NamedTuple):
+    """How coarse keys and values are stored: 16 keeps the model's dtype, 8 and 4 are affine codes."""
+
+    key_bits: int
+    value_bits: int
+
+
+FIDELITIES = {"bf16": Codec(16, 16), "k8v8": Codec(8, 8), "k8v4": Codec(8, 4), "k4v4": Codec(4, 4)}
+
+
+class LayerSlots(NamedTuple):
+    """One layer of all slots. Every tensor is a strided view of the same slab, slot outermost.
+
+    Head g owns exact entries exact_start[g]:exact_start[g+1] and coarse entries
+    coarse_start[g]:coarse_start[g+1]; both fill from the front, in no order.
+    """
+
+    pinned: torch.Tensor  # [S, L] uint8, 1 where the client pinned the token in that ring cell (all layers)
+    ring_k: torch.Tensor  # [S, G, L, D] model dtype; token p sits in cell p % L
+    ring_v: torch.Tensor  # [S, G, L, D] model dtype
+    key_sum: torch.Tensor  # [S, G, D] fp32, sum of the pre-RoPE keys of every token that left the ring
+    exact_k: torch.Tensor  # [S, X, D] model dtype, rotated
+    exact_v: torch.Tensor  # [S, X, D] model dtype
+    exact_rank: torch.Tensor  # [S, X] int64, see pack_rank
+    coarse_k: torch.Tensor  # [S, Y, D * bits / 8] uint8, or [S, Y, D] model dtype
+    coarse_v: torch.Tensor  # likewise
+    coarse_k_affine: torch.Tensor  # [S, Y, D / group, 2] fp16 (scale, zero); [S, Y, 0, 2] at 16 bits
+    coarse_v_affine: torch.Tensor  # likewise
+    coarse_mass: torch.Tensor  # [S, Y] fp32, how many tokens the entry stands for
+    coarse_rank: torch.Tensor  # [S, Y] int64
+    exact_start: torch.Tensor  # [G + 1] int32
+    coarse_start: torch.Tensor  # [G + 1] int32
+    codec: Codec
+    window: int
+    segment: int
+
+
+class Rope(NamedTuple):
+    """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool  # GPT-J pairs (2i, 2i+1) instead of NeoX halves
+
+
+class Policy(NamedTuple):
+    """What decides importance and merging in one layer. Weights come from the profile.
+
+    importance: None scores a token by KeyDiff, minus the cosine of its pre-RoPE key to the mean key
+        (Park et al. 2025, arXiv 2504.15364, Eq. 4); else (w1 [G, 2D, U], b1 [G, U], w2 [G, U], b2 [G]) fp32,
+        a two-layer GELU network on the token's unit-norm pre-RoPE key and value.
+    gate: [G, 3] fp32 weights on (1, cosine to the nearest entry, log mass of that entry).
+    """
+
+    importance: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+    gate: torch.Tensor
+
+
+def group_size(head_size: int, bits: int) -> int:
+    """Values that share one (scale, zero): the whole vector at 8 bits, at most 32 at 4 bits."""
+    if bits == 8:
+        return head_size
+    group = 32
+    while head_size % group:
+        group //= 2
+    return group
+
+
+def pack_rank(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Total order of entries as one positive int64: higher score first, then the earlier position.
+
+    score: fp32 (+inf for sinks and pinned tokens, NaN counts as -inf); position: integer below 2^31.
+    """
+    bits = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    bits = (bits + 0.0).contiguous().view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits < 0, -(1 << 31) - bits - 1, bits) + (1 << 31)
+    return (ordered << POSITION_BITS) | (MAX_POSITION - position.long())
+
+
+def rank_position(rank: torch.Tensor) -> torch.Tensor:
+    """Position [int64] of the token that a rank was packed with; meaningless for EMPTY."""
+    return MAX_POSITION - (rank & MAX_POSITION)
+
+
+def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] fp32 -> (codes, affine [..., D / group, 2] fp16), so that x ~ zero + scale * code.
+
+    At 4 bits a byte holds element i in its low half and element i + D/2 in its high half.
+    """
+    if bits == 16:
+        return x.to(dtype), x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16)
+    grouped = x.unflatten(-1, (-1, group_size(x.shape[-1], bits)))
+    zero = grouped.amin(-1, keepdim=True).half().float()
+    scale = ((grouped.amax(-1, keepdim=True) - zero) / (2**bits - 1)).half().float()
+    codes = torch.where(scale > 0, (grouped - zero) / scale, 0.0)
+    codes = (codes + 0.5).floor().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+    affine = torch.cat([scale, zero], -1).half()
+    if bits == 4:
+        low, high = codes.chunk(2, -1)
+        codes = low | (high << 4)
+    return codes, affine
+
+
+def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of encode, rounded to the model's dtype: what attention reads. Returns [..., D]."""
+    if bits == 16:
+        return codes
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], -1)
+    scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
+    grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()
+    return (grouped * scale + zero).flatten(-2).to(dtype)
+
+
+def rotate(x: torch.Tensor, position: torch.Tensor, rope: Rope | None, inverse: bool = False) -> torch.Tensor:
+    """Rotate x [..., D] fp32 to its position [...] (or back), leaving dimensions past the rotary ones alone."""
+    if rope is None:
+        return x
+    cos, sin = rope.cos[position], rope.sin[position]
+    if inverse:
+        sin = -sin
+    rotary = 2 * cos.shape[-1]
+    head, tail = x[..., :rotary], x[..., rotary:]
+    if rope.interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = head.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned, tail], -1)

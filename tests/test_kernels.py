@@ -1,0 +1,177 @@
+"""The CPU path against kernels/reference.py, and properties of the reference itself."""
+
+import pytest
+import torch
+
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels import cpu, reference
+from vllm_deltamem.kernels.slot import Policy, Rope, decode, encode, pack_rank, rank_position, rotate
+from vllm_deltamem.memory import Shape, plan_layout
+
+SETTINGS = [
+    pytest.param(dict(fidelity=f, pinned=p), r, id=f"{f}-pinned{p}-{r}")
+    for f, p, r in (("bf16", 3, "neox"), ("k8v8", 0, "neox"), ("k8v4", 5, "interleaved"), ("k4v4", 2, "partial"))
+]
+
+
+def make_rope(kind, size, positions=512):
+    rotary = size // 2 if kind == "partial" else size
+    angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(rotary // 2) / (rotary // 2))
+    return Rope(angle.cos(), angle.sin(), interleaved=kind == "interleaved")
+
+
+def make_slots(settings, dtype=torch.float32, count=4, kv_heads=3, size=32, memory=60):
+    shape = Shape(2, kv_heads, size, dtype, 512)
+    config = DeltaMemConfig(memory=memory, window=16, segment=8, sinks=2, **settings)
+    budgets = torch.tensor([[0.7, 1.0, 1.5], [0.6, 2.0, 0.9]])[:, :kv_heads]
+    layout = plan_layout(shape, config, budgets)
+    slab = torch.zeros(count, layout.slot_bytes, dtype=torch.uint8)
+    return layout.views(slab, 1), slab
+
+
+def make_policy(kv_heads=3, size=32, learned=False):
+    gate = torch.tensor([[-1.0, 4.0, -0.1]]).expand(kv_heads, 3)
+    if not learned:
+        return Policy(None, gate)
+    torch.manual_seed(5)
+    weights = (torch.randn(kv_heads, 2 * size, 8), torch.randn(kv_heads, 8), torch.randn(kv_heads, 8), torch.randn(kv_heads))
+    return Policy(weights, gate)
+
+
+def run(module, slots, k, v, q, slot, chunks, rope, policy):
+    """Feed one sequence in chunks, cut further at segment boundaries, as the backend does."""
+    out, done = torch.zeros_like(q), 0
+    for chunk in chunks:
+        while chunk:
+            n = min(chunk, slots.segment - done % slots.segment)
+            piece = slice(done, done + n)
+            batch = torch.tensor([slot], dtype=torch.int32), torch.tensor([0, n]), torch.tensor([done + n])
+            module.write(k[piece], v[piece], slots, *batch)
+            module.attend(q[piece], slots, *batch, q.shape[-1] ** -0.5, out[piece])
+            module.merge(slots, *batch, rope, policy)
+            done, chunk = done + n, chunk - n
+    return out
+
+
+def make_tokens(total, kv_heads=3, size=32, group=2, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    k, v = torch.randn(total, kv_heads, size), torch.randn(total, kv_heads, size)
+    k = k + 2 * torch.randn(kv_heads, size)  # keys share a direction, as those of real models do
+    q = torch.randn(total, kv_heads * group, size)
+    return k.to(dtype), v.to(dtype), q.to(dtype)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("settings,rope_kind", SETTINGS)
+def test_cpu_path_matches_reference(settings, rope_kind, learned):
+    k, v, q = make_tokens(173)
+    rope, policy = make_rope(rope_kind, 32), make_policy(learned=learned)
+    expected_slots, _ = make_slots(settings)
+    actual_slots, _ = make_slots(settings)
+    expected = run(reference, expected_slots, k, v, q, 2, [173], rope, policy)
+    actual = run(cpu, actual_slots, k, v, q, 2, [173], rope, policy)
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+    assert torch.equal(actual_slots.exact_rank, expected_slots.exact_rank)
+    torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
+    assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
+
+
+@pytest.mark.parametrize("chunks", [[7] * 24 + [5], [64, 100, 9], [1] * 173], ids=["7", "ragged", "1"])
+@pytest.mark.parametrize("settings,rope_kind", SETTINGS)
+def test_state_is_a_function_of_the_tokens(settings, rope_kind, chunks):
+    k, v, q = make_tokens(173, dtype=torch.bfloat16)
+    rope, policy = make_rope(rope_kind, 32), make_policy()
+    (once, slab), (cut, cut_slab) = make_slots(settings, torch.bfloat16), make_slots(settings, torch.bfloat16)
+    expected = run(cpu, once, k, v, q, 1, [173], rope, policy)
+    actual = run(cpu, cut, k, v, q, 1, chunks, rope, policy)
+    assert torch.equal(slab, cut_slab)
+    assert torch.equal(expected, actual)
+
+
+def test_batch_rows_do_not_touch_each_other():
+    """Decoding many sequences of different lengths in one call leaves each as it would be alone."""
+    settings, rope, policy = dict(fidelity="k8v4", pinned=2), make_rope("neox", 32), make_policy()
+    together, slab = make_slots(settings, torch.bfloat16)
+    alone, alone_slab = make_slots(settings, torch.bfloat16)
+    starts, outs, expected = [9, 130, 70], [], []
+    tokens = [make_tokens(180, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    for slot, (start, (k, v, q)) in enumerate(zip(starts, tokens)):
+        run(cpu, together, k[:start], v[:start], q[:start], slot, [start], rope, policy)
+        expected.append(run(cpu, alone, k, v, q, slot, [start] + [1] * 40, rope, policy)[start : start + 40])
+    indices, cu = torch.tensor([2, -1, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 3])
+    for step in range(40):
+        at = [starts[2] + step, starts[0] + step, starts[1] + step]
+        k, v, q = (torch.stack([tokens[s][i][p] for s, p in zip((2, 0, 1), at)]) for i in range(3))
+        lens = torch.tensor([at[0] + 1, 0, at[1] + 1, at[2] + 1])
+        out = torch.zeros_like(q)
+        cpu.write(k, v, together, indices, cu, lens)
+        cpu.attend(q, together, indices, cu, lens, 32**-0.5, out)
+        cpu.merge(together, indices, cu, lens, rope, policy)
+        outs.append(out)
+    outs = torch.stack(outs)
+    for column, slot in enumerate((2, 0, 1)):
+        assert torch.equal(outs[:, column], expected[slot])
+    assert torch.equal(slab, alone_slab)
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+def test_memory_that_never_fills_is_full_attention(module):
+    k, v, q = make_tokens(150)
+    slots, _ = make_slots(dict(fidelity="bf16", pinned=4), memory=400)
+    actual = run(module, slots, k, v, q, 0, [150], make_rope("neox", 32), make_policy())
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pinned_tokens_stay_exact_to_the_bit():
+    k, v, q = make_tokens(400, dtype=torch.bfloat16)
+    slots, _ = make_slots(dict(fidelity="k8v4", pinned=5), torch.bfloat16)
+    rope, policy, positions = make_rope("neox", 32), make_policy(), [3, 40, 41, 42, 77]
+    slots.pinned[0] = 0
+    done = 0
+    while done < 400:
+        cells = torch.arange(done, done + 8) % slots.pinned.shape[1]
+        slots.pinned[0, cells] = torch.tensor([p in positions or p < 2 for p in range(done, done + 8)]).byte()
+        run_from(cpu, slots, k, v, q, 0, done, 8, rope, policy)
+        done += 8
+    for g in range(3):
+        x = slice(slots.exact_start[g], slots.exact_start[g + 1])
+        held = rank_position(slots.exact_rank[0, x]).tolist()
+        for p in positions + [0, 1]:
+            entry = x.start + held.index(p)
+            assert torch.equal(slots.exact_k[0, entry], k[p, g]) and torch.equal(slots.exact_v[0, entry], v[p, g])
+
+
+def run_from(module, slots, k, v, q, slot, done, n, rope, policy):
+    batch = torch.tensor([slot], dtype=torch.int32), torch.tensor([0, n]), torch.tensor([done + n])
+    module.write(k[done : done + n], v[done : done + n], slots, *batch)
+    out = torch.zeros_like(q[done : done + n])
+    module.attend(q[done : done + n], slots, *batch, 0.2, out)
+    module.merge(slots, *batch, rope, policy)
+
+
+def test_rank_orders_by_score_then_position():
+    score = torch.tensor([-torch.inf, -3.0, -0.0, 0.0, 1e-30, 2.0, torch.inf])
+    rank = pack_rank(score, torch.full((7,), 9))
+    assert (rank > 0).all() and rank[2] == rank[3]
+    assert (rank[[0, 1, 2, 4, 5]] < rank[[1, 2, 4, 5, 6]]).all()
+    assert pack_rank(torch.tensor(1.0), torch.tensor(4)) > pack_rank(torch.tensor(1.0), torch.tensor(5))
+    assert pack_rank(torch.tensor(torch.nan), torch.tensor(4)) == pack_rank(torch.tensor(-torch.inf), torch.tensor(4))
+    assert rank_position(rank).tolist() == [9] * 7
+
+
+@pytest.mark.parametrize("bits,error", [(16, 0.0), (8, 0.02), (4, 0.25)])
+@pytest.mark.parametrize("size", [32, 48, 80, 128])
+def test_codes_round_trip(bits, error, size):
+    x = torch.randn(50, size)
+    x[0] = 3.0  # a constant vector has no range to scale
+    back = decode(*encode(x, bits, torch.float32), bits, torch.float32)
+    assert (back - x).abs().max() <= error
+
+
+@pytest.mark.parametrize("kind", ["neox", "interleaved", "partial"])
+def test_rotation_is_undone(kind):
+    x, rope, position = torch.randn(7, 32), make_rope(kind, 32), torch.arange(7) * 50
+    torch.testing.assert_close(rotate(rotate(x, position, rope), position, rope, inverse=True), x)

@@ -1,0 +1,216 @@
+"""The slot: how the bytes of one sequence's memory are divided. The only file that knows byte offsets.
+
+A slot is one contiguous slab of `layers x page` bytes (vLLM's block, all layers side by side). Pages are
+equal towards vLLM; inside the slab every (layer, kv head) has its own numbers of exact and coarse entries.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
+
+ALIGNMENT = 16  # bytes: the widest load of a kernel
+DEFAULT_SHARE = 0.15  # of full attention at max_model_len
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides the size of its memory, for one tensor-parallel worker."""
+
+    layers: int  # attention layers that the backend serves
+    kv_heads: int  # of this worker
+    head_size: int
+    dtype: torch.dtype
+    max_model_len: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Key and value of one token in one head at full precision."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def full_attention_bytes(self) -> int:
+        """What paged full attention holds for one token, all layers and heads of this worker."""
+        return self.layers * self.kv_heads * self.token_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The division of a slab. Hashable and a function of shape, settings and budgets alone."""
+
+    shape: Shape
+    codec: Codec
+    window: int
+    segment: int
+    sinks: int
+    pinned: int
+    exact: tuple[tuple[int, ...], ...]  # entries of [layer][kv head]
+    coarse: tuple[tuple[int, ...], ...]
+
+    @property
+    def ring(self) -> int:
+        return self.window + self.segment
+
+    @cached_property
+    def _fields(self) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], ...]:
+        """Of every layer: name -> (byte offset in the slab, shape of one slot, dtype)."""
+        shape, size, dtype = self.shape, self.shape.head_size, self.shape.dtype
+        offset = _align(self.ring)  # `pinned` comes first, shared by all layers
+        layers = []
+        for exact, coarse in zip(self.exact, self.coarse):
+            x, y, g = sum(exact), sum(coarse), shape.kv_heads
+            k_cells, k_dtype, k_groups = _coded(size, self.codec.key_bits, dtype)
+            v_cells, v_dtype, v_groups = _coded(size, self.codec.value_bits, dtype)
+            fields = {"pinned": (0, (self.ring,), torch.uint8)}
+            for name, extent, kind in (
+                ("ring_k", (g, self.ring, size), dtype),
+                ("ring_v", (g, self.ring, size), dtype),
+                ("key_sum", (g, size), torch.float32),
+                ("exact_k", (x, size), dtype),
+                ("exact_v", (x, size), dtype),
+                ("exact_rank", (x,), torch.int64),
+                ("coarse_k", (y, k_cells), k_dtype),
+                ("coarse_v", (y, v_cells), v_dtype),
+                ("coarse_k_affine", (y, k_groups, 2), torch.float16),
+                ("coarse_v_affine", (y, v_groups, 2), torch.float16),
+                ("coarse_mass", (y,), torch.float32),
+                ("coarse_rank", (y,), torch.int64),
+            ):
+                fields[name] = (offset, extent, kind)
+                offset += _align(prod(extent) * kind.itemsize)
+            layers.append(fields)
+        layers.append({"end": (offset, (0,), torch.uint8)})
+        return tuple(layers)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._fields[-1]["end"][0]
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of one layer's page towards vLLM."""
+        return _align(-(-self.used_bytes // self.shape.layers))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes per sequence on this worker, everything included."""
+        return self.page_bytes * self.shape.layers
+
+    def views(self, slab: torch.Tensor, layer: int) -> LayerSlots:
+        """Typed views of one layer of `slab` [S, slot_bytes] uint8, whose rows may be strided."""
+        fields = {}
+        for name, (offset, extent, dtype) in self._fields[layer].items():
+            count = prod(extent)
+            flat = slab[:, offset : offset + count * dtype.itemsize].view(dtype)
+            fields[name] = flat.unflatten(1, extent) if count else flat.new_empty(len(slab), *extent)
+        return LayerSlots(
+            **fields,
+            exact_start=_starts(self.exact[layer], slab.device),
+            coarse_start=_starts(self.coarse[layer], slab.device),
+            codec=self.codec,
+            window=self.window,
+            segment=self.segment,
+        )
+
+
+def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | None = None) -> Layout:
+    """Divide the memory that the settings ask for among all layers and heads.
+
+    budgets: [layers, kv_heads] relative shares of the memory, any positive scale; None shares equally.
+    Raises ValueError when the memory is too small for what every head must hold.
+    """
+    full = shape.layers * shape.kv_heads * shape.token_bytes
+    memory = config.memory or (config.memory_bytes // full if config.memory_bytes is not None else None)
+    if memory is None:
+        memory = max(256, round(DEFAULT_SHARE * shape.max_model_len))
+    segment = config.segment or (config.window and _largest_divisor(config.window)) or _default_segment(memory)
+    window = config.window or segment
+    if window % segment:
+        raise ValueError(
+            f"deltamem setting 'window' must be a multiple of the segment of {segment} tokens that goes with "
+            f"a memory of {memory}, got {window}; set 'segment' as well."
+        )
+    pinned = config.pinned if config.pinned is not None else memory // 16
+    codec = FIDELITIES[config.fidelity]
+
+    exact_bytes = shape.token_bytes + 8
+    coarse_bytes = _coarse_entry_bytes(shape, codec)
+    fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
+    least = fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * coarse_bytes
+    total = memory * full // shape.token_bytes * shape.token_bytes if config.memory_bytes is None else config.memory_bytes
+    heads = shape.layers * shape.kv_heads
+    if total < least * heads:
+        raise ValueError(
+            f"A deltamem memory of {memory} tokens per head is too small for window {window}, segment {segment}, "
+            f"sinks {config.sinks} and pinned {pinned}: it takes at least "
+            f"{-(-least // shape.token_bytes)} tokens. Raise 'memory' or lower the others."
+        )
+    shares = torch.ones(heads, dtype=torch.float64) if budgets is None else budgets.flatten().double()
+    room = _share_out(total - _align(window + segment), shares, least)
+    longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
+    exact, coarse = [], []
+    for bytes_ in room:
+        spare = bytes_ - fixed - 8 * ALIGNMENT
+        # Coarse only as far as the bytes force it: a memory larger than the context stays exact.
+        x = max((spare - longest * coarse_bytes) // max(exact_bytes - coarse_bytes, 1), config.sinks + pinned)
+        x = min(x, longest)
+        exact.append(x)
+        coarse.append(max(min((spare - x * exact_bytes) // coarse_bytes, longest - x), 0))
+    g = shape.kv_heads
+    rows = [slice(i, i + g) for i in range(0, heads, g)]
+    return Layout(
+        shape=shape,
+        codec=codec,
+        window=window,
+        segment=segment,
+        sinks=config.sinks,
+        pinned=pinned,
+        exact=tuple(tuple(exact[r]) for r in rows),
+        coarse=tuple(tuple(coarse[r]) for r in rows),
+    )
+
+
+def _share_out(total: int, shares: torch.Tensor, least: int) -> list[int]:
+    """Bytes of every head: in proportion to the shares, none below `least`, the sum at most `total`."""
+    floor = torch.zeros(len(shares), dtype=torch.bool)
+    while True:
+        spare = total - least * int(floor.sum())
+        room = torch.where(floor, float(least), shares / shares[~floor].sum() * spare)
+        below = (room < least) & ~floor
+        if not below.any():
+            return room.long().tolist()
+        floor |= below
+
+
+def _default_segment(memory: int) -> int:
+    """A sixteenth of the memory, so that window and open segment together take an eighth."""
+    return min(max(1 << (memory // 16).bit_length() - 1 if memory >= 16 else 8, 16), 512)
+
+
+def _largest_divisor(window: int) -> int:
+    """The largest power of two that divides the window."""
+    return window & -window
+
+
+def _coded(size: int, bits: int, dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
+    """Cells, cell dtype and number of (scale, zero) groups of one coded vector."""
+    if bits == 16:
+        return size, dtype, 0
+    return size * bits // 8, torch.uint8, size // group_size(size, bits)
+
+
+def _coarse_entry_bytes(shape: Shape, codec: Codec) -> int:
+    coded = [_coded(shape.head_size, bits, shape.dtype) for bits in codec]
+    return sum(cells * dtype.itemsize + groups * 4 for cells, dtype, groups in coded) + 4 + 8
+
+
+def _starts(counts, device) -> torch.Tensor:
+    return torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
