@@ -1,0 +1,103 @@
+"""vllm_deltamem/profile.py: what is saved is what is loaded, and only for the model it was made for."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from vllm_deltamem import profile as profiles
+from vllm_deltamem.kernels import reference
+
+
+def make_config(**changes):
+    settings = dict(
+        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, hidden_size=96, intermediate_size=64,
+        vocab_size=100, head_dim=16,
+    )
+    return LlamaConfig(**settings | changes)
+
+
+def make_profile(**changes):
+    torch.manual_seed(0)
+    weights = (torch.randn(2, 3, 32, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3))
+    made = profiles.Profile(
+        fingerprint=profiles.fingerprint_of(make_config()),
+        sizes=(0.05, 0.2),
+        budgets=torch.rand(2, 2, 3) + 0.5,
+        gate=torch.randn(2, 3, 3),
+        importance=weights,
+        meta={"seed": 7},
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_saved_profile_loads_as_it_was(tmp_path):
+    made = make_profile()
+    profiles.save(made, tmp_path / "a.safetensors")
+    read = profiles.load(tmp_path / "a.safetensors")
+    assert (read.fingerprint, read.sizes, read.meta) == (made.fingerprint, made.sizes, made.meta)
+    assert torch.equal(read.budgets, made.budgets) and torch.equal(read.gate, made.gate)
+    for actual, expected in zip(read.importance, made.importance):
+        torch.testing.assert_close(actual, expected.half())
+
+
+def test_budgets_interpolate_between_sizes_and_stop_at_the_ends():
+    made = make_profile()
+    assert torch.equal(made.budgets_for(10, 1000), made.budgets[0])
+    assert torch.equal(made.budgets_for(900, 1000), made.budgets[1])
+    torch.testing.assert_close(made.budgets_for(100, 1000), made.budgets.mean(0))  # .1 is halfway in log size
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_policy_of_a_slice_is_the_slice_of_the_policy(learned):
+    made = make_profile() if learned else make_profile(importance=None)
+    k, v, mean = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(3, 16)
+    whole, part = made.policy(1), made.policy(1, slice(1, 3))
+    torch.testing.assert_close(part.gate, whole.gate[1:3])
+    torch.testing.assert_close(
+        reference.importance(k[1:], v[1:], mean[1:], part.importance),
+        reference.importance(k, v, mean, whole.importance)[1:],
+    )
+
+
+def test_profile_of_another_model_is_refused(tmp_path):
+    made = make_profile()
+    profiles.check(made, make_config())
+    path = str(tmp_path / "a.safetensors")
+    profiles.save(made, path)
+    assert profiles.choose(path, make_config()) is not None
+    with pytest.raises(ValueError, match="layers is 2 in the profile and 3 in the model"):
+        profiles.choose(path, make_config(num_hidden_layers=3))
+
+
+def test_choose_none_and_unknown_models():
+    assert profiles.choose("none", make_config()) is None
+    assert profiles.choose(None, make_config()) is None
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(budgets=torch.ones(2, 3, 3)), "budgets must be finite with shape"),
+        (dict(gate=torch.full((2, 3, 3), torch.nan)), "gate must be finite"),
+        (dict(sizes=(0.2, 0.05)), "sizes must rise"),
+    ],
+)
+def test_damaged_profile_is_refused(tmp_path, changes, message):
+    profiles.save(make_profile(**changes), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        profiles.load(tmp_path / "a.safetensors")
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Cannot read"):
+        profiles.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text").write_text("not a profile")
+    with pytest.raises(ValueError, match="Cannot read"):
+        profiles.load(tmp_path / "text")
+
+
+def test_shipped_profiles_load():
+    for path in profiles.SHIPPED.glob("*.safetensors"):
+        assert profiles.load(path).meta["model"]

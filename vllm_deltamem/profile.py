@@ -1,0 +1,169 @@
+"""A profile: what was learned about one model. Shares of every head, importance heads and merge gates.
+
+One safetensors file per model. Letters: L attention layers, G kv heads, D head size, U hidden units.
+"""
+
+import json
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_deltamem.kernels.slot import Policy
+
+SHIPPED = Path(__file__).parent / "profiles"
+FORMAT = "deltamem-profile-1"
+WEIGHTS = ("w1", "b1", "w2", "b2")
+DEFAULT_GATE = (-24.0, 40.0, 0.0)  # training-free: merge where the centred keys' cosine is above 0.6, drop the rest
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What `deltamem calibrate` found out about one model."""
+
+    fingerprint: dict  # see fingerprint_of
+    sizes: tuple[float, ...]  # ascending memory sizes, as a fraction of the context, that `budgets` is for
+    budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
+    gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
+    importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
+    meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
+
+    def budgets_for(self, memory: float, context: float) -> torch.Tensor:
+        """Shares [L, G], mean 1, for a memory of that many tokens in a context of up to `context` tokens.
+
+        Between the calibrated sizes it interpolates over the logarithm of memory / context.
+        """
+        size = min(max(memory / context, self.sizes[0]), self.sizes[-1])
+        above = next(i for i, s in enumerate(self.sizes) if s >= size)
+        below = max(above - 1, 0)
+        if above == below:
+            return self.budgets[above]
+        part = log(size / self.sizes[below]) / log(self.sizes[above] / self.sizes[below])
+        return self.budgets[below].lerp(self.budgets[above], part)
+
+    def policy(self, layer: int, heads: slice = slice(None), device: torch.device | str = "cpu") -> Policy:
+        """What the kernels need in one layer, for the kv heads of one tensor-parallel worker, in fp32."""
+        weights = self.importance and tuple(w[layer, heads].float().to(device) for w in self.importance)
+        return Policy(weights, self.gate[layer, heads].float().to(device))
+
+
+def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a model that has no profile: KeyDiff scores and the default gate."""
+    return Policy(None, torch.tensor(DEFAULT_GATE, device=device).repeat(kv_heads, 1))
+
+
+def fingerprint_of(hf_config) -> dict:
+    """What tells one model from another: the shape and positions of its attention, its widths and vocabulary.
+
+    Weights stay out of it, so that a fine-tune or a quantised copy may use the profile of its base model.
+    """
+    text = hf_config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    return {
+        "model_type": text.model_type,
+        "layers": text.num_hidden_layers,
+        "heads": text.num_attention_heads,
+        "kv_heads": text.num_key_value_heads,
+        "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "vocab_size": text.vocab_size,
+        "rope_theta": rope.get("rope_theta", getattr(text, "rope_theta", None)),
+    }
+
+
+def check(profile: Profile, hf_config) -> None:
+    """Raise ValueError, naming what differs, unless the profile was made for this model."""
+    actual = fingerprint_of(hf_config)
+    differing = [
+        f"{name} is {value} in the profile and {actual.get(name)} in the model"
+        for name, value in profile.fingerprint.items()
+        if actual.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"The deltamem profile was made for another model: {'; '.join(differing)}. "
+            "Make one with `deltamem calibrate MODEL -o PROFILE`, or set profile to \"none\"."
+        )
+
+
+def load(path: str | Path) -> Profile:
+    """Read a profile. Raises ValueError when the file is missing, is no profile or is not consistent."""
+    tensors = {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = (file.metadata() or {}).get("deltamem")
+            for name in file.offset_keys():
+                tensors[name] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"Cannot read the deltamem profile {str(path)!r}: {error}") from error
+    header = json.loads(header) if header else {}
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is not a deltamem profile of format {FORMAT}.")
+    profile = Profile(
+        fingerprint=header["fingerprint"],
+        sizes=tuple(header["sizes"]),
+        budgets=tensors["budgets"].float(),
+        gate=tensors["gate"].float(),
+        importance=tuple(tensors[name] for name in WEIGHTS) if "w1" in tensors else None,
+        meta=header["meta"],
+    )
+    _check_tensors(profile, path)
+    return profile
+
+
+def save(profile: Profile, path: str | Path) -> None:
+    """Write a profile as safetensors; importance weights in fp16, the rest in fp32."""
+    tensors = {"budgets": profile.budgets.float(), "gate": profile.gate.float()}
+    if profile.importance is not None:
+        tensors |= {name: w.half() for name, w in zip(WEIGHTS, profile.importance)}
+    header = {"format": FORMAT, "fingerprint": profile.fingerprint, "sizes": profile.sizes, "meta": profile.meta}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, str(path), {"deltamem": json.dumps(header, sort_keys=True)})
+
+
+def find(hf_config) -> Profile | None:
+    """The shipped profile for a model, or None."""
+    fingerprint = fingerprint_of(hf_config)
+    for path in sorted(SHIPPED.glob("*.safetensors")):
+        profile = load(path)
+        if profile.fingerprint == fingerprint:
+            return profile
+    return None
+
+
+def choose(setting: str | None, hf_config) -> Profile | None:
+    """The profile that the setting 'profile' asks for: a path, "none", or None for a shipped one if there is.
+
+    Raises ValueError when the file cannot be read or was made for another model.
+    """
+    if setting == "none":
+        return None
+    if setting is None:
+        return find(hf_config)
+    profile = load(setting)
+    check(profile, hf_config)
+    return profile
+
+
+def _check_tensors(profile: Profile, path) -> None:
+    shape = profile.fingerprint
+    heads = (shape["layers"], shape["kv_heads"])
+    expected = {"budgets": (len(profile.sizes), *heads), "gate": (*heads, 3)}
+    actual = {"budgets": profile.budgets, "gate": profile.gate}
+    if profile.importance is not None:
+        units = profile.importance[0].shape[-1]
+        extents = (2 * shape["head_size"], units), (units,), (units,), ()
+        expected |= {name: heads + extent for name, extent in zip(WEIGHTS, extents)}
+        actual |= dict(zip(WEIGHTS, profile.importance))
+    for name, extent in expected.items():
+        if tuple(actual[name].shape) != extent or not actual[name].isfinite().all():
+            raise ValueError(
+                f"The deltamem profile {str(path)!r} is damaged: {name} must be finite with shape {extent}, "
+                f"is {tuple(actual[name].shape)}."
+            )
+    if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
+        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")
