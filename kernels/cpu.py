@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .reference import gate, importance, left_ring
+from .reference import _rows, gate, importance, is_pinned, left_ring
 from .slot import EMPTY, LayerSlots, Policy, Rope, decode, encode, pack_rank, rank_position, rotate
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
@@ -17,11 +17,22 @@ MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 in
 PADDING = torch.iinfo(torch.int64).max  # rank of a table cell beyond a head's entries: nothing outranks it
 
 
+def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
+    """Zero the slots [S, bytes] uint8 of sequences whose first token is in this batch."""
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    fresh = (lengths > 0) & (lengths == seq_lens) & (slot_indices >= 0)
+    for slot in slot_indices[fresh].tolist():
+        slab[slot].zero_()
+
+
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
-    slot, cell = _cells(slot_indices, cu_seqlens, seq_lens, slots.ring_k.shape[2])
-    slots.ring_k[slot, :, cell] = k[: len(slot)]
-    slots.ring_v[slot, :, cell] = v[: len(slot)]
+    ring = slots.ring_k.shape[2]
+    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+        cell = (seq_len - 1) % ring + 1  # a piece lies in one segment, so its cells never wrap
+        cells = slice(cell - (end - begin), cell)
+        slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
+        slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
 def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out) -> None:
@@ -42,15 +53,6 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     due = live & (seq_lens % slots.segment == 0) & (seq_lens >= slots.window + slots.segment)
     for i in due.nonzero().flatten().tolist():
         _merge_slot(slots, int(slot_indices[i]), int(seq_lens[i]), rope, policy)
-
-
-def _cells(slot_indices, cu_seqlens, seq_lens, ring):
-    """Slot and ring cell of every new token, [T] each."""
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    lengths = torch.where(slot_indices >= 0, lengths, 0)
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    position = torch.arange(len(row)) - cu_seqlens[:-1][row] + (seq_lens - lengths)[row]
-    return slot_indices[row].long(), position % ring
 
 
 def _local_mask(position, seq_len, slots):
@@ -167,7 +169,7 @@ def _merge_slot(slots, slot, seq_len, rope, policy):
     slots.key_sum[slot] += plain.sum(1)
     mean = slots.key_sum[slot] / (start + slots.segment)
     score = importance(plain, v.float(), mean, policy.importance)
-    score = score.masked_fill(slots.pinned[slot, cells].bool(), torch.inf)
+    score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
     rank = pack_rank(score, position.expand_as(score))
     k, v, rank = _keep_exact(slots, slot, k, v, rank)
     k, v, rank, mass = _keep_coarse(slots, slot, k, v, rank)

@@ -64,7 +64,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             continue
         position = torch.arange(start, start + length)
         cells = position % slots.ring_k.shape[2]
-        pinned = slots.pinned[slot, cells].bool()
+        pinned = is_pinned(slots, slot, position)
         for g in range(slots.ring_k.shape[1]):
             k, v = slots.ring_k[slot, g, cells].float(), slots.ring_v[slot, g, cells].float()
             plain = rotate(k, position, rope, inverse=True)
@@ -75,6 +75,12 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
             k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
             _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, policy.gate[g])
+
+
+def is_pinned(slots: LayerSlots, slot: int, position):
+    """Which positions [C] of a sequence are sinks or lie in a span that the client pinned."""
+    first, end = slots.pins[slot].unbind(-1)
+    return (position < slots.sinks) | ((position[:, None] >= first) & (position[:, None] < end)).any(1)
 
 
 def importance(plain, v, mean, weights):

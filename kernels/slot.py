@@ -30,7 +30,7 @@ class LayerSlots(NamedTuple):
     coarse_start[g]:coarse_start[g+1]; both fill from the front, in no order.
     """
 
-    pinned: torch.Tensor  # [S, L] uint8, 1 where the client pinned the token in that ring cell (all layers)
+    pins: torch.Tensor  # [S, P, 2] int32, spans [first, end) of positions that the client pinned (all layers)
     ring_k: torch.Tensor  # [S, G, L, D] model dtype; token p sits in cell p % L
     ring_v: torch.Tensor  # [S, G, L, D] model dtype
     key_sum: torch.Tensor  # [S, G, D] fp32, sum of the pre-RoPE keys of every token that left the ring
@@ -48,6 +48,7 @@ class LayerSlots(NamedTuple):
     codec: Codec
     window: int
     segment: int
+    sinks: int  # the first positions of every sequence, pinned without being asked
 
 
 class Rope(NamedTuple):

@@ -129,27 +129,14 @@ def test_pinned_tokens_stay_exact_to_the_bit():
     k, v, q = make_tokens(400, dtype=torch.bfloat16)
     slots, _ = make_slots(dict(fidelity="k8v4", pinned=5), torch.bfloat16)
     rope, policy, positions = make_rope("neox", 32), make_policy(), [3, 40, 41, 42, 77]
-    slots.pinned[0] = 0
-    done = 0
-    while done < 400:
-        cells = torch.arange(done, done + 8) % slots.pinned.shape[1]
-        slots.pinned[0, cells] = torch.tensor([p in positions or p < 2 for p in range(done, done + 8)]).byte()
-        run_from(cpu, slots, k, v, q, 0, done, 8, rope, policy)
-        done += 8
+    slots.pins[0, :3] = torch.tensor([[3, 4], [40, 43], [77, 78]], dtype=torch.int32)
+    run(cpu, slots, k, v, q, 0, [400], rope, policy)
     for g in range(3):
         x = slice(slots.exact_start[g], slots.exact_start[g + 1])
         held = rank_position(slots.exact_rank[0, x]).tolist()
         for p in positions + [0, 1]:
             entry = x.start + held.index(p)
             assert torch.equal(slots.exact_k[0, entry], k[p, g]) and torch.equal(slots.exact_v[0, entry], v[p, g])
-
-
-def run_from(module, slots, k, v, q, slot, done, n, rope, policy):
-    batch = torch.tensor([slot], dtype=torch.int32), torch.tensor([0, n]), torch.tensor([done + n])
-    module.write(k[done : done + n], v[done : done + n], slots, *batch)
-    out = torch.zeros_like(q[done : done + n])
-    module.attend(q[done : done + n], slots, *batch, 0.2, out)
-    module.merge(slots, *batch, rope, policy)
 
 
 def test_rank_orders_by_score_then_position():

@@ -4,7 +4,7 @@ A slot is one contiguous slab of `layers x page` bytes (vLLM's block, all layers
 equal towards vLLM; inside the slab every (layer, kv head) has its own numbers of exact and coarse entries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -14,6 +14,7 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
 
 ALIGNMENT = 16  # bytes: the widest load of a kernel
+MAX_PINS = 32  # spans of tokens that a client may pin in one sequence
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
 
 
@@ -50,6 +51,7 @@ class Layout:
     pinned: int
     exact: tuple[tuple[int, ...], ...]  # entries of [layer][kv head]
     coarse: tuple[tuple[int, ...], ...]
+    least_page: int = 0  # vLLM wants equal pages on all workers: the largest worker's
 
     @property
     def ring(self) -> int:
@@ -59,13 +61,13 @@ class Layout:
     def _fields(self) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], ...]:
         """Of every layer: name -> (byte offset in the slab, shape of one slot, dtype)."""
         shape, size, dtype = self.shape, self.shape.head_size, self.shape.dtype
-        offset = _align(self.ring)  # `pinned` comes first, shared by all layers
+        offset = _align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
         for exact, coarse in zip(self.exact, self.coarse):
             x, y, g = sum(exact), sum(coarse), shape.kv_heads
             k_cells, k_dtype, k_groups = _coded(size, self.codec.key_bits, dtype)
             v_cells, v_dtype, v_groups = _coded(size, self.codec.value_bits, dtype)
-            fields = {"pinned": (0, (self.ring,), torch.uint8)}
+            fields = {"pins": (0, (MAX_PINS, 2), torch.int32)}
             for name, extent, kind in (
                 ("ring_k", (g, self.ring, size), dtype),
                 ("ring_v", (g, self.ring, size), dtype),
@@ -93,12 +95,23 @@ class Layout:
     @property
     def page_bytes(self) -> int:
         """Size of one layer's page towards vLLM."""
-        return _align(-(-self.used_bytes // self.shape.layers))
+        return max(_align(-(-self.used_bytes // self.shape.layers)), self.least_page)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes per sequence on this worker, everything included."""
         return self.page_bytes * self.shape.layers
+
+    def of_worker(self, rank: int, workers: int) -> "Layout":
+        """The part of tensor-parallel worker `rank`: its kv heads, with the entries they have on one worker."""
+        heads = worker_heads(self.shape.kv_heads, rank, workers)
+        shape = replace(self.shape, kv_heads=heads.stop - heads.start)
+        exact, coarse = (tuple(row[heads] for row in rows) for rows in (self.exact, self.coarse))
+        return replace(self, shape=shape, exact=exact, coarse=coarse)
+
+    def with_page(self, page_bytes: int) -> "Layout":
+        """The same division in larger pages."""
+        return replace(self, least_page=page_bytes)
 
     def views(self, slab: torch.Tensor, layer: int) -> LayerSlots:
         """Typed views of one layer of `slab` [S, slot_bytes] uint8, whose rows may be strided."""
@@ -114,6 +127,7 @@ class Layout:
             codec=self.codec,
             window=self.window,
             segment=self.segment,
+            sinks=self.sinks,
         )
 
 
@@ -141,7 +155,7 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
     coarse_bytes = _coarse_entry_bytes(shape, codec)
     fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
     least = fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * coarse_bytes
-    total = memory * full // shape.token_bytes * shape.token_bytes if config.memory_bytes is None else config.memory_bytes
+    total = config.memory_bytes if config.memory_bytes is not None else memory * full
     heads = shape.layers * shape.kv_heads
     if total < least * heads:
         raise ValueError(
@@ -150,7 +164,7 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
             f"{-(-least // shape.token_bytes)} tokens. Raise 'memory' or lower the others."
         )
     shares = torch.ones(heads, dtype=torch.float64) if budgets is None else budgets.flatten().double()
-    room = _share_out(total - _align(window + segment), shares, least)
+    room = _share_out(total - _align(8 * MAX_PINS), shares, least)
     longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
     for bytes_ in room:
@@ -172,6 +186,13 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
         exact=tuple(tuple(exact[r]) for r in rows),
         coarse=tuple(tuple(coarse[r]) for r in rows),
     )
+
+
+def worker_heads(kv_heads: int, rank: int, workers: int) -> slice:
+    """The kv heads of a tensor-parallel worker; with fewer heads than workers a head is on several."""
+    held = max(kv_heads // workers, 1)
+    first = rank * kv_heads // workers
+    return slice(first, first + held)
 
 
 def _share_out(total: int, shares: torch.Tensor, least: int) -> list[int]:

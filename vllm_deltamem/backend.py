@@ -1,0 +1,222 @@
+"""The attention backend: plan a step, then per layer write the new tokens, attend, merge.
+
+A batch runs as a few steps, in each of which a sequence has at most one piece: tokens of one segment. Decoding
+is one step; a prompt chunk takes as many as the segments it touches, since a segment must see the memory as it
+was at its boundary.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_deltamem.plan import MemoryPlan, plan_memory
+from vllm_deltamem.pool import SlotPool
+from vllm_deltamem.rope import find_rope
+from vllm_deltamem.spec import make_spec
+
+if current_platform.is_cpu():
+    from vllm_deltamem.kernels import cpu as kernels
+else:
+    from vllm_deltamem.kernels import cuda as kernels
+
+logger = init_logger(__name__)
+
+
+class DeltaMemBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update: bool = True
+    serving: ClassVar["MemoryPlan | None"] = None  # of the model that this process loaded last
+
+    @staticmethod
+    def get_name() -> str:
+        return "DELTAMEM"
+
+    @staticmethod
+    def get_impl_cls() -> type["DeltaMemImpl"]:
+        return DeltaMemImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["DeltaMemMetadataBuilder"]:
+        return DeltaMemMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)  # block outermost: a slot is one slab
+
+    @classmethod
+    def customize_spec(cls, spec):
+        if cls.serving is None:
+            return spec
+        layout = cls.serving.layout
+        return make_spec(spec, layout.page_bytes, layout.shape.max_model_len)
+
+
+@dataclass
+class Step:
+    """One piece of each of N sequences; see kernels/reference.py for the tensors."""
+
+    slot_indices: torch.Tensor  # [N] int32, -1 for rows that sit this step out
+    cu_seqlens: torch.Tensor  # [N + 1] int32
+    seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of its piece
+    longest: int  # tokens of the longest piece
+
+
+@dataclass
+class DeltaMemMetadata:
+    steps: list[Step]
+    num_tokens: int
+    pool: SlotPool
+
+
+class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.plan = DeltaMemBackend.serving
+        self.pool: SlotPool | None = None
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
+        if self.pool is None:
+            self.pool = self._make_pool()
+        batch = common_attn_metadata
+        slots = batch.block_table_tensor[:, 0]
+        if batch.max_query_len == 1:
+            steps = [Step(slots, batch.query_start_loc, batch.seq_lens, 1)]
+        else:
+            steps = self._cut(batch, slots)
+        kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
+        return DeltaMemMetadata(steps, batch.num_actual_tokens, self.pool)
+
+    def _cut(self, batch: CommonAttentionMetadata, slots: torch.Tensor) -> list[Step]:
+        """Cut every sequence's new tokens at segment boundaries; the k-th piece of each goes into step k.
+
+        Rows between the pieces of a step become padding, so that cu_seqlens covers the batch as it lies.
+        """
+        segment = self.plan.layout.segment
+        start = batch.query_start_loc_cpu.tolist()
+        ends = batch.seq_lens_cpu_upper_bound.tolist()  # exact: speculative decoding is refused
+        pieces: list[list[tuple[int, int, int, int]]] = []
+        for i, end in enumerate(ends):
+            done, row = end - (start[i + 1] - start[i]), start[i]
+            step = 0
+            while done < end:
+                count = min(segment - done % segment, end - done)
+                if step == len(pieces):
+                    pieces.append([])
+                pieces[step].append((i, row, count, done + count))
+                done, row, step = done + count, row + count, step + 1
+        return [self._make_step(rows, slots) for rows in pieces]
+
+    def _make_step(self, rows, slots: torch.Tensor) -> Step:
+        owner, cu, lens = [], [rows[0][1]], []
+        for i, row, count, seq_len in rows:
+            if row > cu[-1]:
+                owner.append(-1)
+                lens.append(0)
+                cu.append(row)
+            owner.append(i)
+            lens.append(seq_len)
+            cu.append(row + count)
+        packed = torch.tensor([owner + [0], lens + [0], cu], dtype=torch.int32)
+        if self.device.type != "cpu":
+            packed = packed.pin_memory().to(self.device, non_blocking=True)
+        owner, lens, cu = packed
+        owner, lens = owner[:-1], lens[:-1]
+        held = torch.where(owner >= 0, slots[owner.clamp(min=0)], -1)
+        return Step(held, cu, lens, max(count for _, _, count, _ in rows))
+
+    def _make_pool(self) -> SlotPool:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        mine = [layers[name] for name in self.layer_names]
+        rope = find_rope(
+            self.vllm_config.model_config.hf_text_config,
+            self.plan.layout.shape.head_size,
+            self.vllm_config.model_config.dtype,
+            self.plan.layout.shape.max_model_len,
+        )
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in mine], rope)
+        logger.info_once(
+            "deltamem: %s bytes per sequence on this worker at any length; full attention would hold %s at "
+            "max_model_len %s; %s sequences fit.",
+            f"{self.plan.layout.slot_bytes:,}",
+            f"{self.plan.layout.shape.full_attention_bytes * self.plan.layout.shape.max_model_len:,}",
+            f"{self.plan.layout.shape.max_model_len:,}",
+            pool.slots,
+        )
+        return pool
+
+
+class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported,
+    ):
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        refusals = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding windows": sliding_window is not None,
+            "soft-capped attention logits": bool(logits_soft_cap),
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            "layers that share a KV cache": kv_sharing_target_layer_name is not None,
+            ", ".join(unsupported): any(v is not None for v in unsupported.values()),
+        }
+        for feature, present in refusals.items():
+            if present:
+                raise ValueError(f"--attention-backend deltamem does not support {feature}.")
+        vllm_config = get_current_vllm_config()
+        rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
+        DeltaMemBackend.serving = plan_memory(vllm_config, rank=rank)
+        self.position: int | None = None  # of this layer among those of the slot
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: DeltaMemMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [T, G, D]; writes output [T, H, D] (or flat) and the slots."""
+        if attn_metadata is None:  # vLLM's memory profiling
+            return output.zero_()
+        if self.position is None:
+            self.position = DeltaMemBackend.serving.model_layers.index(extract_layer_index(layer.layer_name))
+        n, pool = attn_metadata.num_tokens, attn_metadata.pool
+        slots, policy = pool.layers[self.position], pool.policies[self.position]
+        query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
+        for step in attn_metadata.steps:
+            rows = step.slot_indices, step.cu_seqlens, step.seq_lens
+            kernels.write(key, value, slots, *rows)
+            kernels.attend(query, slots, *rows, self.scale, out)
+            kernels.merge(slots, *rows, pool.rope, policy)
+        return output

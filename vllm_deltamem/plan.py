@@ -1,0 +1,81 @@
+"""The plan of a model's memory: its layout and policies, from vLLM's config alone, no weights needed."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_deltamem import profile as profiles
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.memory import Layout, Shape, plan_layout, worker_heads
+
+logger = init_logger(__name__)
+
+DROP = -100.0  # a gate that never opens
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one tensor-parallel worker needs to know about its slots."""
+
+    layout: Layout  # of this worker
+    whole: Layout  # of all kv heads together
+    profile: profiles.Profile | None
+    merge: bool
+    model_layers: tuple[int, ...]  # index in the model of each layer of the layout
+    heads: slice  # kv heads of this worker
+
+    def policy(self, layer: int, device) -> Policy:
+        """Importance and gate of one layer of the layout."""
+        if self.profile is None:
+            policy = profiles.training_free(self.layout.shape.kv_heads, device)
+        else:
+            policy = self.profile.policy(self.model_layers[layer], self.heads, device)
+        if not self.merge:
+            policy = policy._replace(gate=torch.zeros_like(policy.gate) + torch.tensor([DROP, 0, 0], device=device))
+        return policy
+
+
+def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:
+    """The plan for worker `rank`. Raises ValueError as plan_layout and profile.choose do."""
+    settings = settings or DeltaMemConfig.from_vllm(vllm_config)
+    model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    hf = model.hf_text_config
+    layers = _full_attention_layers(hf)
+    shape = Shape(
+        layers=len(layers),
+        kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+    )
+    profile = profiles.choose(settings.profile, model.hf_config)
+    budgets = None
+    if profile is None and settings.profile is None:
+        logger.warning_once(
+            "deltamem has no profile for this model: every head gets the same memory and training-free scores. "
+            "`deltamem calibrate MODEL -o PROFILE` makes one; heads then get what they need."
+        )
+    elif profile is not None:
+        memory = plan_layout(shape, settings).slot_bytes / shape.full_attention_bytes
+        budgets = profile.budgets_for(memory, shape.max_model_len)[list(layers)]
+    whole = plan_layout(shape, settings, budgets)
+    parts = [whole.of_worker(i, workers) for i in range(workers)]
+    page = max(part.page_bytes for part in parts)
+    return MemoryPlan(
+        layout=parts[rank].with_page(page),
+        whole=whole,
+        profile=profile,
+        merge=settings.merge,
+        model_layers=layers,
+        heads=worker_heads(shape.kv_heads, rank, workers),
+    )
+
+
+def _full_attention_layers(hf_config) -> tuple[int, ...]:
+    """Indices of the layers that attend to everything; those with a sliding window keep their own backend."""
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds:
+        return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return tuple(range(hf_config.num_hidden_layers))

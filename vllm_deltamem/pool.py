@@ -1,0 +1,45 @@
+"""All slots of a worker: vLLM's cache tensors seen as slabs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
+from vllm_deltamem.plan import MemoryPlan
+
+
+@dataclass
+class SlotPool:
+    slab: torch.Tensor  # [S, slot_bytes] uint8, one row per slot; row 0 is vLLM's null block
+    layers: list[LayerSlots]
+    policies: list[Policy]
+    rope: Rope | None
+
+    @property
+    def slots(self) -> int:
+        """Slots that sequences can hold."""
+        return len(self.slab) - 1
+
+    @classmethod
+    def from_caches(cls, plan: MemoryPlan, caches: list[torch.Tensor], rope: Rope | None) -> "SlotPool":
+        """View the layers' pages [S, 1, 1, page] uint8 of one allocation as slabs.
+
+        Raises RuntimeError when vLLM did not lay the pages of a block side by side.
+        """
+        layout, first = plan.layout, min(caches, key=lambda cache: cache.storage_offset())
+        begin = first.storage_offset()
+        offsets = sorted(cache.storage_offset() - begin for cache in caches)
+        expected = [i * layout.page_bytes for i in range(layout.shape.layers)]
+        if offsets != expected or len({cache.untyped_storage().data_ptr() for cache in caches}) > 1:
+            raise RuntimeError(
+                f"vLLM laid out the KV cache pages at {offsets[:4]}... of one block instead of {expected[:4]}...; "
+                "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
+            )
+        slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
+        device = slab.device
+        return cls(
+            slab=slab,
+            layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
+            policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
+            rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
+        )

@@ -1,0 +1,94 @@
+"""What happens at start-up once the backend is chosen: checks, adjustments of vLLM's config, patches."""
+
+from vllm.logger import init_logger
+
+from vllm_deltamem import BACKEND
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.plan import plan_memory
+
+logger = init_logger(__name__)
+
+KNOWN_VLLM = ("0.32.",)
+
+
+def is_chosen(vllm_config) -> bool:
+    """Whether any layers of this config use the backend."""
+    attention = vllm_config.attention_config
+    return any(b is not None and b.name == BACKEND for b in (attention.backend, *attention.backend_per_kind.values()))
+
+
+def configure(vllm_config) -> None:
+    """Check a config that chose the backend and adjust it.
+
+    Raises ValueError for an unsupported model or feature of vLLM, an unknown or contradictory setting,
+    or a profile of another model.
+    """
+    if vllm_config.model_config is None or not is_chosen(vllm_config):
+        return
+    check_version()
+    settings = DeltaMemConfig.from_vllm(vllm_config)
+    _refuse_unsupported(vllm_config)
+    _keep_other_layers(vllm_config)
+    if vllm_config.cache_config.enable_prefix_caching:
+        logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
+        vllm_config.cache_config.enable_prefix_caching = False
+    plan_memory(vllm_config, settings)
+    apply_patches()
+
+
+def check_version() -> None:
+    """Raise ValueError for a vLLM whose internals this version of the plugin does not know."""
+    import vllm
+
+    if not vllm.__version__.startswith(KNOWN_VLLM):
+        raise ValueError(
+            f"vllm-deltamem knows vLLM {', '.join(v + 'x' for v in KNOWN_VLLM)}, this is {vllm.__version__}. "
+            "Install that vLLM, or a vllm-deltamem made for this one."
+        )
+
+
+def apply_patches() -> None:
+    """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
+    from vllm.platforms import current_platform
+
+    check_version()
+    if current_platform.is_cpu():
+        from vllm_deltamem.patches import cpu_platform
+
+        cpu_platform.apply()
+
+
+def _refuse_unsupported(vllm_config) -> None:
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    refusals = {
+        "multi-head latent attention (MLA) models": model.use_mla,
+        "hybrid models with recurrent layers": model.is_hybrid,
+        "attention-free models": model.is_attention_free,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "pooling models": model.runner_type == "pooling",
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "--kv-transfer-config (its own connector carries sessions)": _foreign_connector(vllm_config),
+        f"--kv-cache-dtype {cache.cache_dtype} (see the setting 'fidelity')": cache.cache_dtype
+        not in ("auto", str(model.dtype).removeprefix("torch.")),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise ValueError(f"--attention-backend deltamem does not support {feature}.")
+
+
+def _foreign_connector(vllm_config) -> bool:
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector not in (None, "DeltaMemConnector")
+
+
+def _keep_other_layers(vllm_config) -> None:
+    """Leave layers other than full attention (sliding windows) to the backend that vLLM would choose."""
+    from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
+    attention = vllm_config.attention_config
+    if attention.backend is not None and attention.backend.name == BACKEND:
+        attention.backend_per_kind.setdefault(KVCacheSpecKind.FULL_ATTENTION.value, attention.backend)
+        attention.backend = None
