@@ -1,0 +1,117 @@
+"""One vLLM engine in a process of its own: reads a plan from standard input, runs what of it is not yet kept.
+
+A plan: model and data (folders), context, suites, seed and n of the samples, outputs (folder), and settings:
+deltamem's, or null for full attention by vLLM's own backend.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from . import outputs as store
+from .suites import Sample, draw
+from .suites.language import TOP
+from .suites.source import Source
+
+
+def start(plan: dict, length: int):
+    """The engine for `length` tokens of prompt and answer; full attention ends at the trained positions."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    trained = AutoConfig.from_pretrained(plan["model"]).max_position_embeddings
+    options = {"model": plan["model"], "seed": 0, "max_logprobs": TOP}
+    if plan["settings"] is None:
+        length = min(length, trained)
+    else:
+        options |= {"attention_backend": "DELTAMEM", "additional_config": {"deltamem": plan["settings"]}}
+        if length > trained:
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    from vllm import LLM
+
+    return LLM(max_model_len=length, **options).llm_engine
+
+
+def sampling(sample: Sample):
+    """Greedy decoding, and whatever log-probabilities the sample wants."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=sample.max_tokens,
+        stop=list(sample.stop),
+        logprob_token_ids=list(sample.choices) or None,
+        prompt_logprobs=TOP if sample.scored else None,
+        flat_logprobs=bool(sample.scored),
+    )
+
+
+def extract(sample: Sample, request) -> dict:
+    """The output of one finished request, see Sample."""
+    completion = request.outputs[0]
+    output = {"text": completion.text}
+    if sample.choices:
+        found = completion.logprobs[0]
+        output["choice"] = max(sample.choices, key=lambda token: found[token].logprob)
+    if sample.scored:
+        output |= {"nll": [], "top": []}
+        tokens = request.prompt_token_ids
+        for i in range(len(tokens) - sample.scored, len(tokens)):
+            entry = request.prompt_logprobs[i]
+            ranked = sorted(entry, key=lambda token: entry[token].rank)[:TOP]
+            output["nll"].append(round(-entry[tokens[i]].logprob, 5))
+            output["top"].append((ranked, [round(entry[token].logprob, 5) for token in ranked]))
+    return output
+
+
+def run(engine, waiting: list[tuple[str, Sample]], folder: Path) -> None:
+    """Run the samples, each (suite, sample); an answer that asks for another prompt queues it at once."""
+    longest = engine.model_config.max_model_len
+    running = {}
+
+    def submit(suite: str, sample: Sample, outputs: list[dict]) -> bool:
+        prompt = sample.prompt(outputs)
+        if prompt is None or len(prompt) + sample.max_tokens > longest:
+            return False
+        name = f"{suite}/{sample.seed}/{len(outputs)}"
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(sample))
+        running[name] = suite, sample, outputs
+        return True
+
+    for suite, sample in waiting:
+        if not submit(suite, sample, []):
+            raise ValueError(
+                f"{suite}: prompt and answer are longer than the {longest} tokens that full attention was "
+                "trained for: give a shorter --context."
+            )
+    with tqdm(total=len(waiting), unit="sample", desc=folder.name) as bar:
+        while engine.has_unfinished_requests():
+            for request in engine.step():
+                if not request.finished:
+                    continue
+                suite, sample, outputs = running.pop(request.request_id)
+                outputs = [*outputs, extract(sample, request)]
+                if not submit(suite, sample, outputs):
+                    store.keep(folder / f"{suite}.jsonl", sample, outputs)
+                    bar.update()
+
+
+def main() -> None:
+    plan = json.load(sys.stdin)
+    tokenizer = AutoTokenizer.from_pretrained(plan["model"])
+    source = Source(tokenizer, Path(plan["data"]), plan["context"])
+    folder = Path(plan["outputs"])
+    waiting, length = [], 0
+    for suite in plan["suites"]:
+        samples = draw(suite, source, plan["seed"], plan["n"])
+        done = store.kept(folder / f"{suite}.jsonl", samples)
+        waiting += [(suite, sample) for sample in samples if sample.seed not in done]
+        length = max([length] + [sample.length for sample in samples])
+    if waiting:
+        run(start(plan, length), waiting, folder)
+
+
+if __name__ == "__main__":
+    main()
