@@ -1,0 +1,123 @@
+"""Calibration on a tiny model with random weights: influence is a derivative, budgets an optimum, runs repeat."""
+
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_deltamem import calibrate
+from vllm_deltamem import profile as profiles
+from vllm_deltamem.calibration import budgets, importance, influence, prompts, simulate
+from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
+from vllm_deltamem.kernels.slot import rotate
+from vllm_deltamem.memory import Shape
+
+TEXT = "The tower stood by the sea, and no keeper had climbed it for many a long and weary winter night. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    vocabulary = {chr(c): c for c in range(128)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="\x00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=64,
+        vocab_size=128, head_dim=16, initializer_range=0.3, dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return FrozenModel(folder)
+
+
+def biased(bias, near):
+    """Full attention with a bias [L, G, T] on the logits of keys that are at least `near` tokens back."""
+
+    def attention(layer, q, k, v, scale):
+        tokens = q.shape[1]
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        logits = q @ k.mT * scale + bias[layer].repeat_interleave(len(q) // len(bias[layer]), 0)[:, None] * (distance >= near)
+        return logits.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v
+
+    return attention
+
+
+def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
+    ids = torch.randint(1, 128, (150,), generator=torch.Generator().manual_seed(3))
+    prompt = prompts.Prompt(ids, ((120, 150),), recall=False)
+    seen = influence.observe(model, prompt, seed=9)
+    bias = torch.zeros(2, 2, 150, requires_grad=True)
+    wanted = torch.arange(120, 150)
+    logits = model.logits(ids, biased(bias, influence.NEAR), wanted, grad=True)
+    signs = torch.randint(0, 2, (30, 1), generator=torch.Generator().manual_seed(9)) * 2 - 1
+    (logits.log_softmax(1).gather(1, ids[wanted][:, None]) * signs).sum().backward()
+    expected = bias.grad[:, :, : 150 - influence.NEAR]
+    expected[:, :, :4] = 0
+    torch.testing.assert_close(seen.influence, expected / expected.square().sum().sqrt(), atol=1e-4, rtol=1e-3)
+
+
+def test_observed_keys_are_those_before_rotation(model):
+    ids = torch.randint(1, 128, (100,), generator=torch.Generator().manual_seed(4))
+    rotated = {}
+
+    def attention(layer, q, k, v, scale):
+        rotated[layer] = k
+        return full_attention(layer, q, k, v, scale)
+
+    model.logits(ids, attention, torch.tensor([99]))
+    seen = influence.observe(model, prompts.Prompt(ids, ((90, 100),), recall=False), seed=0)
+    turned = rotate(seen.key[1].float(), torch.arange(36), model.rope(100))
+    torch.testing.assert_close(turned, torch.nn.functional.normalize(rotated[1][:, :36], dim=-1), atol=2e-3, rtol=0)
+
+
+def test_memory_larger_than_the_context_is_full_attention(model):
+    prompt = prompts.text_prompt(model.tokenizer, TEXT, 300, random.Random(0))
+    full = simulate.score(model, [prompt])
+    whole = simulate.score(model, [prompt], simulate.memory_attention(model, None, 300, 1.3, fidelity="bf16"))
+    small = simulate.score(model, [prompt], simulate.memory_attention(model, None, 300, 0.3))
+    assert whole.perplexity == pytest.approx(full.perplexity, rel=1e-4)
+    assert small.perplexity != pytest.approx(full.perplexity, rel=1e-4)
+
+
+def test_prompts_follow_from_their_seed_and_mark_the_answers(model):
+    drawn = [prompts.recall_prompt(model.tokenizer, TEXT, 900, random.Random(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0].ids, drawn[1].ids) and not torch.equal(drawn[0].ids, drawn[2].ids)
+    fact = prompts._variable(random.Random(5))
+    assert fact.statement == f"{fact.lead} {fact.value}"
+    assert all(0 < begin < end <= len(drawn[0].ids) for begin, end in drawn[0].spans)
+
+
+def test_importance_head_learns_what_a_key_tells():
+    torch.manual_seed(1)
+    unit = torch.nn.functional.normalize
+    key, value = unit(torch.randn(1, 2, 3000, 16), dim=-1), unit(torch.randn(1, 2, 3000, 16), dim=-1)
+    wanted = torch.exp(4 * key[..., 3] + 3 * value[..., 5].abs())
+    seen = influence.Observation(key.half(), value.half(), torch.zeros(1, 2, 3000), wanted)
+    weights = importance.fit([seen], seed=0, units=16, steps=300)
+    score = importance.scores(seen, weights)
+    assert torch.corrcoef(torch.stack([score[0, 0], wanted[0, 0].log()]))[0, 1] > 0.9
+    again = importance.fit([seen], seed=0, units=16, steps=300)
+    assert all(torch.equal(a, b) for a, b in zip(weights, again))
+
+
+def test_budgets_go_where_the_loss_falls():
+    needy, idle = 1 - budgets.GRID, 0.01 * (1 - budgets.GRID)
+    loss = torch.stack([torch.stack([needy, idle]), torch.stack([idle, idle])])
+    shares = budgets.allocate(loss, Shape(2, 2, 64, torch.bfloat16, budgets.CONTEXT))
+    assert shares.shape == (len(budgets.SIZES), 2, 2)
+    torch.testing.assert_close(shares.mean((1, 2)), torch.ones(len(budgets.SIZES)))
+    assert (shares[1, 0, 0] > 2 * shares[1].flatten()[1:]).all()
+    assert shares[-1].max() < 1.2, "at half of the context nearly everything fits into coarse entries"
+
+
+def test_hull_leaves_out_what_lies_above():
+    assert budgets._hull([0.0, 1.0, 2.0, 3.0], [4.0, 3.9, 1.0, 0.0]) == [0, 2, 3]

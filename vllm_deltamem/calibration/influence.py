@@ -1,0 +1,115 @@
+"""How much every token of a prompt matters to what the model recalls from it, in every head.
+
+The influence of a token in a head is the derivative of the answer's margin with respect to the logarithm of the
+weight that later queries give to it: p (g.v - g.o), summed over the queries that no longer have it in their window
+(p attention probability, o output of the head, g gradient of the margin by o). To first order it is what dropping
+the token costs. One forward and one backward pass give it for all tokens and heads at once.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_deltamem.calibration.frozen import FrozenModel
+from vllm_deltamem.calibration.prompts import Prompt
+from vllm_deltamem.kernels.slot import rotate
+
+NEAR = 64  # tokens that a query has in its window anyway
+QUERY_BLOCK = 256
+
+
+class Observation(NamedTuple):
+    """What one prompt shows of every token; T excludes the last NEAR tokens."""
+
+    key: torch.Tensor  # [L, G, T, D] fp16, pre-RoPE, unit norm
+    value: torch.Tensor  # [L, G, T, D] fp16, unit norm
+    keydiff: torch.Tensor  # [L, G, T] fp32, the training-free score
+    influence: torch.Tensor  # [L, G, T] fp32, squares sum to 1 over everything
+
+
+class _Recording:
+    """The attention of one forward and backward pass, and what it saw."""
+
+    def __init__(self, model: FrozenModel, tokens: int):
+        self.rope, self.tokens = model.rope(tokens), tokens
+        self.key, self.value, self.keydiff, self.influence = {}, {}, {}, {}
+
+    def __call__(self, layer, q, k, v, scale):
+        unit = torch.nn.functional.normalize
+        position = torch.arange(self.tokens, device=k.device)
+        plain = rotate(k.detach().float(), position, self.rope, inverse=True)
+        seen = position[:, None] + 1
+        mean = plain.cumsum(-2) / seen
+        self.keydiff[layer] = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1).cpu()
+        self.key[layer] = unit(plain, dim=-1).half().cpu()
+        self.value[layer] = unit(v.detach().float(), dim=-1).half().cpu()
+        return _Attention.apply(q, k, v, scale, self.influence, layer)
+
+    def observation(self) -> Observation:
+        count = self.tokens - NEAR
+        fields = [torch.stack([f[i] for i in range(len(f))])[:, :, :count]
+                  for f in (self.key, self.value, self.keydiff, self.influence)]
+        influence = fields[-1]
+        influence[:, :, :4] = 0  # sinks are kept whatever they score
+        return Observation(*fields[:3], influence / influence.square().sum().sqrt())
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention whose backward pass also sums the gradient of every key's logit bias."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, influence, layer):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+        )[0]
+        ctx.save_for_backward(q, k, v, out)
+        ctx.scale, ctx.influence, ctx.layer = scale, influence, layer
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        tokens, group = q.shape[1], q.shape[0] // k.shape[0]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float), torch.zeros_like(v, dtype=torch.float)
+        influence = torch.zeros(k.shape[:2], device=k.device)
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True)
+        for g in range(k.shape[0]):
+            members = slice(g * group, (g + 1) * group)
+            for begin in range(0, tokens, QUERY_BLOCK):
+                end = min(begin + QUERY_BLOCK, tokens)
+                query, upstream = q[members, begin:end], grad[members, begin:end].to(q.dtype)
+                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
+                weights = (query @ k[g, :end].T).float().mul_(ctx.scale)
+                weights[..., begin:].masked_fill_(distance[:, begin:] < 0, -torch.inf)
+                weights = weights.softmax(-1)
+                by_logit = (upstream @ v[g, :end].T).float().sub_(inner[members, begin:end]).mul_(weights)
+                far = max(begin - NEAR, 0)  # keys before it are out of the window of the whole block
+                influence[g, :far] += by_logit[..., :far].sum((0, 1))
+                influence[g, far:end] += (by_logit[..., far:].sum(0) * (distance[:, far:] >= NEAR)).sum(0)
+                by_logit, weights = by_logit.to(q.dtype), weights.to(q.dtype)
+                dq[members, begin:end] = by_logit @ k[g, :end] * ctx.scale
+                dk[g, :end] += (by_logit.flatten(0, 1).T @ query.flatten(0, 1)).float() * ctx.scale
+                dv[g, :end] += (weights.flatten(0, 1).T @ upstream.flatten(0, 1)).float()
+        ctx.influence[ctx.layer] = influence.cpu()
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
+    """Influence of every token on the answers of a recall prompt, or on the predictions of plain text.
+
+    Answer tokens that the model gets right count by their margin over the best other token, which does not
+    saturate as a probability does; the tokens of plain text by their log-probability with random signs (seeded), so that they add up like noise.
+    """
+    wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
+    recording = _Recording(model, len(prompt.ids))
+    logits = model.logits(prompt.ids, recording, wanted, grad=True)
+    label = prompt.ids[wanted].to(logits.device)[:, None]
+    right = logits.gather(1, label)
+    if prompt.recall:
+        margin = right - logits.scatter(1, label, -torch.inf).amax(1, keepdim=True)
+        goal = margin[margin > 0].sum()
+    else:
+        signs = torch.randint(0, 2, right.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        goal = ((right - logits.logsumexp(1, keepdim=True)) * signs.to(right.device)).sum()
+    goal.backward()
+    return recording.observation()

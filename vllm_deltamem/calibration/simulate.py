@@ -1,0 +1,74 @@
+"""The working memory inside transformers: the serving path's own kernels and layout, one sequence at a time."""
+
+from dataclasses import dataclass
+from math import exp
+
+import torch
+
+from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attention
+from vllm_deltamem.calibration.prompts import Prompt
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels import cpu
+from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.memory import Layout, Shape, plan_layout
+from vllm_deltamem.profile import Profile, training_free
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model got right: answers exactly recalled and their tokens, or perplexity of plain text."""
+
+    answers: int
+    exact: float  # share of answers of which every token is the model's first choice
+    tokens: float  # share of answer tokens that are
+    perplexity: float  # of the wanted tokens
+
+
+class MemoryAttention:
+    """Attention of every layer through a slot of the memory. Call it anew for each sequence."""
+
+    def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
+        self.model, self.layout, self.policies = model, layout, policies
+
+    def __call__(self, layer, q, k, v, scale):
+        q, k, v = (x.transpose(0, 1).cpu().contiguous() for x in (q, k, v))
+        slots = self.layout.views(torch.zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
+        out, slot, rope = torch.empty_like(q), torch.zeros(1, dtype=torch.int32), self.model.rope(len(q))
+        for begin in range(0, len(q), slots.segment):
+            piece = slice(begin, min(begin + slots.segment, len(q)))
+            count = piece.stop - begin
+            batch = slot, torch.tensor([0, count]), torch.tensor([piece.stop])
+            cpu.write(k[piece], v[piece], slots, *batch)
+            cpu.attend(q[piece], slots, *batch, scale, out[piece])
+            cpu.merge(slots, *batch, rope, self.policies[layer])
+        return out.transpose(0, 1).to(self.model.device)
+
+
+def memory_attention(model: FrozenModel, profile: Profile | None, context: int, share: float, **settings) -> Attention:
+    """The memory at a share of what full attention holds for `context` tokens; settings as in DeltaMemConfig."""
+    shape = model.fingerprint
+    memory = round(share * context)
+    budgets = profile and profile.budgets_for(memory, context)
+    layout = plan_layout(
+        Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, context),
+        DeltaMemConfig(memory=memory, **settings),
+        budgets,
+    )
+    policies = [profile.policy(i) if profile else training_free(shape["kv_heads"]) for i in range(shape["layers"])]
+    return MemoryAttention(model, layout, policies)
+
+
+def score(model: FrozenModel, prompts: list[Prompt], attention: Attention = full_attention) -> Score:
+    """Teacher-forced: an answer is exact when greedy decoding would have given it token for token."""
+    right, exact, loss = [], [], []
+    for prompt in prompts:
+        wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
+        logits = model.logits(prompt.ids, attention, wanted)
+        label = prompt.ids[wanted].to(logits.device)
+        hits = logits.argmax(-1) == label
+        exact += [bool(part.all()) for part in hits.split([end - begin for begin, end in prompt.spans])]
+        right.append(hits)
+        loss.append(torch.nn.functional.cross_entropy(logits, label, reduction="none"))
+    return Score(
+        len(exact), sum(exact) / len(exact), torch.cat(right).float().mean().item(), exp(torch.cat(loss).mean().item())
+    )
