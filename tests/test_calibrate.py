@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_deltamem import calibrate
 from vllm_deltamem import profile as profiles
-from vllm_deltamem.calibration import budgets, importance, influence, prompts, simulate
+from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import Shape
@@ -45,7 +45,8 @@ def biased(bias, near):
         tokens = q.shape[1]
         distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
         k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-        logits = q @ k.mT * scale + bias[layer].repeat_interleave(len(q) // len(bias[layer]), 0)[:, None] * (distance >= near)
+        by_head = bias[layer].repeat_interleave(len(q) // len(bias[layer]), 0)
+        logits = q @ k.mT * scale + by_head[:, None] * (distance >= near)
         return logits.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v
 
     return attention
@@ -84,8 +85,8 @@ def test_memory_larger_than_the_context_is_full_attention(model):
     full = simulate.score(model, [prompt])
     whole = simulate.score(model, [prompt], simulate.memory_attention(model, None, 300, 1.3, fidelity="bf16"))
     small = simulate.score(model, [prompt], simulate.memory_attention(model, None, 300, 0.3))
-    assert whole.perplexity == pytest.approx(full.perplexity, rel=1e-4)
-    assert small.perplexity != pytest.approx(full.perplexity, rel=1e-4)
+    assert whole.loss == pytest.approx(full.loss, rel=1e-4)
+    assert small.loss != pytest.approx(full.loss, rel=1e-4)
 
 
 def test_prompts_follow_from_their_seed_and_mark_the_answers(model):
@@ -121,3 +122,20 @@ def test_budgets_go_where_the_loss_falls():
 
 def test_hull_leaves_out_what_lies_above():
     assert budgets._hull([0.0, 1.0, 2.0, 3.0], [4.0, 3.9, 1.0, 0.0]) == [0, 2, 3]
+
+
+def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gates, "CANDIDATES", dict(list(gates.CANDIDATES.items())[:1]))
+    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=4, length=1024, held_out=1)
+    read = profiles.load(tmp_path / "a.safetensors")
+    profiles.check(read, FrozenModel(folder).config)
+    assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] == "drop"
+    assert "15%, no profile" in capsys.readouterr().out
+    assert not (tmp_path / "a.safetensors.partial").exists()
+
+
+def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):
+    first = calibrate.observations(model, [TEXT], tmp_path, seed=0, prompts=1, length=400)
+    monkeypatch.setattr(calibrate, "observe", None)
+    second = calibrate.observations(model, [TEXT], tmp_path, seed=0, prompts=1, length=400)
+    assert torch.equal(first[0].influence, second[0].influence)

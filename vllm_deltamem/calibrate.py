@@ -1,20 +1,96 @@
 """`deltamem calibrate MODEL -o PROFILE`: learn what a frozen model needs of its context, and write it down.
 
-A prompt at a time it records how much every token matters in every head (calibration/influence.py), then fits the
-importance heads to that, derives the budgets from it, and prints what the profile gains on held-out prompts.
+A prompt at a time it records how much every token matters in every head (calibration/influence.py), fits the
+importance heads to that, derives the budgets from it, chooses the gate, and prints what the profile gains on
+held-out prompts.
 """
 
+import argparse
 import random
-import sys
+import shutil
+from dataclasses import asdict
+from math import exp
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from vllm_deltamem.calibration import budgets, gates, importance
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
+from vllm_deltamem.calibration.simulate import Score, memory_attention, score
+from vllm_deltamem.memory import Shape
+from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
+
+SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
+LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a Hugging Face model")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
+    parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts", type=int, default=24, help="training prompts (default 24)")
+    parser.add_argument("--length", type=int, default=1536, help="tokens of a prompt (default 1536)")
+    parser.add_argument("--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError when a text cannot be read or is too short."""
+    try:
+        texts = args.texts and [path.read_text() for path in args.texts]
+    except OSError as error:
+        raise ValueError(f"Cannot read a text to calibrate with: {error}") from error
+    calibrate(
+        args.model, args.output, texts, args.seed, args.device, args.prompts, args.length, args.held_out
+    )
+
+
+def calibrate(
+    model_folder: str,
+    out: Path,
+    texts: list[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    prompts: int = 24,
+    length: int = 1536,
+    held_out: int = 4,
+) -> Profile:
+    """Make and save a profile. Interrupted, it goes on where it was when called alike again.
+
+    The same arguments give the same profile on the same machine. Raises ValueError when a text or the prompts
+    are too short.
+    """
+    texts = texts or [default_text()]
+    if length < LEAST_LENGTH:
+        raise ValueError(f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}.")
+    for text in texts:
+        if len(text) < 8 * length:
+            raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
+    model = FrozenModel(model_folder, device)
+    shape = model.fingerprint
+    partial = out.with_name(out.name + ".partial")
+    seen = observations(model, texts, partial, seed, prompts, length)
+    weights = importance.fit(seen, seed, device=device)
+    slot = Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, budgets.CONTEXT)
+    profile = Profile(
+        fingerprint=shape,
+        sizes=budgets.SIZES,
+        budgets=budgets.allocate(budgets.losses(seen, weights), slot),
+        gate=torch.tensor(DEFAULT_GATE).expand(shape["layers"], shape["kv_heads"], 3),
+        importance=weights,
+        meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
+    )
+    tuning = [_draw(model, texts, length, random.Random(f"{seed}-gate-{i}"), recall=i == 0) for i in range(2)]
+    profile.meta["gate"], profile = gates.choose(model, profile, tuning)
+    profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
+    save(profile, out)
+    shutil.rmtree(partial)
+    return profile
 
 
 def observations(
@@ -23,10 +99,10 @@ def observations(
     """Observe training prompts, every fourth one plain text. What lies in `folder` already is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
     done = []
-    for i in tqdm(range(prompts), "prompts observed", file=sys.stderr):
-        path = folder / f"{i:03}.safetensors"
+    for i in tqdm(range(prompts), "prompts observed"):
+        path = folder / f"{seed}-{length}-{i:03}.safetensors"
         if not path.exists():
-            prompt = draw(model, texts, length, random.Random(f"{seed}-{i}"), recall=i % 4 != 3)
+            prompt = _draw(model, texts, length, random.Random(f"{seed}-{i}"), recall=i % 4 != 3)
             unfinished = path.with_suffix(".unfinished")
             save_file(observe(model, prompt, seed=i)._asdict(), unfinished)
             unfinished.rename(path)
@@ -34,5 +110,31 @@ def observations(
     return done
 
 
-def draw(model: FrozenModel, texts: list[str], length: int, rng: random.Random, recall: bool) -> Prompt:
+def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
+    """Print and return the scores of full attention, no profile and this one on prompts that were not trained on."""
+    gains = {}
+    for kind, recall in (("recall", True), ("text", False)):
+        prompts = [_draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)]
+        gains[kind] = {"full attention": asdict(score(model, prompts))}
+        for share in SHARES:
+            for name, candidate in (("no profile", None), ("this profile", profile)):
+                scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
+                gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
+    print(f"{'held-out prompts':24} {'exact':>7} {'tokens':>7} {'text perplexity':>16}")
+    for name, recall in gains["recall"].items():
+        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {exp(gains['text'][name]['loss']):16.2f}")
+    return gains
+
+
+def _mean(scores: list[Score]) -> Score:
+    answers = sum(s.answers for s in scores)
+    return Score(
+        answers,
+        sum(s.exact * s.answers for s in scores) / answers,
+        sum(s.tokens for s in scores) / len(scores),
+        sum(s.loss for s in scores) / len(scores),
+    )
+
+
+def _draw(model: FrozenModel, texts: list[str], length: int, rng: random.Random, recall: bool) -> Prompt:
     return (recall_prompt if recall else text_prompt)(model.tokenizer, rng.choice(texts), length, rng)

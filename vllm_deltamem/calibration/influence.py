@@ -24,7 +24,7 @@ class Observation(NamedTuple):
     key: torch.Tensor  # [L, G, T, D] fp16, pre-RoPE, unit norm
     value: torch.Tensor  # [L, G, T, D] fp16, unit norm
     keydiff: torch.Tensor  # [L, G, T] fp32, the training-free score
-    influence: torch.Tensor  # [L, G, T] fp32, squares sum to 1 over everything
+    influence: torch.Tensor  # [L, G, T] fp32, squares sum to 1 over everything; 0 if no answer was right
 
 
 class _Recording:
@@ -47,11 +47,12 @@ class _Recording:
 
     def observation(self) -> Observation:
         count = self.tokens - NEAR
-        fields = [torch.stack([f[i] for i in range(len(f))])[:, :, :count]
-                  for f in (self.key, self.value, self.keydiff, self.influence)]
+        fields = []
+        for by_layer in (self.key, self.value, self.keydiff, self.influence):
+            fields.append(torch.stack([by_layer[i] for i in range(len(by_layer))])[:, :, :count].contiguous())
         influence = fields[-1]
         influence[:, :, :4] = 0  # sinks are kept whatever they score
-        return Observation(*fields[:3], influence / influence.square().sum().sqrt())
+        return Observation(*fields[:3], influence / influence.square().sum().sqrt().clamp_min(1e-20))
 
 
 class _Attention(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """The working memory inside transformers: the serving path's own kernels and layout, one sequence at a time."""
 
 from dataclasses import dataclass
-from math import exp
 
 import torch
 
@@ -16,16 +15,16 @@ from vllm_deltamem.profile import Profile, training_free
 
 @dataclass(frozen=True)
 class Score:
-    """What a model got right: answers exactly recalled and their tokens, or perplexity of plain text."""
+    """How well a model predicted the wanted tokens of some prompts: answers, or plain text as one long answer."""
 
     answers: int
     exact: float  # share of answers of which every token is the model's first choice
     tokens: float  # share of answer tokens that are
-    perplexity: float  # of the wanted tokens
+    loss: float  # nats per wanted token
 
 
 class MemoryAttention:
-    """Attention of every layer through a slot of the memory. Call it anew for each sequence."""
+    """Attention of every layer through a slot of the memory. Every call starts an empty one."""
 
     def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
         self.model, self.layout, self.policies = model, layout, policies
@@ -44,7 +43,9 @@ class MemoryAttention:
         return out.transpose(0, 1).to(self.model.device)
 
 
-def memory_attention(model: FrozenModel, profile: Profile | None, context: int, share: float, **settings) -> Attention:
+def memory_attention(
+    model: FrozenModel, profile: Profile | None, context: int, share: float, **settings
+) -> MemoryAttention:
     """The memory at a share of what full attention holds for `context` tokens; settings as in DeltaMemConfig."""
     shape = model.fingerprint
     memory = round(share * context)
@@ -54,7 +55,8 @@ def memory_attention(model: FrozenModel, profile: Profile | None, context: int, 
         DeltaMemConfig(memory=memory, **settings),
         budgets,
     )
-    policies = [profile.policy(i) if profile else training_free(shape["kv_heads"]) for i in range(shape["layers"])]
+    layers = range(shape["layers"])
+    policies = [profile.policy(i) if profile else training_free(shape["kv_heads"]) for i in layers]
     return MemoryAttention(model, layout, policies)
 
 
@@ -70,5 +72,8 @@ def score(model: FrozenModel, prompts: list[Prompt], attention: Attention = full
         right.append(hits)
         loss.append(torch.nn.functional.cross_entropy(logits, label, reduction="none"))
     return Score(
-        len(exact), sum(exact) / len(exact), torch.cat(right).float().mean().item(), exp(torch.cat(loss).mean().item())
+        answers=len(exact),
+        exact=sum(exact) / len(exact),
+        tokens=torch.cat(right).float().mean().item(),
+        loss=torch.cat(loss).mean().item(),
     )
