@@ -2,18 +2,19 @@
 
 Results of a row never depend on which other rows share the call: every product has a shape fixed by the
 row's own position, or is padded with masked keys up to a multiple of the attention kernel's key block.
+`scratch` is a dict that lives as long as the readouts in it stay true: from the first to the last step of one
+layer's forward pass.
 """
 
 from functools import lru_cache
 
 import torch
 
+from .readout import MASKED, Readout, blocks, decode_keys, decode_values, known_position
 from .reference import _rows, gate, importance, is_pinned, left_ring
-from .slot import EMPTY, LayerSlots, Policy, Rope, decode, encode, pack_rank, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Policy, Rope, encode, pack_rank, rank_position, rotate
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
-KEY_BLOCK = 512  # keys per block of PyTorch's CPU flash attention: sums are split at its multiples
-MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
 PADDING = torch.iinfo(torch.int64).max  # rank of a table cell beyond a head's entries: nothing outranks it
 
 
@@ -29,30 +30,48 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
     ring = slots.ring_k.shape[2]
     for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
-        cell = (seq_len - 1) % ring + 1  # a piece lies in one segment, so its cells never wrap
-        cells = slice(cell - (end - begin), cell)
+        cells = _cells(seq_len - (end - begin), end - begin, ring)
         slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
         slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
-def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out) -> None:
+def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, scratch=None) -> None:
     """See reference.attend. Single-token rows go through in one call, longer ones in a call each."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     single = (lengths == 1) & (slot_indices >= 0)
     if single.any():
         rows = cu_seqlens[:-1][single].long()
-        _attend_single(q, slots, slot_indices[single].long(), rows, seq_lens[single], scale, out)
-    for i in ((lengths > 1) & (slot_indices >= 0)).nonzero().flatten().tolist():
-        begin, end = int(cu_seqlens[i]), int(cu_seqlens[i + 1])
-        _attend_piece(q[begin:end], slots, int(slot_indices[i]), int(seq_lens[i]), scale, out[begin:end])
+        _attend_single(q, slots, slot_indices[single].long(), rows, seq_lens[single].long(), scale, out)
+    if lengths.max() > 1:
+        for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+            if end - begin > 1:
+                _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], scratch)
 
 
-def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy) -> None:
+def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
     """See reference.merge."""
-    live = (cu_seqlens[1:] > cu_seqlens[:-1]) & (slot_indices >= 0)
-    due = live & (seq_lens % slots.segment == 0) & (seq_lens >= slots.window + slots.segment)
-    for i in due.nonzero().flatten().tolist():
-        _merge_slot(slots, int(slot_indices[i]), int(seq_lens[i]), rope, policy)
+    due = (seq_lens % slots.segment == 0) & (seq_lens >= slots.window + slots.segment)
+    if due.any():
+        due = torch.where(due, slot_indices, -1)
+        for slot, _, _, seq_len in _rows(due, cu_seqlens, seq_lens):
+            _merge_slot(slots, slot, seq_len, rope, policy, scratch)
+
+
+def _cells(first, count, ring):
+    """Ring cells of `count` positions from `first` on: a slice where they do not wrap."""
+    cell = first % ring
+    return slice(cell, cell + count) if cell + count <= ring else torch.arange(cell, cell + count) % ring
+
+
+def _readout(slots, slot, gone, scratch):
+    """The readout of one slot, from scratch if it is there and wide enough."""
+    readout = scratch.get(slot) if scratch is not None else None
+    if readout is None or readout.width < blocks(min(gone, int(readout.capacity.max()))):
+        ahead = 2 * gone if scratch is not None else gone  # a prompt goes on growing
+        readout = Readout(slots, torch.tensor([slot]), ahead)
+        if scratch is not None:
+            scratch[slot] = readout
+    return readout
 
 
 def _local_mask(position, seq_len, slots):
@@ -76,12 +95,12 @@ def _attend_single(q, slots, slot, rows, seq_lens, scale, out):
     part = _flash(query, slots.ring_k[slot], slots.ring_v[slot], mask, scale)
     joined = part[0]
     if max(gone):
-        k, v, bias = _entries(slots, slot, torch.tensor(gone))
+        k, v, bias = Readout(slots, slot, max(gone)).part(torch.tensor(gone))
         joined = _combine(part, _flash(query, k, v, bias[:, :, None], scale))
     out[rows] = joined.to(out.dtype).reshape(n, heads, size)
 
 
-def _attend_piece(q, slots, slot, seq_len, scale, out):
+def _attend_piece(q, slots, slot, seq_len, scale, out, scratch):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
     (count, heads, size), kv_heads = q.shape, slots.ring_k.shape[1]
     query = q.view(count, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)  # [G, R, T, D]
@@ -91,7 +110,7 @@ def _attend_piece(q, slots, slot, seq_len, scale, out):
     part = _flash(query, slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
     joined = part[0]
     if gone:
-        k, v, bias = _entries(slots, torch.tensor([slot]), torch.tensor([gone]))
+        k, v, bias = _readout(slots, slot, gone, scratch).part(torch.tensor([gone]))
         k, v, bias = k[0, :, None], v[0, :, None], bias[0, :, None, None]
         joined = _combine(part, _flash(query, k, v, bias, scale))
     out.view(count, kv_heads, heads // kv_heads, size).copy_(joined.permute(2, 0, 1, 3))
@@ -131,39 +150,10 @@ def _starts(start: torch.Tensor) -> tuple[int, ...]:
     return tuple(start.tolist())
 
 
-def _entries(slots, slot, gone):
-    """Memory of slots [n] as attention reads it: k, v [n, G, E, D] and logit bias [n, G, E] fp32.
-
-    gone [n] is how many tokens each memory has seen. E is trimmed to the fullest head, in whole key blocks.
-    """
-    exact, coarse = _starts(slots.exact_start), _starts(slots.coarse_start)
-    sizes = [(exact[g + 1] - exact[g], coarse[g + 1] - coarse[g]) for g in range(len(exact) - 1)]
-    width = min(max(x + y for x, y in sizes), int(gone.max()))
-    width = -(-width // KEY_BLOCK) * KEY_BLOCK
-    n, dtype, (key_bits, value_bits) = len(slot), slots.ring_k.dtype, slots.codec
-    shape = (n, len(sizes), width, slots.ring_k.shape[-1])
-    k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-    bias = torch.full(shape[:3], MASKED)
-    for g, (x, y) in enumerate(sizes):  # heads are ragged: one strided copy each
-        x = min(x, width)
-        y = min(y, width - x)
-        k[:, g, :x] = slots.exact_k[slot, exact[g] : exact[g] + x]
-        v[:, g, :x] = slots.exact_v[slot, exact[g] : exact[g] + x]
-        bias[:, g, :x] = 0
-        if y and int(gone.max()) > x:
-            c = slice(coarse[g], coarse[g] + y)
-            k[:, g, x : x + y] = decode(slots.coarse_k[slot, c], slots.coarse_k_affine[slot, c], key_bits, dtype)
-            v[:, g, x : x + y] = decode(slots.coarse_v[slot, c], slots.coarse_v_affine[slot, c], value_bits, dtype)
-            bias[:, g, x : x + y] = slots.coarse_mass[slot, c].log()
-    empty = torch.arange(width) >= gone[:, None, None]
-    return k, v, bias.masked_fill_(empty, MASKED)
-
-
-def _merge_slot(slots, slot, seq_len, rope, policy):
+def _merge_slot(slots, slot, seq_len, rope, policy, scratch):
     start = seq_len - slots.window - slots.segment
     position = torch.arange(start, start + slots.segment)
-    cell = start % slots.ring_k.shape[2]
-    cells = slice(cell, cell + slots.segment)  # whole segments never wrap
+    cells = _cells(start, slots.segment, slots.ring_k.shape[2])
     k, v = slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells]  # [G, C, D]
     plain = rotate(k.float(), position, rope, inverse=True)
     slots.key_sum[slot] += plain.sum(1)
@@ -171,14 +161,15 @@ def _merge_slot(slots, slot, seq_len, rope, policy):
     score = importance(plain, v.float(), mean, policy.importance)
     score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
     rank = pack_rank(score, position.expand_as(score))
-    k, v, rank = _keep_exact(slots, slot, k, v, rank)
-    k, v, rank, mass = _keep_coarse(slots, slot, k, v, rank)
-    _merge_rest(slots, slot, k, v, rank, mass, mean, rope, policy.gate)
+    readout = _readout(slots, slot, start + slots.segment, scratch)
+    k, v, rank = _keep_exact(slots, slot, k, v, rank, readout)
+    k, v, rank, mass = _keep_coarse(slots, slot, k, v, rank, rope, readout)
+    _merge_rest(slots, slot, k, v, rank, mass, mean, rope, policy.gate, readout)
 
 
 def _duels(entry_rank, start, rank):
     """See reference._duels, over all heads: (head, flat entry, newcomer) of the winners, [W] each."""
-    table, real = _sizes(_starts(start))
+    table, real = _table(_starts(start))
     width = table.shape[1]
     entry = torch.where(real, entry_rank[table], PADDING)
     order = torch.where(entry == EMPTY, torch.arange(width) - width, entry)
@@ -191,7 +182,7 @@ def _duels(entry_rank, start, rank):
     return head, table[head, worst[head, pair]], best[head, pair]
 
 
-def _keep_exact(slots, slot, k, v, rank):
+def _keep_exact(slots, slot, k, v, rank, readout):
     if not slots.exact_rank.shape[1]:
         return k, v, rank
     head, entry, newcomer = _duels(slots.exact_rank[slot], slots.exact_start, rank)
@@ -200,38 +191,36 @@ def _keep_exact(slots, slot, k, v, rank):
         given_up = field[entry]
         field[entry] = new[head, newcomer]
         new[head, newcomer] = given_up
+    readout.refresh_exact(head, entry)
     return k, v, rank
 
 
-def _keep_coarse(slots, slot, k, v, rank):
+def _keep_coarse(slots, slot, k, v, rank, rope, readout):
     k, v, rank, mass = k.float(), v.float(), rank.clone(), torch.ones(rank.shape)
-    if not slots.coarse_rank.shape[1]:
+    if not slots.coarse_rank.shape[1] or not (rank != EMPTY).any():
         return k, v, rank, mass
     head, entry, newcomer = _duels(slots.coarse_rank[slot], slots.coarse_start, rank)
-    old_k, old_v = _coarse(slots, slot, entry)
+    old_k, old_v = decode_keys(slots, slot, entry), decode_values(slots, slot, entry)
     old_rank, old_mass = slots.coarse_rank[slot, entry], slots.coarse_mass[slot, entry]
     ones = torch.ones(len(entry))
     _store(slots, slot, entry, k[head, newcomer], v[head, newcomer], ones, rank[head, newcomer])
+    readout.refresh_coarse(head, entry, rope)
     k[head, newcomer], v[head, newcomer] = old_k, old_v
     rank[head, newcomer], mass[head, newcomer] = old_rank, old_mass
     return k, v, rank, mass
 
 
-def _merge_rest(slots, slot, k, v, rank, mass, mean, rope, gate_weights):
+def _merge_rest(slots, slot, k, v, rank, mass, mean, rope, gate_weights, readout):
     if not slots.coarse_rank.shape[1] or not (rank != EMPTY).any():
         return
-    unit = torch.nn.functional.normalize
-    table, real = _sizes(_starts(slots.coarse_start))
+    table, real = _table(_starts(slots.coarse_start))
     entry_rank = torch.where(real, slots.coarse_rank[slot][table], EMPTY)
-    entry_k = _coarse_keys(slots, slot)[table]  # [G, Y, D]
-    entry_plain = rotate(entry_k, rank_position(entry_rank).clamp(max=_last(rope)), rope, inverse=True)
-    plain = rotate(k, rank_position(rank).clamp(max=_last(rope)), rope, inverse=True)
-    centred, targets = unit(plain - mean[:, None], dim=-1), unit(entry_plain - mean[:, None], dim=-1)
-    cosine = torch.bmm(centred, targets.transpose(1, 2))
-    cosine, nearest = cosine.masked_fill_((entry_rank == EMPTY)[:, None], -2.0).max(-1)  # [G, C]
+    entry_plain, entry_square = readout.plain_keys(table, entry_rank, rope)
+    plain = rotate(k, known_position(rank, rope), rope, inverse=True)
+    cosine, nearest = _nearest(plain, entry_plain, entry_square, entry_rank == EMPTY, mean)
     entry = table.gather(1, nearest)
     entry_mass = slots.coarse_mass[slot][entry]
-    held = (rank != EMPTY) & (cosine > -2.0)
+    held = (rank != EMPTY) & (cosine > MASKED)
     weight = torch.where(held, mass * gate(cosine, entry_mass.clamp(min=1.0), gate_weights), 0.0)
     same = (nearest[:, :, None] == nearest[:, None]) & (weight > 0)[:, None]  # [G, C, C]
     leads = (weight > 0) & (same.int().argmax(-1) == torch.arange(rank.shape[1]))
@@ -239,35 +228,47 @@ def _merge_rest(slots, slot, k, v, rank, mass, mean, rope, gate_weights):
         return
     share = same * weight[:, None]
     total = entry_mass + share.sum(-1)
-    target_k = entry_k.gather(1, nearest[..., None].expand_as(k))
-    target_v = decode(
-        slots.coarse_v[slot][entry], slots.coarse_v_affine[slot][entry], slots.codec.value_bits, slots.ring_v.dtype
-    ).float()
-    position = rank_position(entry_rank.gather(1, nearest)).clamp(max=_last(rope))
-    turned = rotate(plain, position, rope)
+    target_k, target_v = decode_keys(slots, slot, entry), decode_values(slots, slot, entry)
+    turned = rotate(plain, rank_position(slots.coarse_rank[slot][entry]).clamp(max=_last(rope)), rope)
     target_k += torch.bmm(share, turned - target_k) / total[..., None]
     target_v += torch.bmm(share, v - target_v) / total[..., None]
-    entry = entry[leads]
+    head, entry = leads.nonzero(as_tuple=True)[0], entry[leads]
     _store(slots, slot, entry, target_k[leads], target_v[leads], total[leads], slots.coarse_rank[slot, entry])
+    readout.refresh_coarse(head, entry, rope)
+
+
+def _nearest(plain, entry_plain, entry_square, empty, mean):
+    """Highest cosine [G, C] between centred keys, and the entry [G, C] that has it.
+
+    Centring is done on the products: (k - m).(e - m) = (k - m).e - (k - m).m
+    """
+    centred = plain - mean[:, None]
+    centred = torch.nn.functional.normalize(centred, dim=-1)
+    offset = (centred * mean[:, None]).sum(-1, keepdim=True)
+    along = torch.bmm(entry_plain, mean[:, :, None]).squeeze(-1)
+    norm = (entry_square - 2 * along + mean.square().sum(-1, keepdim=True)).clamp(min=1e-12).rsqrt()
+    cosine = torch.bmm(centred, entry_plain.transpose(1, 2)).sub_(offset).mul_(norm[:, None])
+    if empty.any():
+        cosine.masked_fill_(empty[:, None], MASKED)
+    return cosine.max(-1)
+
+
+@lru_cache(maxsize=None)
+def _table(starts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded table of a layer's ragged heads: flat entry index [G, E] and which cells are real."""
+    counts = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    cell = torch.arange(max(counts)).expand(len(counts), -1)
+    real = cell < torch.tensor(counts)[:, None]
+    return torch.where(real, cell + torch.tensor(starts[:-1])[:, None], 0), real
+
+
+def _starts(start: torch.Tensor) -> tuple[int, ...]:
+    return tuple(start.tolist())
 
 
 def _last(rope):
     """Highest position a table holds; empty entries carry a meaningless one."""
     return rope.cos.shape[0] - 1 if rope is not None else torch.iinfo(torch.int64).max
-
-
-def _coarse_keys(slots, slot):
-    """Keys [Y, D] fp32 of all coarse entries of one slot, as attention reads them."""
-    return decode(
-        slots.coarse_k[slot], slots.coarse_k_affine[slot], slots.codec.key_bits, slots.ring_k.dtype
-    ).float()
-
-
-def _coarse(slots, slot, entries):
-    dtype, (key_bits, value_bits) = slots.ring_k.dtype, slots.codec
-    k = decode(slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries], key_bits, dtype)
-    v = decode(slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries], value_bits, dtype)
-    return k.float(), v.float()
 
 
 def _store(slots, slot, entries, k, v, mass, rank):

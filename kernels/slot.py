@@ -123,9 +123,9 @@ def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dt
         return codes
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)
-    scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
     grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()
-    return (grouped * scale + zero).flatten(-2).to(dtype)
+    scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
+    return torch.addcmul(zero, grouped, scale).flatten(-2).to(dtype)
 
 
 def rotate(x: torch.Tensor, position: torch.Tensor, rope: Rope | None, inverse: bool = False) -> torch.Tensor:

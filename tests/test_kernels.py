@@ -22,7 +22,7 @@ def make_rope(kind, size, positions=512):
 
 def make_slots(settings, dtype=torch.float32, count=4, kv_heads=3, size=32, memory=60):
     shape = Shape(2, kv_heads, size, dtype, 512)
-    config = DeltaMemConfig(memory=memory, window=16, segment=8, sinks=2, **settings)
+    config = DeltaMemConfig(memory=memory, window=12, segment=8, sinks=2, **settings)
     budgets = torch.tensor([[0.7, 1.0, 1.5], [0.6, 2.0, 0.9]])[:, :kv_heads]
     layout = plan_layout(shape, config, budgets)
     slab = torch.zeros(count, layout.slot_bytes, dtype=torch.uint8)

@@ -43,13 +43,8 @@ class DeltaMemConfig:
             raise ValueError(
                 f"deltamem setting 'segment' must be a power of two of at least 8, got {self.segment}."
             )
-        if self.window is not None and (
-            self.window < 1 or self.segment is not None and self.window % self.segment
-        ):
-            raise ValueError(
-                f"deltamem setting 'window' must be a positive multiple of 'segment', got {self.window}"
-                + (f" with segment {self.segment}." if self.segment else ".")
-            )
+        if self.window == 0:
+            raise ValueError("deltamem setting 'window' must be at least 1.")
         if not isinstance(self.merge, bool):
             raise ValueError(f"deltamem setting 'merge' must be true or false, got {self.merge!r}.")
         if self.profile is not None and not isinstance(self.profile, str):

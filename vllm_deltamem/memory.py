@@ -141,13 +141,8 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
     memory = config.memory or (config.memory_bytes // full if config.memory_bytes is not None else None)
     if memory is None:
         memory = max(256, round(DEFAULT_SHARE * shape.max_model_len))
-    segment = config.segment or (config.window and _largest_divisor(config.window)) or _default_segment(memory)
-    window = config.window or segment
-    if window % segment:
-        raise ValueError(
-            f"deltamem setting 'window' must be a multiple of the segment of {segment} tokens that goes with "
-            f"a memory of {memory}, got {window}; set 'segment' as well."
-        )
+    segment = config.segment or _default_segment(memory)
+    window = config.window or segment // 2
     pinned = config.pinned if config.pinned is not None else memory // 16
     codec = FIDELITIES[config.fidelity]
 
@@ -208,13 +203,8 @@ def _share_out(total: int, shares: torch.Tensor, least: int) -> list[int]:
 
 
 def _default_segment(memory: int) -> int:
-    """A sixteenth of the memory, so that window and open segment together take an eighth."""
-    return min(max(1 << (memory // 16).bit_length() - 1 if memory >= 16 else 8, 16), 512)
-
-
-def _largest_divisor(window: int) -> int:
-    """The largest power of two that divides the window."""
-    return window & -window
+    """An eighth of the memory at most: long segments mean few steps for a prompt, short ones a small ring."""
+    return min(max(1 << max(memory // 8, 1).bit_length() - 1, 16), 512)
 
 
 def _coded(size: int, bits: int, dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
