@@ -12,8 +12,13 @@ from vllm_deltamem.kernels import reference
 
 def make_config(**changes):
     settings = dict(
-        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, hidden_size=96, intermediate_size=64,
-        vocab_size=100, head_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        hidden_size=96,
+        intermediate_size=64,
+        vocab_size=100,
+        head_dim=16,
     )
     return LlamaConfig(**settings | changes)
 

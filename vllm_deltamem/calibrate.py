@@ -31,12 +31,16 @@ LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hol
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a Hugging Face model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
-    parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")
+    parser.add_argument(
+        "--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=24, help="training prompts (default 24)")
     parser.add_argument("--length", type=int, default=1536, help="tokens of a prompt (default 1536)")
-    parser.add_argument("--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)")
+    parser.add_argument(
+        "--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,10 +71,14 @@ def calibrate(
     """
     texts = texts or [default_text()]
     if length < LEAST_LENGTH:
-        raise ValueError(f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}.")
+        raise ValueError(
+            f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}."
+        )
     for text in texts:
         if len(text) < 8 * length:
-            raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
+            raise ValueError(
+                f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}."
+            )
     model = FrozenModel(model_folder, device)
     shape = model.fingerprint
     partial = out.with_name(out.name + ".partial")
@@ -96,7 +104,7 @@ def calibrate(
 def observations(
     model: FrozenModel, texts: list[str], folder: Path, seed: int, prompts: int, length: int
 ) -> list[Observation]:
-    """Observe training prompts, every fourth one plain text. What lies in `folder` already is not done again."""
+    """Observe training prompts, every fourth one plain text. What lies in `folder` is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for i in tqdm(range(prompts), "prompts observed"):
@@ -110,19 +118,26 @@ def observations(
     return done
 
 
-def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
-    """Print and return the scores of full attention, no profile and this one on prompts that were not trained on."""
+def compare(
+    model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int
+) -> dict:
+    """Print and return the scores of full attention, no profile and this one on prompts not trained on."""
     gains = {}
     for kind, recall in (("recall", True), ("text", False)):
-        prompts = [_draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)]
+        prompts = [
+            _draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)
+        ]
         gains[kind] = {"full attention": asdict(score(model, prompts))}
         for share in SHARES:
             for name, candidate in (("no profile", None), ("this profile", profile)):
-                scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
+                scores = [
+                    score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts
+                ]
                 gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
     print(f"{'held-out prompts':24} {'exact':>7} {'tokens':>7} {'text perplexity':>16}")
     for name, recall in gains["recall"].items():
-        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {exp(gains['text'][name]['loss']):16.2f}")
+        perplexity = exp(gains["text"][name]["loss"])
+        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {perplexity:16.2f}")
     return gains
 
 

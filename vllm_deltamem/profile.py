@@ -17,7 +17,11 @@ from vllm_deltamem.kernels.slot import Policy
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-1"
 WEIGHTS = ("w1", "b1", "w2", "b2")
-DEFAULT_GATE = (-24.0, 40.0, 0.0)  # training-free: merge where the centred keys' cosine is above 0.6, drop the rest
+DEFAULT_GATE = (
+    -24.0,
+    40.0,
+    0.0,
+)  # training-free: merge where the centred keys' cosine is above 0.6, drop the rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,9 @@ class Profile:
     sizes: tuple[float, ...]  # ascending memory sizes, as a fraction of the context, that `budgets` is for
     budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
     gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
-    importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
+    importance: tuple[torch.Tensor, ...] | None = (
+        None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
+    )
     meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
 
     def budgets_for(self, memory: float, context: float) -> torch.Tensor:
@@ -86,7 +92,7 @@ def check(profile: Profile, hf_config) -> None:
     if differing:
         raise ValueError(
             f"The deltamem profile was made for another model: {'; '.join(differing)}. "
-            "Make one with `deltamem calibrate MODEL -o PROFILE`, or set profile to \"none\"."
+            'Make one with `deltamem calibrate MODEL -o PROFILE`, or set profile to "none".'
         )
 
 
@@ -120,7 +126,12 @@ def save(profile: Profile, path: str | Path) -> None:
     tensors = {"budgets": profile.budgets.float(), "gate": profile.gate.float()}
     if profile.importance is not None:
         tensors |= {name: w.half() for name, w in zip(WEIGHTS, profile.importance)}
-    header = {"format": FORMAT, "fingerprint": profile.fingerprint, "sizes": profile.sizes, "meta": profile.meta}
+    header = {
+        "format": FORMAT,
+        "fingerprint": profile.fingerprint,
+        "sizes": profile.sizes,
+        "meta": profile.meta,
+    }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, str(path), {"deltamem": json.dumps(header, sort_keys=True)})
 
@@ -166,4 +177,6 @@ def _check_tensors(profile: Profile, path) -> None:
                 f"is {tuple(actual[name].shape)}."
             )
     if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
-        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")
+        raise ValueError(
+            f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive."
+        )

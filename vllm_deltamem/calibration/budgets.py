@@ -9,14 +9,17 @@ from vllm_deltamem.memory import Shape, plan_layout
 
 SIZES = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5)  # memories, as a fraction of the context
 CONTEXT = 8192  # tokens at which the layout's fixed parts are taken into account
-GRID = torch.linspace(0, 1, 65) ** 2  # fractions of the context that a head may hold: finer where memory is small
+GRID = (
+    torch.linspace(0, 1, 65) ** 2
+)  # fractions of the context that a head may hold: finer where memory is small
 EQUAL = 0.1  # share of the memory that is dealt out equally, against what the training prompts did not show
 
 
 def losses(observations: list[Observation], weights: Weights | None) -> torch.Tensor:
     """Squared influence [L, G, 65] that is lost when a head keeps its best-scored GRID of the context.
 
-    Squares add up over tokens and heads as independent errors do. Averaged over prompts; 1 over all heads at 0.
+    Squares add up over tokens and heads as independent errors do. Averaged over prompts; all heads' losses
+    at 0 entries sum to 1.
     """
     total = 0
     for observation in observations:
@@ -31,16 +34,21 @@ def losses(observations: list[Observation], weights: Weights | None) -> torch.Te
 def allocate(loss: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Budgets [sizes, L, G], mean 1, for the memory sizes of SIZES.
 
-    Entries go one grid step at a time to the head whose loss falls most per entry, along the convex hulls of the
-    loss curves: the optimum of a separable convex problem.
+    Entries go one grid step at a time to the head whose loss falls most per entry, along the convex
+    hulls of the loss curves: the optimum of a separable convex problem.
     """
     steps = []
     flat = loss.flatten(0, 1)
     for head, curve in enumerate(flat.tolist()):
         corners = _hull(GRID.tolist(), curve)
-        steps += [((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b) for a, b in zip(corners, corners[1:])]
+        steps += [
+            ((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b)
+            for a, b in zip(corners, corners[1:])
+        ]
     steps.sort(key=lambda step: (-step[0], step[1]))
-    return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(1, loss.shape[:2])
+    return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(
+        1, loss.shape[:2]
+    )
 
 
 def _shares(steps, heads: int, shape: Shape, size: float) -> torch.Tensor:

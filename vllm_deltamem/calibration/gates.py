@@ -22,7 +22,7 @@ CANDIDATES = {
 
 
 def choose(model: FrozenModel, profile: Profile, prompts: list[Prompt]) -> tuple[str, Profile]:
-    """The candidate with the least loss over the prompts and SHARES, and the profile with it in every head."""
+    """The candidate with the least loss over prompts and SHARES, and the profile with it in every head."""
     losses = {}
     for name, gate in tqdm(CANDIDATES.items(), "gates compared"):
         candidate = with_gate(profile, gate)

@@ -1,9 +1,9 @@
 """How much every token of a prompt matters to what the model recalls from it, in every head.
 
-The influence of a token in a head is the derivative of the answer's margin with respect to the logarithm of the
-weight that later queries give to it: p (g.v - g.o), summed over the queries that no longer have it in their window
-(p attention probability, o output of the head, g gradient of the margin by o). To first order it is what dropping
-the token costs. One forward and one backward pass give it for all tokens and heads at once.
+The influence of a token in a head is the derivative of the answer's margin with respect to the logarithm of
+the weight that later queries give to it: p (g.v - g.o), summed over the queries that no longer have it in their
+window (p attention probability, o output of the head, g gradient of the margin by o). To first order it is what
+dropping the token costs. One forward and one backward pass give it for all tokens and heads at once.
 """
 
 from typing import NamedTuple
@@ -71,7 +71,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
         tokens, group = q.shape[1], q.shape[0] // k.shape[0]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float), torch.zeros_like(v, dtype=torch.float)
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=torch.float),
+            torch.zeros_like(v, dtype=torch.float),
+        )
         influence = torch.zeros(k.shape[:2], device=k.device)
         inner = (grad.float() * out.float()).sum(-1, keepdim=True)
         for g in range(k.shape[0]):
@@ -79,7 +83,9 @@ class _Attention(torch.autograd.Function):
             for begin in range(0, tokens, QUERY_BLOCK):
                 end = min(begin + QUERY_BLOCK, tokens)
                 query, upstream = q[members, begin:end], grad[members, begin:end].to(q.dtype)
-                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
+                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(
+                    end, device=q.device
+                )
                 weights = (query @ k[g, :end].T).float().mul_(ctx.scale)
                 weights[..., begin:].masked_fill_(distance[:, begin:] < 0, -torch.inf)
                 weights = weights.softmax(-1)
@@ -99,7 +105,8 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
     """Influence of every token on the answers of a recall prompt, or on the predictions of plain text.
 
     Answer tokens that the model gets right count by their margin over the best other token, which does not
-    saturate as a probability does; the tokens of plain text by their log-probability with random signs (seeded), so that they add up like noise.
+    saturate as a probability does; the tokens of plain text by their log-probability with random signs (seeded),
+    so that they add up like noise.
     """
     wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
     recording = _Recording(model, len(prompt.ids))

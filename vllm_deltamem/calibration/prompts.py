@@ -12,19 +12,23 @@ from dataclasses import dataclass
 import torch
 
 NAMES = (
-    "Amara Bengt Chidi Dalia Emeka Farah Goran Hanna Ivo Jelena Kofi Leila Marek Nadia Oskar Priya Quentin Rosa "
-    "Stefan Tomoko Ulrich Vera Wanda Xavier Yusuf Zofia"
+    "Amara Bengt Chidi Dalia Emeka Farah Goran Hanna Ivo Jelena Kofi Leila Marek Nadia Oskar Priya Quentin "
+    "Rosa Stefan Tomoko Ulrich Vera Wanda Xavier Yusuf Zofia"
 ).split()
 THINGS = (
-    "lantern compass ledger violin telescope umbrella kettle saddle anchor mirror notebook clock basket hammer "
-    "ribbon candle passport trumpet blanket medal".split()
+    "lantern compass ledger violin telescope umbrella kettle saddle anchor mirror notebook clock basket "
+    "hammer ribbon candle passport trumpet blanket medal".split()
 )
 PLACES = (
-    "cellar attic library orchard harbour station kitchen chapel garage museum bakery stable laboratory theatre "
-    "greenhouse tower workshop archive".split()
+    "cellar attic library orchard harbour station kitchen chapel garage museum bakery stable laboratory "
+    "theatre greenhouse tower workshop archive".split()
 )
-CITIES = "Lisbon Oslo Nairobi Lima Kyoto Tallinn Bergen Quito Hanoi Geneva Dakar Riga Porto Cairo Perth".split()
-FOODS = "peanuts shellfish penicillin strawberries latex mustard sesame almonds soy lupin celery gluten".split()
+CITIES = (
+    "Lisbon Oslo Nairobi Lima Kyoto Tallinn Bergen Quito Hanoi Geneva Dakar Riga Porto Cairo Perth".split()
+)
+FOODS = (
+    "peanuts shellfish penicillin strawberries latex mustard sesame almonds soy lupin celery gluten".split()
+)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
@@ -54,7 +58,9 @@ def default_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def recall_prompt(tokenizer, text: str, length: int, rng: random.Random, facts: int = 5, quotes: int = 2) -> Prompt:
+def recall_prompt(
+    tokenizer, text: str, length: int, rng: random.Random, facts: int = 5, quotes: int = 2
+) -> Prompt:
     """A chat of about `length` tokens: filler with facts at random depths, then a question on each in turn.
 
     quotes: questions for the rest of a sentence of the filler itself, so that not only odd facts count.
@@ -95,27 +101,46 @@ def _magic_number(rng):
 
 
 def _code(rng):
-    place, value = f"{rng.choice(CITIES)} {rng.choice(PLACES)}", _letters(rng, string.ascii_uppercase + string.digits, 6)
-    return Fact(f"The access code of the {place} is {value}.", f"What is the access code of the {place}?",
-                f"The access code of the {place} is", value)
+    place, value = (
+        f"{rng.choice(CITIES)} {rng.choice(PLACES)}",
+        _letters(rng, string.ascii_uppercase + string.digits, 6),
+    )
+    return Fact(
+        f"The access code of the {place} is {value}.",
+        f"What is the access code of the {place}?",
+        f"The access code of the {place} is",
+        value,
+    )
 
 
 def _allergy(rng):
     name, value = rng.choice(NAMES), rng.choice(FOODS)
-    return Fact(f"By the way, {name} is allergic to {value}.", f"What is {name} allergic to?",
-                f"{name} is allergic to", value)
+    return Fact(
+        f"By the way, {name} is allergic to {value}.",
+        f"What is {name} allergic to?",
+        f"{name} is allergic to",
+        value,
+    )
 
 
 def _meeting(rng):
     name, value = rng.choice(NAMES), f"{rng.choice(DAYS)} at {rng.randint(1, 12)}:{rng.randint(10, 59)}"
-    return Fact(f"The meeting with {name} takes place on {value}.", f"When does the meeting with {name} take place?",
-                f"The meeting with {name} takes place on", value)
+    return Fact(
+        f"The meeting with {name} takes place on {value}.",
+        f"When does the meeting with {name} take place?",
+        f"The meeting with {name} takes place on",
+        value,
+    )
 
 
 def _hiding_place(rng):
     name, thing, value = rng.choice(NAMES), rng.choice(THINGS), f"{rng.choice(CITIES)} {rng.choice(PLACES)}"
-    return Fact(f"{name} left the {thing} in the {value}.", f"Where did {name} leave the {thing}?",
-                f"{name} left the {thing} in the", value)
+    return Fact(
+        f"{name} left the {thing} in the {value}.",
+        f"Where did {name} leave the {thing}?",
+        f"{name} left the {thing} in the",
+        value,
+    )
 
 
 def _pair(rng):
@@ -129,13 +154,28 @@ def _variable(rng):
 
 
 def _order(rng):
-    number, value = str(rng.randint(1000, 9999)), f"{rng.choice(CITIES)} for ${rng.randint(10, 99)}.{rng.randint(10, 99)}"
-    return Fact(f"Order #{number} ships to {value}.", f"Where does order #{number} ship to, and for how much?",
-                f"Order #{number} ships to", value)
+    number, value = (
+        str(rng.randint(1000, 9999)),
+        f"{rng.choice(CITIES)} for ${rng.randint(10, 99)}.{rng.randint(10, 99)}",
+    )
+    return Fact(
+        f"Order #{number} ships to {value}.",
+        f"Where does order #{number} ship to, and for how much?",
+        f"Order #{number} ships to",
+        value,
+    )
 
 
 FACTS: tuple[Callable[[random.Random], Fact], ...] = (
-    _magic_number, _magic_number, _code, _allergy, _meeting, _hiding_place, _pair, _variable, _order,
+    _magic_number,
+    _magic_number,
+    _code,
+    _allergy,
+    _meeting,
+    _hiding_place,
+    _pair,
+    _variable,
+    _order,
 )
 
 
@@ -145,7 +185,12 @@ def _quotes(sentences, count, rng):
         words = sentence.split()
         half = len(words) // 2
         start = " ".join(words[:half])
-        yield Fact(sentence, f'How does the text go on after "{start}"?', f"{start}", " ".join(words[half : half + 12]))
+        yield Fact(
+            sentence,
+            f'How does the text go on after "{start}"?',
+            f"{start}",
+            " ".join(words[half : half + 12]),
+        )
 
 
 def _letters(rng, alphabet, count):

@@ -1,4 +1,4 @@
-"""The working memory inside transformers: the serving path's own kernels and layout, one sequence at a time."""
+"""The memory inside transformers: the serving path's own kernels and layout, one sequence at a time."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from vllm_deltamem.profile import Profile, training_free
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicted the wanted tokens of some prompts: answers, or plain text as one long answer."""
+    """How well a model predicted the wanted tokens of prompts: answers, or plain text as one long answer."""
 
     answers: int
     exact: float  # share of answers of which every token is the model's first choice
@@ -46,7 +46,7 @@ class MemoryAttention:
 def memory_attention(
     model: FrozenModel, profile: Profile | None, context: int, share: float, **settings
 ) -> MemoryAttention:
-    """The memory at a share of what full attention holds for `context` tokens; settings as in DeltaMemConfig."""
+    """The memory at a share of full attention over `context` tokens; settings as in DeltaMemConfig."""
     shape = model.fingerprint
     memory = round(share * context)
     budgets = profile and profile.budgets_for(memory, context)
