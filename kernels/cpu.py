@@ -50,7 +50,7 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
     """See reference.merge."""
-    due = (seq_lens % slots.segment == 0) & (seq_lens >= slots.window + slots.segment)
+    due = (seq_lens % slots.segment == 0) & (seq_lens > slots.window)
     if due.any():
         due = torch.where(due, slot_indices, -1)
         for slot, _, _, seq_len in _rows(due, cu_seqlens, seq_lens):
@@ -151,17 +151,18 @@ def _starts(start: torch.Tensor) -> tuple[int, ...]:
 
 
 def _merge_slot(slots, slot, seq_len, rope, policy, scratch):
-    start = seq_len - slots.window - slots.segment
-    position = torch.arange(start, start + slots.segment)
-    cells = _cells(start, slots.segment, slots.ring_k.shape[2])
+    gone = seq_len - slots.window
+    position = torch.arange(gone - slots.segment, gone)
+    live = position >= 0
+    cells = _cells(gone - slots.segment, slots.segment, slots.ring_k.shape[2])
     k, v = slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells]  # [G, C, D]
-    plain = rotate(k.float(), position, rope, inverse=True)
-    slots.key_sum[slot] += plain.sum(1)
-    mean = slots.key_sum[slot] / (start + slots.segment)
+    plain = rotate(k.float(), position.clamp(min=0), rope, inverse=True)
+    slots.key_sum[slot] += torch.where(live[:, None], plain, 0.0).sum(1)
+    mean = slots.key_sum[slot] / gone
     score = importance(plain, v.float(), mean, policy.importance)
     score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
-    rank = pack_rank(score, position.expand_as(score))
-    readout = _readout(slots, slot, start + slots.segment, scratch)
+    rank = pack_rank(score, position.expand_as(score)).masked_fill(~live, EMPTY)
+    readout = _readout(slots, slot, gone, scratch)
     k, v, rank = _keep_exact(slots, slot, k, v, rank, readout)
     k, v, rank, mass = _keep_coarse(slots, slot, k, v, rank, rope, readout)
     _merge_rest(slots, slot, k, v, rank, mass, mean, rope, policy.gate, readout)

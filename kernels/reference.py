@@ -59,19 +59,20 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     """
     length = slots.segment
     for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
-        start = seq_len - slots.window - length
-        if seq_len % length or start < 0:
+        gone = seq_len - slots.window  # tokens that have left the ring once this segment has
+        if seq_len % length or gone <= 0:
             continue
-        position = torch.arange(start, start + length)
+        position = torch.arange(gone - length, gone)
+        live = position >= 0  # the first segment to leave is a shorter one if the window is no multiple
         cells = position % slots.ring_k.shape[2]
         pinned = is_pinned(slots, slot, position)
         for g in range(slots.ring_k.shape[1]):
             k, v = slots.ring_k[slot, g, cells].float(), slots.ring_v[slot, g, cells].float()
-            plain = rotate(k, position, rope, inverse=True)
-            slots.key_sum[slot, g] += plain.sum(0)
-            mean = slots.key_sum[slot, g] / (start + length)
+            plain = rotate(k, position.clamp(min=0), rope, inverse=True)
+            slots.key_sum[slot, g] += plain[live].sum(0)
+            mean = slots.key_sum[slot, g] / gone
             score = importance(plain[None], v[None], mean[None], _head(policy, g))[0]
-            rank = pack_rank(score.masked_fill(pinned, torch.inf), position)
+            rank = pack_rank(score.masked_fill(pinned, torch.inf), position).masked_fill(~live, EMPTY)
             k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
             k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
             _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, policy.gate[g])
