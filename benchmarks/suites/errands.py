@@ -42,9 +42,9 @@ class Script:
         self.words = self.shuffled(WORDS)
         self.people = self.shuffled(PEOPLE)
         self.days = self.shuffled(DAYS)
-        self.told: list[tuple[str, str, str]] = []  # (kind, person, value), not asked for yet
-        self.counted: list[tuple[str, int]] = []  # items in the inventory
-        self.dated: list[tuple[str, str]] = []  # events in the calendar
+        self.told: dict[tuple[str, str], str] = {}  # (kind of fact, person) -> value, not asked for yet
+        self.counted: dict[str, int] = {}  # item in the inventory -> count
+        self.dated: list[str] = []  # events in the calendar
         self.written = 0
 
     def shuffled(self, pool) -> list[str]:
@@ -55,6 +55,14 @@ class Script:
         pool.append(value := pool.pop(0))
         return value
 
+    def count(self, count: int) -> tuple[str, int]:
+        """The next item of which there are not that many yet, and the count."""
+        item = self.draw(self.items)
+        while self.counted.get(item) == count:
+            item = self.draw(self.items)
+        self.counted[item] = count
+        return item, count
+
     def file(self, stem: str) -> str:
         self.written += 1
         return f"{stem}{self.written}.txt"
@@ -64,48 +72,44 @@ class Script:
         match self.rng.choice(("item", "event", "file", "remove")):
             case "event":
                 event, day = self.draw(self.events), self.draw(self.days)
-                self.dated = [d for d in self.dated if d[0] != event] + [(event, day)]
+                self.dated = [other for other in self.dated if other != event] + [event]
                 text, call = f"Put the {event} into the calendar on {day}.", f'add_event("{day}", "{event}")'
             case "file":
                 word, file = self.draw(self.words), self.file("note")
                 text, call = f"Write {word} into the file {file}.", f'write_file("{file}", "{word}")'
             case "remove" if self.dated:
-                event, _ = self.dated.pop(self.rng.randrange(len(self.dated)))
+                event = self.dated.pop(self.rng.randrange(len(self.dated)))
                 text, call = f"Take the {event} out of the calendar.", f'remove_event("{event}")'
             case _:
-                item, count = self.draw(self.items), self.rng.randrange(2, 60)
-                self.counted = [c for c in self.counted if c[0] != item] + [(item, count)]
+                item, count = self.count(self.rng.randrange(2, 60))
                 text, call = f"There are now {count} {item} in the inventory.", f'set_item("{item}", {count})'
         return Errand(text, call, "direct", self.tell())
 
     def tell(self) -> str:
         person = self.draw(self.people)
-        match self.rng.choice(("phone", "birthday", "wish")):
-            case "phone":
+        kind = self.rng.choice(("phone number", "birthday", "password"))
+        match kind:
+            case "phone number":
                 value = str(self.rng.randrange(1000, 10000))
-                self.told.append(("phone", person, value))
-                return f"By the way, the phone number of {person} is {value}."
             case "birthday":
                 value = self.draw(self.days)
-                self.told.append(("birthday", person, value))
-                return f"By the way, the birthday of {person} is on {value}."
             case _:
                 value = self.draw(self.words)
-                self.told.append(("password", person, value))
-                return f"By the way, the password of {person} is {value}."
+        self.told[kind, person] = value
+        return f"By the way, the {kind} of {person} is {value}."
 
     def recall(self) -> Errand:
         """An errand that needs what an earlier turn said, or what the state is now."""
         if self.counted and self.rng.random() < 0.25:
-            like, count = self.rng.choice(self.counted)
-            item = self.draw(self.items)
-            self.counted = [c for c in self.counted if c[0] != item] + [(item, count)]
+            like = self.rng.choice(list(self.counted))
+            item, count = self.count(self.counted[like])
             return Errand(
                 f"There are now as many {item} as {like} in the inventory.",
                 f'set_item("{item}", {count})',
                 "recall",
             )
-        kind, person, value = self.told.pop(self.rng.randrange(len(self.told)))
+        kind, person = self.rng.choice(list(self.told))
+        value = self.told.pop((kind, person))
         if kind == "birthday":
             event = f"party for {person}"
             return Errand(
@@ -113,10 +117,9 @@ class Script:
                 f'add_event("{value}", "{event}")',
                 "recall",
             )
-        what = "phone number" if kind == "phone" else "password"
         file = self.file(person.lower())
         return Errand(
-            f"Write the {what} of {person} into the file {file}.",
+            f"Write the {kind} of {person} into the file {file}.",
             f'write_file("{file}", "{value}")',
             "recall",
         )
