@@ -120,7 +120,7 @@ def test_importance_head_learns_what_a_key_tells():
     score = importance.scores(seen, weights)
     assert torch.corrcoef(torch.stack([score[0, 0], wanted[0, 0].log()]))[0, 1] > 0.9
     again = importance.fit([seen], seed=0, units=16, steps=300)
-    assert all(torch.equal(a, b) for a, b in zip(weights, again))
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
 def test_budgets_go_where_the_loss_falls():

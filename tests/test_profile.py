@@ -43,7 +43,7 @@ def test_saved_profile_loads_as_it_was(tmp_path):
     read = profiles.load(tmp_path / "a.safetensors")
     assert (read.fingerprint, read.sizes, read.meta) == (made.fingerprint, made.sizes, made.meta)
     assert torch.equal(read.budgets, made.budgets) and torch.equal(read.gate, made.gate)
-    for actual, expected in zip(read.importance, made.importance):
+    for actual, expected in zip(read.importance, made.importance, strict=True):
         torch.testing.assert_close(actual, expected.half())
 
 

@@ -125,7 +125,7 @@ def save(profile: Profile, path: str | Path) -> None:
     """Write a profile as safetensors; importance weights in fp16, the rest in fp32."""
     tensors = {"budgets": profile.budgets.float(), "gate": profile.gate.float()}
     if profile.importance is not None:
-        tensors |= {name: w.half() for name, w in zip(WEIGHTS, profile.importance)}
+        tensors |= {name: w.half() for name, w in zip(WEIGHTS, profile.importance, strict=True)}
     header = {
         "format": FORMAT,
         "fingerprint": profile.fingerprint,
@@ -168,8 +168,8 @@ def _check_tensors(profile: Profile, path) -> None:
     if profile.importance is not None:
         units = profile.importance[0].shape[-1]
         extents = (2 * shape["head_size"], units), (units,), (units,), ()
-        expected |= {name: heads + extent for name, extent in zip(WEIGHTS, extents)}
-        actual |= dict(zip(WEIGHTS, profile.importance))
+        expected |= {name: heads + extent for name, extent in zip(WEIGHTS, extents, strict=True)}
+        actual |= dict(zip(WEIGHTS, profile.importance, strict=True))
     for name, extent in expected.items():
         if tuple(actual[name].shape) != extent or not actual[name].isfinite().all():
             raise ValueError(

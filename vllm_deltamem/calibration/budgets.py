@@ -1,5 +1,7 @@
 """Budgets: how many entries every head gets, so that what all heads together lose is least."""
 
+from itertools import pairwise
+
 import torch
 
 from vllm_deltamem.calibration.importance import Weights, scores
@@ -41,10 +43,7 @@ def allocate(loss: torch.Tensor, shape: Shape) -> torch.Tensor:
     flat = loss.flatten(0, 1)
     for head, curve in enumerate(flat.tolist()):
         corners = _hull(GRID.tolist(), curve)
-        steps += [
-            ((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b)
-            for a, b in zip(corners, corners[1:])
-        ]
+        steps += [((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b) for a, b in pairwise(corners)]
     steps.sort(key=lambda step: (-step[0], step[1]))
     return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(
         1, loss.shape[:2]

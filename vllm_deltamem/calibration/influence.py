@@ -1,9 +1,9 @@
 """How much every token of a prompt matters to what the model recalls from it, in every head.
 
 The influence of a token in a head is the derivative of the answer's margin with respect to the logarithm of
-the weight that later queries give to it: p (g.v - g.o), summed over the queries that no longer have it in their
-window (p attention probability, o output of the head, g gradient of the margin by o). To first order it is what
-dropping the token costs. One forward and one backward pass give it for all tokens and heads at once.
+the weight that later queries give to it: p (g.v - g.o), summed over the queries that no longer have it in
+their window (p attention probability, o output of the head, g gradient of the margin by o). To first order it
+is what dropping the token costs. One forward and one backward pass give it for all tokens and heads at once.
 """
 
 from typing import NamedTuple
@@ -105,8 +105,8 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
     """Influence of every token on the answers of a recall prompt, or on the predictions of plain text.
 
     Answer tokens that the model gets right count by their margin over the best other token, which does not
-    saturate as a probability does; the tokens of plain text by their log-probability with random signs (seeded),
-    so that they add up like noise.
+    saturate as a probability does; the tokens of plain text by their log-probability with seeded random
+    signs, so that they add up like noise.
     """
     wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
     recording = _Recording(model, len(prompt.ids))
