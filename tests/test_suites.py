@@ -39,8 +39,8 @@ def novels(tmp_path):
     (tmp_path / "books").mkdir()
     for name, word in (("war_and_peace", "train"), ("dracula", "valid"), ("pride", "final")):
         text = " ".join(f"A {word} book, sentence {i:05}." for i in range(2000))
-        licence = "Licence\n*** START OF THIS BOOK ***\n"
-        (tmp_path / "books" / f"{name}.txt").write_text(licence + text + "\n*** END OF THIS BOOK ***\nLicence")
+        book = f"Licence\n*** START OF THIS BOOK ***\n{text}\n*** END OF THIS BOOK ***\nLicence"
+        (tmp_path / "books" / f"{name}.txt").write_text(book)
     return lambda context: source.Source(Characters(), tmp_path, context)
 
 
@@ -213,7 +213,7 @@ def test_the_agent_is_judged_by_the_state(novels):
     assert sample.score(extra, [])[""] == 0.9
     lengths = [len(sample.prompt(right[:i])) for i in range(10)]
     assert lengths == sorted(lengths) and 8000 < lengths[-1] < 9000 and sample.prompt(right) is None
-    assert right[3]["text"].split("\n")[0].strip() in read(sample, right[:4]) and "[ok]" in read(sample, right[:4])
+    assert f"{episode.errands[3].call}\n<user>[ok]" in read(sample, right[:4])
 
 
 def test_recorded_calls_are_compared_by_value():
