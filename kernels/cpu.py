@@ -133,8 +133,9 @@ def _flash(q, k, v, mask, scale):
 def _combine(a, b):
     """Join two partial attentions [..., D] by their log-sum-exp [...] (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
     (out_a, lse_a), (out_b, lse_b) = a, b
-    share = torch.sigmoid(lse_b.contiguous() - lse_a.contiguous()).unsqueeze(-1)
-    return out_a.float().lerp(out_b.float(), share)
+    # torch.sigmoid rounds by a value's place in the tensor, exp does not
+    share = (1 + torch.exp(lse_a.contiguous() - lse_b.contiguous())).reciprocal().unsqueeze(-1)
+    return out_a.float().mul(1 - share).add_(out_b.float().mul(share))  # no fma, whatever the strides
 
 
 @lru_cache(maxsize=None)

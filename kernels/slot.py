@@ -125,7 +125,7 @@ def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dt
         codes = torch.cat([codes & 15, codes >> 4], -1)
     grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()
     scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
-    return torch.addcmul(zero, grouped, scale).flatten(-2).to(dtype)
+    return grouped.mul_(scale).add_(zero).flatten(-2).to(dtype)  # two roundings on every path, never an fma
 
 
 def rotate(x: torch.Tensor, position: torch.Tensor, rope: Rope | None, inverse: bool = False) -> torch.Tensor:
