@@ -1,0 +1,121 @@
+"""Figures from results.jsonl: score against memory for every suite, and needle depth by context length.
+
+    python benchmarks/plot.py [--results FILE] [--out DIR]
+
+Of rows that measure the same thing the newest counts.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+KEYS = ("model", "suite", "context", "reduction", "policy")
+
+
+def newest(results: Path) -> list[dict]:
+    """The quality rows, one for each of KEYS."""
+    found = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["benchmark"] == "quality":
+            found[tuple(row[key] for key in KEYS)] = row
+    return list(found.values())
+
+
+def values(rows: list[dict], key: str) -> list:
+    return sorted({row[key] for row in rows})
+
+
+def pick(rows: list[dict], **fields) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in fields.items())]
+
+
+def score_against_memory(rows: list[dict], out: Path) -> None:
+    """One figure per model and context, one panel per suite, one line per policy."""
+    rows = [row for row in rows if "/depth " not in row["suite"]]
+    for model in values(rows, "model"):
+        for context in values(pick(rows, model=model), "context"):
+            here = pick(rows, model=model, context=context)
+            suites = values(here, "suite")
+            columns = min(4, len(suites))
+            lines = -(-len(suites) // columns)
+            figure, panels = plt.subplots(
+                lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, layout="constrained"
+            )
+            for panel, suite in zip(panels.flat, suites, strict=False):
+                draw_panel(panel, pick(here, suite=suite))
+                panel.set_title(suite, fontsize=10)
+            for panel in list(panels.flat)[len(suites) :]:
+                panel.set_visible(False)
+            figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+            figure.suptitle(f"{model}, context of {context:,} tokens")
+            figure.supxlabel("memory, % of full attention's")
+            figure.savefig(out / f"score_{model}_{context}.png", dpi=150)
+            plt.close(figure)
+
+
+def draw_panel(panel, rows: list[dict]) -> None:
+    """Full attention as a dashed level; the bars are the paired 95% intervals, put around its score."""
+    for policy in values(rows, "policy"):
+        line = sorted(pick(rows, policy=policy), key=lambda row: row["reduction"])
+        if policy == "full":
+            panel.axhline(
+                line[-1]["score"], color="black", linestyle="--", linewidth=1, label="full attention"
+            )
+            continue
+        share = [100 * (1 - row["reduction"]) for row in line]
+        score = [row["score"] for row in line]
+        ends = [[max(0.0, row["score"] - row["full_score"] - row["ci95"][0]) for row in line]]
+        ends += [[max(0.0, row["ci95"][1] - row["score"] + row["full_score"]) for row in line]]
+        panel.errorbar(share, score, yerr=ends, marker="o", markersize=4, capsize=2, label=policy)
+    panel.set_xscale("log")
+    panel.set_xticks([5, 15, 50, 100], ["5", "15", "50", "100"])
+    panel.minorticks_off()
+
+
+def needle_depth(rows: list[dict], out: Path) -> None:
+    """One figure per model, one map of depth against context for each policy and reduction."""
+    rows = [row for row in rows if row["suite"].startswith("needle_depth/depth ")]
+    for model in values(rows, "model"):
+        here = pick(rows, model=model)
+        runs = sorted({(row["reduction"], row["policy"]) for row in here})
+        contexts, suites = values(here, "context"), values(here, "suite")
+        figure, panels = plt.subplots(
+            1, len(runs), figsize=(1.6 + 2.2 * len(runs), 4), squeeze=False, layout="constrained"
+        )
+        for panel, (reduction, policy) in zip(panels.flat, runs, strict=True):
+            table = {
+                (r["suite"], r["context"]): r["score"] for r in pick(here, reduction=reduction, policy=policy)
+            }
+            grid = [[table.get((suite, context), float("nan")) for context in contexts] for suite in suites]
+            image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            panel.set_title(f"{policy}, -{reduction:.0%}" if reduction else policy, fontsize=10)
+            panel.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
+            panel.set_yticks(range(len(suites)), [suite.rsplit(" ", 1)[1] for suite in suites])
+        panels[0, 0].set_ylabel("depth of the needle")
+        figure.suptitle(model)
+        figure.supxlabel("context, tokens")
+        figure.colorbar(image, ax=panels, label="found exactly")
+        figure.savefig(out / f"needle_depth_{model}.png", dpi=150)
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "plots")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = newest(args.results)
+    score_against_memory(rows, args.out)
+    needle_depth(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
