@@ -8,7 +8,7 @@ from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attent
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu
-from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.kernels.slot import Policy, Rope
 from vllm_deltamem.memory import Layout, Shape, plan_layout
 from vllm_deltamem.profile import Profile, training_free
 
@@ -32,14 +32,15 @@ class MemoryAttention:
     def __call__(self, layer, q, k, v, scale):
         q, k, v = (x.transpose(0, 1).cpu().contiguous() for x in (q, k, v))
         slots = self.layout.views(torch.zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
-        out, slot, rope = torch.empty_like(q), torch.zeros(1, dtype=torch.int32), self.model.rope(len(q))
+        out, slot, scratch = torch.empty_like(q), torch.zeros(1, dtype=torch.int32), {}
+        rope = Rope(*(table.cpu() for table in self.model.rope(len(q))[:2]), interleaved=False)
         for begin in range(0, len(q), slots.segment):
             piece = slice(begin, min(begin + slots.segment, len(q)))
             count = piece.stop - begin
             batch = slot, torch.tensor([0, count]), torch.tensor([piece.stop])
             cpu.write(k[piece], v[piece], slots, *batch)
-            cpu.attend(q[piece], slots, *batch, scale, out[piece])
-            cpu.merge(slots, *batch, rope, self.policies[layer])
+            cpu.attend(q[piece], slots, *batch, scale, out[piece], scratch)
+            cpu.merge(slots, *batch, rope, self.policies[layer], scratch)
         return out.transpose(0, 1).to(self.model.device)
 
 
