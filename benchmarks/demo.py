@@ -167,8 +167,8 @@ def memory_line(answer: Answer, backend: str) -> str:
     for name in (HELD, FULL):
         if name not in answer.metrics:
             raise RuntimeError(f"The server's /metrics has no {name}: is the backend {OURS} really running?")
-    held, full = answer.metrics[HELD], answer.metrics[FULL]
-    return f"a memory of {MEMORY} per head holds {held / 1e6:.1f} MB, full attention would hold {full / 1e6:.1f} MB"
+    held, full = (f"{answer.metrics[name] / 1e6:.1f} MB" for name in (HELD, FULL))
+    return f"a memory of {MEMORY} per head holds {held}, full attention would hold {full}"
 
 
 def main() -> None:
