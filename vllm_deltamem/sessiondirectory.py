@@ -1,0 +1,236 @@
+"""The directory that processes share to keep sessions in: names, publishing, listing and wiping of files.
+
+    store.json                                      salt of the names, id of the key
+    TENANT/NAME-CREATED-SAVE-RANKofSIZE.safetensors one rank of one save
+    TENANT/NAME-RANDOM.tmp                          being written, or being wiped
+
+TENANT and NAME are keyed hashes, CREATED is hex nanoseconds. A file appears whole, by a rename, and is never
+changed afterwards. A save does not replace the one before it: older saves go once the newer one is there for
+every rank. So whenever a process dies, and whoever else is saving, the newest complete save is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_deltamem.seal import Seal
+from vllm_deltamem.sessionfile import HEADER_LIMIT, Header, SessionRefused, write_session
+
+MARKER = "store.json"
+FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{32})-(\d{1,4})of(\d{1,4})\.safetensors")
+TENANT = re.compile(r"[0-9a-f]{32}")
+YOUNG_S = 1.0  # a temporary file this young may not have been locked yet by its writer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file, as far as its name and its size tell."""
+
+    path: str
+    tag: str  # keyed hash of the session's name
+    created_ns: int
+    save_id: str
+    rank: int
+    size: int  # tensor-parallel size
+    n_bytes: int
+    used_ns: int  # time of the last save or restore
+
+
+@dataclass(frozen=True)
+class Save:
+    """The files of one save, by rank."""
+
+    entries: dict[int, Entry]
+
+    @property
+    def created_ns(self) -> int:
+        return min(entry.created_ns for entry in self.entries.values())
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks whose file is not there."""
+        size = next(iter(self.entries.values())).size
+        return [rank for rank in range(size) if rank not in self.entries]
+
+
+class SessionDirectory:
+    """A directory of session files for one key, or for none.
+
+    Raises ValueError if it was written with another key, or is not a directory that can be used.
+    """
+
+    def __init__(self, root: Path, seal: Seal | None):
+        self.root = root
+        self.seal = seal
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            salt, key_id = self._marker()
+        except OSError as error:
+            raise ValueError(f"sessions: cannot use the directory {root}: {error.strerror}") from None
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"sessions: {root / MARKER} is damaged; use another directory") from None
+        if key_id != (seal.key_id if seal else None):
+            raise ValueError(
+                f"sessions: {root} was written with another key, or without one; "
+                "give that key or another directory"
+            )
+        self._name_key = seal.derive("names", 32, salt) if seal else salt
+
+    def tenant_tag(self, tenant: str) -> str:
+        return self._tag(f"tenant {tenant}")
+
+    def name_tag(self, tenant: str, name: str) -> str:
+        return self._tag(f"session {tenant} {name}")
+
+    def tenants(self) -> Iterator[str]:
+        with os.scandir(self.root) as found:
+            yield from (item.name for item in found if TENANT.fullmatch(item.name))
+
+    def entries(self, tenant: str, tag: str = "") -> list[Entry]:
+        """The files of a tenant, or of one session of it; tenant and tag are keyed hashes."""
+        entries = []
+        for path, stat in self._scan(tenant, f"{tag}-" if tag else "", ".safetensors"):
+            if match := FILE.fullmatch(os.path.basename(path)):
+                found, created, save, rank, size = match.groups()
+                what = found, int(created, 16), save, int(rank), int(size)
+                entries.append(Entry(path, *what, stat.st_size, stat.st_mtime_ns))
+        return entries
+
+    def publish(self, tag: str, header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> None:
+        """Write a session under a temporary name and rename it, durably: see write_session().
+
+        Raises SessionRefused if the session was erased meanwhile, OSError where the disk fails.
+        """
+        made, folder = header.fingerprint, self.root / header.tenant
+        save = f"{header.created_ns:016x}-{header.save_id}-{made.tp_rank}of{made.tp_size}"
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _sync(self.root)
+        temporary = _temporary(folder, tag)
+        try:
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            with open(handle, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # tells wipe_abandoned() that the writer lives
+                write_session(file, header, tokens, slab, self.seal)
+                file.flush()
+                os.fsync(file.fileno())
+                os.rename(temporary, folder / f"{tag}-{save}.safetensors")
+            _sync(folder)
+        except FileNotFoundError:
+            raise SessionRefused("erased", f"session {header.name} was erased during the save") from None
+        except BaseException:
+            self.wipe(temporary)
+            raise
+
+    def wipe(self, path: str) -> bool:
+        """Take a file away, overwrite it and unlink it; False if it was already gone.
+
+        Of an encrypted file only the header is overwritten: without the salt in it the rest is noise.
+        """
+        folder, name = os.path.split(path)
+        gone = _temporary(folder, name.split("-")[0])
+        try:
+            os.rename(path, gone)
+        except FileNotFoundError:
+            return False
+        with contextlib.suppress(FileNotFoundError):  # another process took it for abandoned and wipes it
+            with open(os.open(gone, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b", buffering=0) as file:
+                left = os.fstat(file.fileno()).st_size
+                left = left if self.seal is None else min(left, HEADER_LIMIT)
+                while left > 0:
+                    left -= file.write(bytes(min(left, 1 << 20)))
+                os.fsync(file.fileno())
+            os.unlink(gone)
+        return True
+
+    def erase(self, tenant: str, tag: str) -> bool:
+        """Wipe every file of a session, the unfinished ones too; False if there was none."""
+        paths = [path for path, _ in self._scan(tenant, f"{tag}-", (".safetensors", ".tmp"))]
+        return any([self.wipe(path) for path in paths])
+
+    def wipe_abandoned(self, tenant: str) -> None:
+        """Wipe the temporary files of writers that died."""
+        for path, stat in self._scan(tenant, "", ".tmp"):
+            if time.time() - stat.st_mtime > YOUNG_S and not _locked(path):
+                self.wipe(path)
+
+    def _scan(
+        self, tenant: str, prefix: str, suffix: str | tuple[str, ...]
+    ) -> Iterator[tuple[str, os.stat_result]]:
+        try:
+            with os.scandir(self.root / tenant) as found:
+                items = [i for i in found if i.name.startswith(prefix) and i.name.endswith(suffix)]
+        except FileNotFoundError:
+            return
+        for item in items:
+            with contextlib.suppress(FileNotFoundError):
+                yield item.path, item.stat(follow_symlinks=False)
+
+    def _marker(self) -> tuple[bytes, str | None]:
+        """Salt and key id of the directory; the first process to come chooses the salt."""
+        marker = self.root / MARKER
+        if not marker.exists():
+            key_id = self.seal.key_id if self.seal else None
+            text = json.dumps({"salt": secrets.token_hex(32), "key_id": key_id})
+            temporary = self.root / f"{MARKER}-{secrets.token_hex(8)}"
+            with open(temporary, "x") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, marker)
+            temporary.unlink()
+            _sync(self.root)
+        values = json.loads(marker.read_text())
+        return bytes.fromhex(values["salt"]), values["key_id"]
+
+    def _tag(self, text: str) -> str:
+        return hashlib.blake2b(text.encode(), key=self._name_key, digest_size=16).hexdigest()
+
+
+def newest(entries: Iterable[Entry]) -> Save | None:
+    """The newest save that is complete, else the newest; None without entries."""
+    saves: dict[tuple[str, int], Save] = {}
+    for entry in sorted(entries, key=lambda entry: entry.created_ns):
+        saves.setdefault((entry.save_id, entry.size), Save({})).entries[entry.rank] = entry
+    return max(saves.values(), key=lambda save: (not save.missing, save.created_ns), default=None)
+
+
+def superseded(entries: Iterable[Entry], save: Save) -> list[Entry]:
+    """The entries that are older than the newest save, if that is complete."""
+    return [] if save.missing else [entry for entry in entries if entry.created_ns < save.created_ns]
+
+
+def _temporary(folder: str | Path, tag: str) -> str:
+    return f"{folder}/{tag}-{secrets.token_hex(8)}.tmp"
+
+
+def _locked(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,337 @@
+"""Sessions: the memory of a conversation after N tokens, kept beyond its request.
+
+    store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
+    store.save(tenant, name, tokens, slab)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
+    session = store.peek(tenant, name)      # header and tokens only: session.prefix_of(prompt)?
+    session = store.restore(tenant, name, session.header.save_id, out=staging)
+
+A save goes to the directory, if there is one, and a copy stays in host memory while it fits. The directory is
+the truth: a copy counts only while its file is the newest save of the session, so the processes that share a
+directory see one another's saves and erasures. What exists but must not be used raises SessionRefused with
+the reason, and the caller computes the prompt anew. Of two saves at once, the one that began later stays.
+
+A store may be shared by threads, its directory by processes: tensor-parallel ranks, replicas, a scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from vllm_deltamem.seal import Seal
+from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest, superseded
+from vllm_deltamem.sessionfile import NAME_LIMIT, Fingerprint, Header, SessionFile, SessionRefused
+from vllm_deltamem.sessionhost import HostSessions, Usage, victims
+from vllm_deltamem.sessionsettings import SessionSettings
+
+NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._:@=+~-]{{0,{NAME_LIMIT - 1}}}")
+TENANT = re.compile(r"[0-9a-f]{64}")
+SAVE_ID = re.compile(r"[0-9a-f]{32}")
+REPLACED_AT_MOST = 8  # times that a session may be replaced while it is being read
+
+logger = logging.getLogger(__name__)
+
+
+def tenant_of(api_key: str | None) -> str:
+    """The tenant that an API key stands for: 64 hex digits, a hash. None: the server asks for no key."""
+    text = "" if api_key is None else f"key {api_key}"
+    return hashlib.blake2b(text.encode(), digest_size=32, person=b"deltamem tenant").hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What was saved; `slab` is None when it was only looked at."""
+
+    header: Header
+    tokens: torch.Tensor  # int32 [N]
+    slab: torch.Tensor | None = None  # uint8 [n_bytes]
+
+    def prefix_of(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt begins with the tokens of this session."""
+        return list(prompt[: len(self.tokens)]) == self.tokens.tolist()
+
+
+class SessionStore:
+    """Saves, restores, lists and erases sessions.
+
+    Tenants come from tenant_of(). A name has 1 to 128 characters of A-Z a-z 0-9 . _ : @ = + ~ - and begins
+    with a letter, digit or underscore; every method raises ValueError for another one.
+    Raises ValueError for a bad key or directory, and for tensor parallelism without a directory.
+    """
+
+    def __init__(self, settings: SessionSettings, fingerprint: Fingerprint):
+        self._settings = settings
+        self._fingerprint = fingerprint
+        self._host = HostSessions(settings.max_sessions, settings.host_bytes)
+        self._directory = None
+        if settings.directory is not None:
+            key = settings.key()
+            self._directory = SessionDirectory(Path(settings.directory), Seal(key) if key else None)
+            self.sweep()
+        elif fingerprint.tp_size > 1:
+            raise ValueError("deltamem sessions with tensor parallelism need 'sessions.directory'.")
+
+    def save(
+        self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,
+        save_id: str | None = None,
+    ) -> Header:  # fmt: skip
+        """Keep a session in place of the one of the same name; durable on return.
+
+        tokens: N ids, 0 <= id < 2**31. slab: uint8 [bytes] on the CPU, contiguous; it is only read.
+        save_id: 32 hex digits, new for every save, the same for all its ranks; must be given if tp_size > 1.
+        Raises SessionRefused: size or unwritable, and the session saved before is still there; erased.
+        """
+        tenant_tag, tag = self._tags(tenant, name)
+        size = self._fingerprint.tp_size
+        tokens = _token_ids(tokens)
+        _check_slab(slab)
+        if save_id is None and size == 1:
+            save_id = uuid.uuid4().hex
+        if not SAVE_ID.fullmatch(save_id or ""):
+            raise ValueError(f"save_id must be 32 hex digits, the same for all ranks: {save_id!r}")
+        limit = self._settings.max_bytes if self._directory else self._settings.host_bytes
+        if (n_bytes := slab.numel() * size) > limit:
+            raise SessionRefused("size", f"a session of {n_bytes} bytes exceeds the limit of {limit}")
+        with _disk("unwritable", f"cannot save session {name}"):
+            created = time.time_ns()
+            if self._directory:
+                # A clock behind the last saver's must not make this save the older one.
+                earlier = self._directory.entries(tenant_tag, tag)
+                created = max([created, *(entry.created_ns + 1 for entry in earlier)])
+            header = Header(tenant_tag, name, save_id, created, len(tokens), slab.numel(), self._fingerprint)
+            if self._directory:
+                self._directory.publish(tag, header, tokens, slab)
+        self._host.put((tenant, name), header, tokens, slab)
+        try:
+            self._sweep(keep=(tenant, name))
+        except OSError as error:
+            logger.warning("deltamem sessions: cannot clean up %s: %s", self._settings.directory, error)
+        return header
+
+    def peek(self, tenant: str, name: str) -> Session | None:
+        """Header and tokens of a session that every rank can restore; None if there is none.
+
+        Raises SessionRefused; slabs are not read, so one that was altered is found by restore() only.
+        """
+        tenant_tag, tag = self._tags(tenant, name)
+        if self._directory is None:
+            self._expire_in_host((tenant, name))
+            found = self._host.peek((tenant, name))
+            return found and Session(*found)
+
+        def read(save: Save) -> Session:
+            sessions = []
+            for _, entry in sorted(save.entries.items()):
+                with self._open(entry, tenant_tag, name) as file:
+                    sessions.append(Session(file.header, file.tokens()))
+            if any(not torch.equal(session.tokens, sessions[0].tokens) for session in sessions):
+                raise SessionRefused("altered", f"the ranks of session {name} hold different tokens")
+            return sessions[self._fingerprint.tp_rank]
+
+        return self._read_newest(tenant, name, read)
+
+    def restore(
+        self, tenant: str, name: str, save_id: str | None = None, out: torch.Tensor | None = None
+    ) -> Session | None:
+        """The session with its slab; None if there is none.
+
+        save_id: refuse any other save than this one, which peek() reported. out: uint8 [n_bytes] on the CPU,
+        receives the slab. Raises SessionRefused; out then holds zeros, or what it held before.
+        """
+        tenant_tag, tag = self._tags(tenant, name)
+        if out is not None:
+            _check_slab(out)
+        if self._directory is None:
+            self._expire_in_host((tenant, name))
+            found = self._host.take((tenant, name), lambda held: _slab_for(held, save_id, out))
+            return found and Session(*found)
+
+        def read(save: Save) -> Session:
+            entry = save.entries.get(self._fingerprint.tp_rank, save.entries[0])
+            with self._open(entry, tenant_tag, name) as file:
+                slab = _slab_for(file.header, save_id, out)
+                held = self._host.take((tenant, name), lambda held: slab if held == file.header else None)
+                if held is None:
+                    held = file.header, file.tokens(), slab
+                    file.slab(slab)
+            with suppress(OSError):  # only the order of eviction depends on it
+                os.utime(entry.path)
+            return Session(*held)
+
+        return self._read_newest(tenant, name, read)
+
+    def list(self, tenant: str) -> list[Header]:
+        """The sessions of a tenant, newest first; files that cannot be read are left out."""
+        tenant_tag, _ = self._tags(tenant, "any")
+        if self._directory is None:
+            headers = [header for (owner, _), header in self._host.headers().items() if owner == tenant]
+        else:
+            with _disk("unreadable", "cannot list the sessions"):
+                headers = list(self._headers(tenant_tag))
+        live = (header for header in headers if not self._expired(header.created_ns))
+        return sorted(live, key=lambda header: -header.created_ns)
+
+    def erase(self, tenant: str, name: str) -> bool:
+        """Erase a session for good, of all ranks: memory zeroed, files overwritten; False if there was none.
+
+        Copies in the memory of other processes can no longer be restored; their next sweep() zeroes them.
+        Raises SessionRefused (unwritable).
+        """
+        tenant_tag, tag = self._tags(tenant, name)
+        erased = self._host.drop((tenant, name))
+        if self._directory:
+            with _disk("unwritable", f"cannot erase session {name}"):
+                erased = self._directory.erase(tenant_tag, tag) or erased
+        return erased
+
+    def sweep(self) -> None:
+        """Apply expiry and quotas, wipe what dead writers left. Every save does it; idle servers should too.
+
+        Raises SessionRefused (unwritable).
+        """
+        with _disk("unwritable", "cannot clean up the sessions"):
+            self._sweep()
+
+    def _tags(self, tenant: str, name: str) -> tuple[str, str]:
+        """The keyed hashes under which a session is filed."""
+        if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
+            raise ValueError("a tenant is 64 hex digits, see tenant_of()")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(
+                f"a session name has 1 to {NAME_LIMIT} characters of A-Z a-z 0-9 . _ : @ = + ~ - "
+                f"and begins with a letter, digit or underscore: {name!r:.200}"
+            )
+        if self._directory is None:
+            return tenant, name
+        return self._directory.tenant_tag(tenant), self._directory.name_tag(tenant, name)
+
+    def _expired(self, created_ns: int) -> bool:
+        return time.time_ns() - created_ns > self._settings.max_age_s * 1e9
+
+    def _expire_in_host(self, key: tuple[str, str]) -> None:
+        found = self._host.peek(key)
+        if found and self._expired(found[0].created_ns):
+            self._host.drop(key)
+            raise SessionRefused("expired", f"session {key[1]} has expired")
+
+    def _read_newest(self, tenant: str, name: str, read: Callable[[Save], Session]) -> Session | None:
+        """read() the newest complete save of a session, again if it is replaced meanwhile."""
+        tenant_tag, tag = self._tags(tenant, name)
+        for _ in range(REPLACED_AT_MOST):
+            with _disk("unreadable", f"cannot read session {name}"):
+                entries = self._directory.entries(tenant_tag, tag)
+                save = newest(entries)
+                if save is None or self._expired(save.created_ns):
+                    self._host.drop((tenant, name))
+                    self._wipe(entries)
+                    if save is None:
+                        return None
+                    raise SessionRefused("expired", f"session {name} has expired")
+                if save.missing:
+                    raise SessionRefused("incomplete", f"session {name} lacks ranks {save.missing}")
+                try:
+                    return read(save)
+                except FileNotFoundError:
+                    continue
+                except SessionRefused:
+                    if all(os.path.exists(entry.path) for entry in save.entries.values()):
+                        raise
+        raise SessionRefused("replaced", f"session {name} is being replaced all the time")
+
+    @contextmanager
+    def _open(self, entry: Entry, tenant_tag: str, name: str) -> Iterator[SessionFile]:
+        """A file that is what its name says, of the session `name`, and made under our fingerprint."""
+        with SessionFile(entry.path, tenant_tag, self._directory.seal) as file:
+            header, made = file.header, file.header.fingerprint
+            said = (name, entry.created_ns, entry.save_id, entry.rank, entry.size)
+            if said != (header.name, header.created_ns, header.save_id, made.tp_rank, made.tp_size):
+                raise SessionRefused("altered", f"the file of session {name} is another session's")
+            if difference := replace(self._fingerprint, tp_rank=0).difference(replace(made, tp_rank=0)):
+                raise SessionRefused("fingerprint", f"session {name} does not fit: {difference}")
+            yield file
+
+    def _headers(self, tenant_tag: str) -> Iterator[Header]:
+        for entries in _by_tag(self._directory.entries(tenant_tag)).values():
+            with suppress(SessionRefused, FileNotFoundError):
+                save = newest(entries)
+                if not save.missing:
+                    with SessionFile(save.entries[0].path, tenant_tag, self._directory.seal) as file:
+                        yield file.header
+
+    def _wipe(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._directory.wipe(entry.path)
+
+    def _sweep(self, keep: tuple[str, str] | None = None) -> None:
+        usages, files = [], {}
+        for tenant_tag in self._directory.tenants() if self._directory else ():
+            self._directory.wipe_abandoned(tenant_tag)
+            for tag, entries in _by_tag(self._directory.entries(tenant_tag)).items():
+                save = newest(entries)
+                gone = entries if self._expired(save.created_ns) else superseded(entries, save)
+                self._wipe(gone)
+                left = [entry for entry in entries if entry not in gone]
+                if left:
+                    used = max(entry.used_ns for entry in left)
+                    files[tag] = left
+                    usages.append(Usage(tag, tenant_tag, sum(entry.n_bytes for entry in left), used))
+        kept = self._tags(*keep)[1] if keep else None
+        for tag in victims(usages, self._settings.max_sessions, self._settings.max_bytes, kept):
+            self._wipe(files.pop(tag))
+        live = {(tag, entry.save_id) for tag, left in files.items() for entry in left}
+        for key, header in self._host.headers().items():
+            filed = self._directory is None or (self._tags(*key)[1], header.save_id) in live
+            if self._expired(header.created_ns) or not filed:
+                self._host.drop(key)
+
+
+def _by_tag(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.tag, []).append(entry)
+    return groups
+
+
+def _token_ids(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """int32 [N]."""
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
+    if ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= 1 << 31:
+        raise ValueError(f"tokens must be one row of ids from 0 to 2**31 - 1, got shape {list(ids.shape)}")
+    return ids.to(torch.int32)
+
+
+def _check_slab(slab: torch.Tensor) -> None:
+    if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or slab.device.type != "cpu":
+        raise ValueError(f"a slab is uint8 [bytes], contiguous, on the CPU: {slab.dtype} {list(slab.shape)}")
+
+
+def _slab_for(header: Header, save_id: str | None, out: torch.Tensor | None) -> torch.Tensor:
+    """The tensor to read the slab of this session into."""
+    if save_id not in (None, header.save_id):
+        raise SessionRefused("replaced", f"session {header.name} was saved anew since it was looked up")
+    if out is None:
+        return torch.empty(header.n_bytes, dtype=torch.uint8)
+    if len(out) != header.n_bytes:
+        raise SessionRefused("size", f"session {header.name} has {header.n_bytes} bytes, the slot {len(out)}")
+    return out
+
+
+@contextmanager
+def _disk(reason: str, message: str) -> Iterator[None]:
+    """Turns what the disk raises into SessionRefused; a file that is gone is for the caller."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SessionRefused(reason, f"{message}: {error.strerror}") from error
