@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_deltamem import calibrate
 from vllm_deltamem import profile as profiles
-from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate
+from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate, trials
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
+from vllm_deltamem.kernels import reference
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import Shape
 
@@ -115,7 +116,8 @@ def test_importance_head_learns_what_a_key_tells():
     unit = torch.nn.functional.normalize
     key, value = unit(torch.randn(1, 2, 3000, 16), dim=-1), unit(torch.randn(1, 2, 3000, 16), dim=-1)
     wanted = torch.exp(4 * key[..., 3] + 3 * value[..., 5].abs())
-    seen = influence.Observation(key.half(), value.half(), torch.zeros(1, 2, 3000), wanted)
+    none = torch.zeros(1, 2, 0)
+    seen = influence.Observation(key.half(), value.half(), torch.zeros(1, 2, 3000), wanted, none, none, none)
     weights = importance.fit([seen], seed=0, units=16, steps=300)
     score = importance.scores(seen, weights)
     assert torch.corrcoef(torch.stack([score[0, 0], wanted[0, 0].log()]))[0, 1] > 0.9
@@ -138,13 +140,13 @@ def test_hull_leaves_out_what_lies_above():
 
 
 def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gates, "CANDIDATES", dict(list(gates.CANDIDATES.items())[:1]))
+    monkeypatch.setattr(gates, "CANDIDATES", {"drop": gates.CANDIDATES["drop"]})
     made = calibrate.calibrate(
         folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=4, length=1024, held_out=1
     )
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
-    assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] == "drop"
+    assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
     assert "15%, no profile" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors.partial").exists()
 
@@ -154,3 +156,29 @@ def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch
     monkeypatch.setattr(calibrate, "observe", None)
     second = calibrate.observations(model, [TEXT], tmp_path, seed=0, prompts=1, length=400)
     assert torch.equal(first[0].influence, second[0].influence)
+
+
+def test_trial_merge_of_equal_tokens_gives_everything_back():
+    torch.manual_seed(2)
+    plain, v = torch.randn(1, 400, 16), torch.randn(1, 400, 16)
+    plain[:, 1:200:2], v[:, 1:200:2] = plain[:, 0:200:2], v[:, 0:200:2]  # no positions: twins are equal
+    score = torch.zeros(1, 400)
+    score[:, 0:200:2] = 1 + torch.rand(100)
+    score[:, 0:200:2] *= torch.arange(100) < 60  # only the first of these are entries
+    found = trials.trial_merges(
+        torch.randn(2, 400, 16), plain, v, plain, score, None, 0.25, torch.Generator().manual_seed(0)
+    )
+    twins = found.cosine[0] > 0.999
+    assert 5 < twins.sum() < 64
+    torch.testing.assert_close(found.given_back[0, twins], found.size[0, twins], atol=1e-5, rtol=1e-3)
+    assert (found.given_back[0, ~twins] - found.size[0, ~twins]).abs().max() > 1e-4
+
+
+def test_fitted_gate_opens_where_merging_gives_back():
+    cosine = torch.linspace(-1, 1, 64).expand(1, 1, 64)
+    helps = torch.where(cosine > 0.3, 1.0, -0.5)
+    none = torch.zeros(1, 1, 0)
+    seen = influence.Observation(none, none, none, none, cosine, helps, torch.ones(1, 1, 64))
+    gate = gates.fit([seen])
+    opened = reference.gate(torch.tensor([[0.9, -0.5]]), torch.ones(1, 2), gate[0])
+    assert opened[0, 0] > 0.9 and opened[0, 1] < 0.1

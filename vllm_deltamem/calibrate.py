@@ -94,7 +94,7 @@ def calibrate(
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
     tuning = [_draw(model, texts, length, random.Random(f"{seed}-gate-{i}"), recall=i == 0) for i in range(2)]
-    profile.meta["gate"], profile = gates.choose(model, profile, tuning)
+    profile.meta["gate"], profile = gates.choose(model, profile, gates.fit(seen), tuning)
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
     shutil.rmtree(partial)

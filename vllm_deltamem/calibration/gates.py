@@ -1,4 +1,4 @@
-"""Merge gates: which losers join their nearest entry, chosen by what the model then predicts."""
+"""Merge gates: how far losers join their nearest entry. Fitted to trial merges, then chosen by prediction."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_deltamem.calibration.frozen import FrozenModel
+from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.calibration.simulate import memory_attention, score
 from vllm_deltamem.profile import Profile
@@ -21,19 +22,35 @@ CANDIDATES = {
 }
 
 
-def choose(model: FrozenModel, profile: Profile, prompts: list[Prompt]) -> tuple[str, Profile]:
-    """The candidate with the least loss over prompts and SHARES, and the profile with it in every head."""
+def fit(observations: list[Observation], steps: int = 400) -> torch.Tensor:
+    """Gates [L, G, 3] that leave the least error in trial merges; none of them looks at the entry's mass."""
+    cosine, given_back, size = (
+        torch.cat([getattr(o, name) for o in observations], -1) for name in ("cosine", "given_back", "size")
+    )
+    weights = torch.tensor([-4.0, 8.0]).repeat(*cosine.shape[:2], 1).requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=0.1)
+    for _ in range(steps):
+        opened = torch.sigmoid(weights[..., :1] + weights[..., 1:] * cosine)
+        error = (opened.square() * size - 2 * opened * given_back).sum() / len(observations)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return torch.nn.functional.pad(weights.detach(), (0, 1))
+
+
+def choose(
+    model: FrozenModel, profile: Profile, fitted: torch.Tensor, prompts: list[Prompt]
+) -> tuple[str, Profile]:
+    """The gate with the least loss over prompts and SHARES: its name, and the profile with it."""
     losses = {}
-    for name, gate in tqdm(CANDIDATES.items(), "gates compared"):
-        candidate = with_gate(profile, gate)
+    candidates = {name: torch.tensor(gate).expand_as(fitted).clone() for name, gate in CANDIDATES.items()}
+    candidates["fitted"] = fitted
+    for name, gate in tqdm(candidates.items(), "gates compared"):
+        candidate = dataclasses.replace(profile, gate=gate)
         losses[name] = sum(
             score(model, [prompt], memory_attention(model, candidate, len(prompt.ids), share)).loss
             for prompt in prompts
             for share in SHARES
         )
     best = min(losses, key=losses.get)
-    return best, with_gate(profile, CANDIDATES[best])
-
-
-def with_gate(profile: Profile, gate: tuple[float, float, float]) -> Profile:
-    return dataclasses.replace(profile, gate=torch.tensor(gate).expand_as(profile.gate).clone())
+    return best, dataclasses.replace(profile, gate=candidates[best])

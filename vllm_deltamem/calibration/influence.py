@@ -12,6 +12,7 @@ import torch
 
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.prompts import Prompt
+from vllm_deltamem.calibration.trials import trial_merges
 from vllm_deltamem.kernels.slot import rotate
 
 NEAR = 64  # tokens that a query has in its window anyway
@@ -25,34 +26,53 @@ class Observation(NamedTuple):
     value: torch.Tensor  # [L, G, T, D] fp16, unit norm
     keydiff: torch.Tensor  # [L, G, T] fp32, the training-free score
     influence: torch.Tensor  # [L, G, T] fp32, squares sum to 1 over everything; 0 if no answer was right
+    cosine: torch.Tensor  # [L, G, LOSERS] fp32, this and the next two: see Trials
+    given_back: torch.Tensor
+    size: torch.Tensor
 
 
 class _Recording:
     """The attention of one forward and backward pass, and what it saw."""
 
-    def __init__(self, model: FrozenModel, tokens: int):
+    def __init__(self, model: FrozenModel, tokens: int, seed: int):
         self.rope, self.tokens = model.rope(tokens), tokens
-        self.key, self.value, self.keydiff, self.influence = {}, {}, {}, {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.key, self.value, self.keydiff, self.influence, self.trials = {}, {}, {}, {}, {}
 
     def __call__(self, layer, q, k, v, scale):
         unit = torch.nn.functional.normalize
         position = torch.arange(self.tokens, device=k.device)
-        plain = rotate(k.detach().float(), position, self.rope, inverse=True)
-        seen = position[:, None] + 1
-        mean = plain.cumsum(-2) / seen
-        self.keydiff[layer] = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1).cpu()
-        self.key[layer] = unit(plain, dim=-1).half().cpu()
-        self.value[layer] = unit(v.detach().float(), dim=-1).half().cpu()
+        rotated, value = k.detach().float(), v.detach().float()
+        plain = rotate(rotated, position, self.rope, inverse=True)
+        mean = plain.cumsum(-2) / (position[:, None] + 1)
+        keydiff = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1)
+        self.key[layer], self.value[layer] = (
+            unit(plain, dim=-1).half().cpu(),
+            unit(value, dim=-1).half().cpu(),
+        )
+        self.keydiff[layer] = keydiff.cpu()
+        query = q.detach().float()
+        self.trials[layer] = trial_merges(
+            query, rotated, value, plain, keydiff, self.rope, scale, self.generator
+        )
         return _Attention.apply(q, k, v, scale, self.influence, layer)
 
     def observation(self) -> Observation:
-        count = self.tokens - NEAR
-        fields = []
-        for by_layer in (self.key, self.value, self.keydiff, self.influence):
-            fields.append(torch.stack([by_layer[i] for i in range(len(by_layer))])[:, :, :count].contiguous())
-        influence = fields[-1]
+        def stacked(by_layer):
+            return torch.stack([by_layer[i] for i in range(len(by_layer))])
+
+        tokens = slice(0, self.tokens - NEAR)
+        influence = stacked(self.influence)[:, :, tokens].contiguous()
         influence[:, :, :4] = 0  # sinks are kept whatever they score
-        return Observation(*fields[:3], influence / influence.square().sum().sqrt().clamp_min(1e-20))
+        return Observation(
+            key=stacked(self.key)[:, :, tokens].contiguous(),
+            value=stacked(self.value)[:, :, tokens].contiguous(),
+            keydiff=stacked(self.keydiff)[:, :, tokens].contiguous(),
+            influence=influence / influence.square().sum().sqrt().clamp_min(1e-20),
+            cosine=stacked({i: t.cosine for i, t in self.trials.items()}),
+            given_back=stacked({i: t.given_back for i, t in self.trials.items()}),
+            size=stacked({i: t.size for i, t in self.trials.items()}),
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -109,7 +129,7 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
     signs, so that they add up like noise.
     """
     wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
-    recording = _Recording(model, len(prompt.ids))
+    recording = _Recording(model, len(prompt.ids), seed)
     logits = model.logits(prompt.ids, recording, wanted, grad=True)
     label = prompt.ids[wanted].to(logits.device)[:, None]
     right = logits.gather(1, label)
