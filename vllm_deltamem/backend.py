@@ -100,6 +100,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         else:
             steps = self._cut(batch, slots)
         kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
+        self.pool.write_pins()
         return DeltaMemMetadata(steps, batch.num_actual_tokens, self.pool)
 
     def _cut(self, batch: CommonAttentionMetadata, slots: torch.Tensor) -> list[Step]:
@@ -214,9 +215,10 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots, policy = pool.layers[self.position], pool.policies[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
+        scratch = {} if len(attn_metadata.steps) > 1 else None
         for step in attn_metadata.steps:
             rows = step.slot_indices, step.cu_seqlens, step.seq_lens
             kernels.write(key, value, slots, *rows)
-            kernels.attend(query, slots, *rows, self.scale, out)
-            kernels.merge(slots, *rows, pool.rope, policy)
+            kernels.attend(query, slots, *rows, self.scale, out, scratch=scratch)
+            kernels.merge(slots, *rows, pool.rope, policy, scratch=scratch)
         return output

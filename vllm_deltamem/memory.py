@@ -88,6 +88,17 @@ class Layout:
         layers.append({"end": (offset, (0,), torch.uint8)})
         return tuple(layers)
 
+    def placed(self, before: int, after: int) -> dict[str, float]:
+        """Where the tokens went that left the ring while a sequence grew, mean of all heads."""
+        gone = [max(n // self.segment * self.segment - self.window, 0) for n in (before, after)]
+        heads = [(x, y) for xs, ys in zip(self.exact, self.coarse, strict=True) for x, y in zip(xs, ys, strict=True)]
+        held = [
+            (sum(min(n, x) for x, _ in heads) / len(heads), sum(min(n, x + y) for x, y in heads) / len(heads), n)
+            for n in gone
+        ]
+        exact, filled, left = (b - a for a, b in zip(*held, strict=True))
+        return {"exact": exact, "coarse": filled - exact, "merged": left - filled}
+
     @property
     def used_bytes(self) -> int:
         return self._fields[-1]["end"][0]

@@ -1,6 +1,7 @@
 """All slots of a worker: vLLM's cache tensors seen as slabs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -14,11 +15,26 @@ class SlotPool:
     layers: list[LayerSlots]
     policies: list[Policy]
     rope: Rope | None
+    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
+    serving: ClassVar["SlotPool | None"] = None  # of the model that this process loaded last
 
     @property
     def slots(self) -> int:
         """Slots that sequences can hold."""
         return len(self.slab) - 1
+
+    def pin(self, claimed: dict[int, list[list[int]]]) -> None:
+        """Note the pinned spans of slots that sequences just claimed, and write them."""
+        for slot, spans in claimed.items():
+            self.pins.pop(slot, None)
+            if spans:
+                self.pins[slot] = spans
+        self.write_pins()
+
+    def write_pins(self) -> None:
+        """Write all spans again: the reset of a slot, whichever comes first, wipes them."""
+        for slot, spans in self.pins.items():
+            self.layers[0].pins[slot, : len(spans)] = torch.tensor(spans, dtype=torch.int32, device=self.slab.device)
 
     @classmethod
     def from_caches(cls, plan: MemoryPlan, caches: list[torch.Tensor], rope: Rope | None) -> "SlotPool":
@@ -37,9 +53,10 @@ class SlotPool:
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device = slab.device
-        return cls(
+        cls.serving = cls(
             slab=slab,
             layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
         )
+        return cls.serving

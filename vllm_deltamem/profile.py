@@ -3,8 +3,10 @@
 One safetensors file per model. Letters: L attention layers, G kv heads, D head size, U hidden units.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import log
 from pathlib import Path
 
@@ -49,6 +51,14 @@ class Profile:
             return self.budgets[above]
         part = log(size / self.sizes[below]) / log(self.sizes[above] / self.sizes[below])
         return self.budgets[below].lerp(self.budgets[above], part)
+
+    @property
+    def digest(self) -> str:
+        """Names the learned weights and shares, for what was computed with them."""
+        state = hashlib.blake2b(json.dumps([self.fingerprint, self.sizes]).encode(), digest_size=16)
+        for tensor in (self.budgets, self.gate, *(self.importance or ())):
+            state.update(tensor.float().numpy().tobytes())
+        return state.hexdigest()
 
     def policy(self, layer: int, heads: slice = slice(None), device: torch.device | str = "cpu") -> Policy:
         """What the kernels need in one layer, for the kv heads of one tensor-parallel worker, in fp32."""
@@ -96,6 +106,7 @@ def check(profile: Profile, hf_config) -> None:
         )
 
 
+@lru_cache
 def load(path: str | Path) -> Profile:
     """Read a profile. Raises ValueError when the file is missing, is no profile or is not consistent."""
     tensors = {}

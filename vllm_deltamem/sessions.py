@@ -48,6 +48,15 @@ def tenant_of(api_key: str | None) -> str:
     return hashlib.blake2b(text.encode(), digest_size=32, person=b"deltamem tenant").hexdigest()
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` can name a session."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"a session name has 1 to {NAME_LIMIT} characters of A-Z a-z 0-9 . _ : @ = + ~ - "
+            f"and begins with a letter, digit or underscore: {name!r:.200}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """What was saved; `slab` is None when it was only looked at."""
@@ -206,11 +215,7 @@ class SessionStore:
         """The keyed hashes under which a session is filed."""
         if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
             raise ValueError("a tenant is 64 hex digits, see tenant_of()")
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(
-                f"a session name has 1 to {NAME_LIMIT} characters of A-Z a-z 0-9 . _ : @ = + ~ - "
-                f"and begins with a letter, digit or underscore: {name!r:.200}"
-            )
+        check_name(name)
         if self._directory is None:
             return tenant, name
         return self._directory.tenant_tag(tenant), self._directory.name_tag(tenant, name)

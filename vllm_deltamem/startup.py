@@ -1,14 +1,17 @@
 """What happens at start-up once the backend is chosen: checks, adjustments of vLLM's config, patches."""
 
+from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
 from vllm_deltamem import BACKEND
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.sessionsettings import SessionSettings
 
 logger = init_logger(__name__)
 
 KNOWN_VLLM = ("0.32.",)
+CONNECTOR = "DeltaMemConnector"
 
 
 def is_chosen(vllm_config) -> bool:
@@ -33,6 +36,13 @@ def configure(vllm_config) -> None:
         logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
         vllm_config.cache_config.enable_prefix_caching = False
     plan_memory(vllm_config, settings)
+    SessionSettings.from_dict(settings.sessions)
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path="vllm_deltamem.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
     apply_patches()
 
 
@@ -51,7 +61,11 @@ def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
     from vllm.platforms import current_platform
 
+    from vllm_deltamem.patches import http_tenant, request_options
+
     check_version()
+    request_options.apply()
+    http_tenant.apply()
     if current_platform.is_cpu():
         from vllm_deltamem.patches import cpu_platform
 
@@ -81,7 +95,7 @@ def _refuse_unsupported(vllm_config) -> None:
 
 def _foreign_connector(vllm_config) -> bool:
     transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector not in (None, "DeltaMemConnector")
+    return transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
 
 
 def _keep_other_layers(vllm_config) -> None:

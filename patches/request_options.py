@@ -1,0 +1,29 @@
+"""Checks a request's deltamem options where it enters, with the prompt's tokens at hand."""
+
+from functools import wraps
+
+
+def apply() -> None:
+    """Wrap InputProcessor.process_inputs. A ValueError from there fails that request alone."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "deltamem"):
+        return
+
+    @wraps(original)
+    def process_inputs(self, *args, **kwargs):
+        from vllm_deltamem.options import resolve
+        from vllm_deltamem.plan import plan_memory
+        from vllm_deltamem.startup import is_chosen
+
+        request = original(self, *args, **kwargs)
+        params = request.sampling_params
+        if params is not None and params.extra_args and is_chosen(self.vllm_config):
+            quota = plan_memory(self.vllm_config).layout.pinned
+            tokenizer = self.renderer.tokenizer
+            params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
+        return request
+
+    process_inputs.deltamem = True
+    InputProcessor.process_inputs = process_inputs

@@ -1,0 +1,98 @@
+"""What one request asks of the memory: `vllm_xargs` over HTTP, `SamplingParams.extra_args` offline.
+
+    deltamem_pin            text, or a list of texts, that the prompt contains: every occurrence is pinned
+    deltamem_pin_tokens     [first, end, first, end, ...], ranges of prompt positions
+    deltamem_session        name under which the memory is kept after the request and found before it
+
+They are checked where the request enters, so that a malformed one fails alone; the engine gets `PINS`,
+`SESSION` and `TENANT` below, already resolved.
+"""
+
+from contextvars import ContextVar
+
+from vllm_deltamem.memory import MAX_PINS
+from vllm_deltamem.sessions import check_name, tenant_of
+
+PINS, SESSION, TENANT = "deltamem_pins", "deltamem_session", "deltamem_tenant"
+CLIENT_OPTIONS = ("deltamem_pin", "deltamem_pin_tokens", SESSION)
+
+tenant: ContextVar[str] = ContextVar("deltamem_tenant", default=tenant_of(None))  # of the HTTP request at hand
+
+
+def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -> dict | None:
+    """The extra_args with the client's options replaced by what the engine reads.
+
+    prompt: token ids. quota: tokens that a client may pin. Raises ValueError for an option that is unknown
+    or malformed, text that the prompt does not contain, and pins over the quota.
+    """
+    if not extra_args or not any(name.startswith("deltamem") for name in extra_args):
+        return extra_args
+    options = {name: value for name, value in extra_args.items() if name.startswith("deltamem")}
+    for name in options:
+        if name not in CLIENT_OPTIONS:
+            raise ValueError(f"Unknown option {name!r}; deltamem knows {', '.join(CLIENT_OPTIONS)}.")
+    resolved = {name: value for name, value in extra_args.items() if name not in options}
+    spans = _token_ranges(options.get("deltamem_pin_tokens", []), len(prompt))
+    texts = options.get("deltamem_pin", [])
+    if texts:
+        spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer)
+    if spans:
+        resolved[PINS] = _within_quota(_united(spans), quota)
+    if SESSION in options:
+        check_name(options[SESSION])
+        resolved |= {SESSION: options[SESSION], TENANT: tenant.get()}
+    return resolved
+
+
+def _token_ranges(flat, length: int) -> list[tuple[int, int]]:
+    if not isinstance(flat, list) or len(flat) % 2 or not all(type(p) is int for p in flat):
+        raise ValueError(
+            f"deltamem_pin_tokens must be a list [first, end, first, end, ...] of token positions, got {flat!r:.200}."
+        )
+    spans = list(zip(flat[::2], flat[1::2], strict=True))
+    for first, end in spans:
+        if not 0 <= first < end <= length:
+            raise ValueError(
+                f"deltamem_pin_tokens: [{first}, {end}) is not a range in a prompt of {length} tokens."
+            )
+    return spans
+
+
+def _text_spans(texts, prompt: list[int], tokenizer) -> list[tuple[int, int]]:
+    """Token ranges of every occurrence of every text in the prompt."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"deltamem_pin must be a text or a list of texts, got {texts!r:.200}.")
+    if tokenizer is None:
+        raise ValueError("deltamem_pin needs a tokenizer, which this server skips: use deltamem_pin_tokens.")
+    pieces = [tokenizer.decode([token]) for token in prompt]
+    joined, owner = "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
+    spans = []
+    for text in texts:
+        at = joined.find(text)
+        if at < 0:
+            raise ValueError(f"deltamem_pin: the prompt does not contain {text!r:.200}.")
+        while at >= 0:
+            spans.append((owner[at], owner[at + len(text) - 1] + 1))
+            at = joined.find(text, at + 1)
+    return spans
+
+
+def _united(spans: list[tuple[int, int]]) -> list[list[int]]:
+    """The same positions as the fewest ascending spans."""
+    united: list[list[int]] = []
+    for first, end in sorted(spans):
+        if united and first <= united[-1][1]:
+            united[-1][1] = max(united[-1][1], end)
+        else:
+            united.append([first, end])
+    return united
+
+
+def _within_quota(spans: list[list[int]], quota: int) -> list[list[int]]:
+    count = sum(end - first for first, end in spans)
+    if count > quota or len(spans) > MAX_PINS:
+        raise ValueError(
+            f"The pins cover {count} tokens in {len(spans)} spans; this server allows {quota} tokens in "
+            f"{MAX_PINS} spans per request (setting 'pinned'). Pin less."
+        )
+    return spans
