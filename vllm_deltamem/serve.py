@@ -54,7 +54,7 @@ def app(options: dict[str, Any]) -> "Application":
         health_check_period_s=2,
         graceful_shutdown_timeout_s=60,
     )
-    gateway = serve.deployment(Gateway, max_ongoing_requests=QUEUE)
+    gateway = serve.deployment(Gateway, max_ongoing_requests=QUEUE, ray_actor_options={"num_cpus": 0})
     return gateway.bind(engines.bind(options))
 
 

@@ -1,0 +1,223 @@
+"""Conversations on Ray Serve: throughput with one and two replicas, and what a killed replica costs.
+
+    python -m benchmarks.ray_serve --model FOLDER [--backend CPU_ATTN]
+
+Three runs of the same conversations: with one replica, with two, and with two of which one is killed when
+half of the turns are answered. Even clients stream their answers and send a turn again whose stream broke
+off; odd clients do not stream, and never send anything twice.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import openai
+
+from . import common
+from .ray_application import Application
+
+REPLICA = "x-deltamem-replica"  # the header that names who answered
+TOPICS = (
+    "rain bread glass salt maps clocks bees iron chess paper bridges soap tea snow silk coal ink rope wax ice"
+).split()
+TURNS = (
+    "How did {} come to be used by people?",
+    "Which of these facts would surprise a child most?",
+    "What is the opposite of what you just said?",
+    "Sum up our conversation in one sentence.",
+)
+
+
+@dataclass
+class Turn:
+    """One answered turn; times in seconds of time.monotonic()."""
+
+    client: int
+    began: float
+    ended: float
+    answer: str
+    replica: str
+    prompt_tokens: int
+    tokens: int
+    sent: int  # times
+
+
+@dataclass
+class Conversations:
+    """All clients talk at once, each in a session of its own, through `rounds` turns."""
+
+    url: str
+    model: str
+    name: str  # of the run: sessions of different runs never meet
+    clients: int
+    rounds: int
+    max_tokens: int
+    turns: list[Turn] = field(default_factory=list)
+    half_done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> float:
+        """Returns the seconds it took."""
+        began = time.monotonic()
+        async with openai.AsyncOpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=600) as api:
+            await asyncio.gather(*(self._talk(api, client) for client in range(self.clients)))
+        return time.monotonic() - began
+
+    async def _talk(self, api: openai.AsyncOpenAI, client: int) -> None:
+        messages = []
+        for question in TURNS[: self.rounds]:
+            messages.append({"role": "user", "content": question.format(TOPICS[client % len(TOPICS)])})
+            turn = await self._ask(api, client, messages)
+            messages.append({"role": "assistant", "content": turn.answer})
+            self.turns.append(turn)
+            if 2 * len(self.turns) >= self.clients * self.rounds:
+                self.half_done.set()
+
+    async def _ask(self, api: openai.AsyncOpenAI, client: int, messages: list[dict]) -> Turn:
+        request = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "extra_body": {"vllm_xargs": {"deltamem_session": f"{self.name}-{client}"}},
+        }
+        ask = self._streamed if client % 2 == 0 else self._whole
+        began = time.monotonic()
+        answer, replica, usage, sent = await ask(api.chat.completions.with_raw_response, request)
+        sizes = usage.prompt_tokens, usage.completion_tokens
+        return Turn(client, began, time.monotonic(), answer, replica, *sizes, sent)
+
+    async def _whole(self, completions, request: dict) -> tuple:
+        response = await completions.create(**request)
+        completion = response.parse()
+        return completion.choices[0].message.content, response.headers[REPLICA], completion.usage, 1
+
+    async def _streamed(self, completions, request: dict) -> tuple:
+        request = request | {"stream": True, "stream_options": {"include_usage": True}}
+        sent = 0
+        while True:
+            sent, words = sent + 1, []
+            response = await completions.create(**request)
+            try:
+                async for chunk in response.parse():
+                    words += [choice.delta.content or "" for choice in chunk.choices]
+                    usage = chunk.usage
+            except openai.APIError as error:
+                print(f"  sent again: {error}", flush=True)
+                continue
+            return "".join(words), response.headers[REPLICA], usage, sent
+
+    def answers(self) -> list[list[str]]:
+        """The answers of every client, in order."""
+        return [[turn.answer for turn in self.turns if turn.client == c] for c in range(self.clients)]
+
+
+async def kill_at_half(application: Application, conversations: Conversations) -> float:
+    """Kill a replica when half of the turns are answered; returns when, in seconds of time.monotonic()."""
+    await conversations.half_done.wait()
+    victim = application.engines()[0]
+    victim.kill()
+    return time.monotonic()
+
+
+async def disturbed(application: Application, conversations: Conversations) -> tuple[float, dict[str, float]]:
+    """Run the conversations through the death of a replica: seconds they took, and what the death cost."""
+    killer = asyncio.create_task(kill_at_half(application, conversations))
+    seconds = await conversations.run()
+    killed = await killer
+    before = [turn for turn in conversations.turns if turn.ended < killed]
+    after = [turn for turn in conversations.turns if turn.ended >= killed]
+    names = {turn.replica for turn in before}
+    (dead,) = names - {turn.replica for turn in after}
+    orphans = {turn.client for turn in before if turn.replica == dead}
+    waits = {}
+    for turn in after:
+        waits.setdefault(turn.client, turn.ended - killed)
+    async with openai.AsyncOpenAI(base_url=conversations.url, api_key="none") as api:
+        while (await api.models.with_raw_response.list()).headers[REPLICA] in names:
+            await asyncio.sleep(0.2)
+    return seconds, {
+        "recovery_s": max(waits[client] for client in orphans & waits.keys()),
+        "recovery_median_s": median(waits[client] for client in orphans & waits.keys()),
+        "undisturbed_wait_s": max(waits[client] for client in waits.keys() - orphans),
+        "replacement_s": time.monotonic() - killed,
+        "sent_again": sum(turn.sent - 1 for turn in conversations.turns),
+        "orphaned_conversations": len(orphans),
+    }
+
+
+def serve(arguments: argparse.Namespace, sessions: str, replicas: int) -> Application:
+    options = {
+        "model": str(arguments.model),
+        "served-model-name": arguments.model.name,
+        "attention-backend": arguments.backend,
+        "dtype": "float32",  # so that who else is in the batch does not change an answer
+        "max-model-len": 1024,
+        "max-num-seqs": arguments.clients,
+        "kv-cache-memory-bytes": "2G",
+        "enforce-eager": True,
+    }
+    if arguments.backend == "DELTAMEM":
+        settings = {"memory": arguments.memory, "sessions": {"directory": sessions}}
+        options["additional-config"] = {"deltamem": settings}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    engine = {
+        "num_replicas": replicas,
+        "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": environment}},
+    }
+    return Application(options, engine)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a small model")
+    parser.add_argument("--backend", default="DELTAMEM", help="attention backend (%(default)s)")
+    parser.add_argument("--memory", type=int, default=256, help="of deltamem, tokens per head (%(default)s)")
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument(
+        "--rounds", type=int, default=len(TURNS), help="turns of a conversation (%(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=32, help="of an answer (%(default)s)")
+    arguments = parser.parse_args()
+    rows, reference = [], None
+
+    def measured(replicas: int, talk: Conversations, values: dict[str, float]) -> None:
+        values["conversations_unchanged"] = sum(map(list.__eq__, talk.answers(), reference))
+        shape = {
+            "model": arguments.model.name,
+            "backend": arguments.backend,
+            "context": max(turn.prompt_tokens + turn.tokens for turn in talk.turns),
+            "batch": arguments.clients,
+            "memory_tokens": arguments.memory if arguments.backend == "DELTAMEM" else None,
+            "replicas": replicas,
+            "n": len(talk.turns),
+        }
+        for metric, value in values.items():
+            print(f"{talk.name:12} {metric:24} {value:10.2f}", flush=True)
+            rows.append(shape | {"metric": metric, "value": round(value, 3)})
+
+    with tempfile.TemporaryDirectory() as sessions:
+        for replicas in (1, 2):
+            with serve(arguments, sessions, replicas) as application:
+
+                def conversations(name: str, application=application) -> Conversations:
+                    sizes = arguments.clients, arguments.rounds, arguments.max_tokens
+                    return Conversations(application.url, arguments.model.name, name, *sizes)
+
+                talk = conversations(f"undisturbed-{replicas}")
+                seconds = asyncio.run(talk.run())
+                reference = reference or talk.answers()
+                measured(replicas, talk, {"tokens_per_s": sum(t.tokens for t in talk.turns) / seconds})
+                if replicas == 2:
+                    talk = conversations("killed")
+                    seconds, costs = asyncio.run(disturbed(application, talk))
+                    costs["tokens_per_s"] = sum(turn.tokens for turn in talk.turns) / seconds
+                    measured(replicas, talk, costs)
+    common.append(rows, "ray")
+
+
+if __name__ == "__main__":
+    main()
