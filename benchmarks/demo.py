@@ -45,7 +45,7 @@ class Answer:
     prompt_tokens: int
     first_token: float  # seconds
     total: float  # seconds
-    metrics: dict[str, float]  # vLLM's gauges by name, read while the sequence was running
+    metrics: dict[str, float]  # the server's gauges by name, as its last step left them
 
 
 @contextmanager
@@ -117,7 +117,10 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def ask(address: str, text: str, question: str) -> Answer:
-    """Ask over HTTP, streaming, and read the server's metrics while it holds the sequence."""
+    """Ask over HTTP, streaming, and read the server's metrics right afterwards.
+
+    Raises RuntimeError with the server's message where it breaks the answer off.
+    """
     body = {
         "model": DEFAULT_MODEL,
         "messages": [{"role": "user", "content": f"{text}\n\n{INSTRUCTION}\nQuestion: {question}"}],
@@ -129,12 +132,14 @@ def ask(address: str, text: str, question: str) -> Answer:
     request = Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    began, first, words, prompt_tokens, metrics = time.monotonic(), None, [], 0, {}
+    began, first, words, prompt_tokens = time.monotonic(), None, [], 0
     with urlopen(request, timeout=PATIENCE) as stream:
         for line in stream:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise RuntimeError(f"The server broke the answer off: {event['error']['message']}")
             if event.get("usage"):
                 prompt_tokens = event["usage"]["prompt_tokens"]
             for choice in event["choices"]:
@@ -142,8 +147,8 @@ def ask(address: str, text: str, question: str) -> Answer:
                 words.append(word)
                 if first is None and (word or choice["finish_reason"]):
                     first = time.monotonic() - began
-                    metrics = read_metrics(address)
-    return Answer("".join(words).strip(), prompt_tokens, first, time.monotonic() - began, metrics)
+    total = time.monotonic() - began
+    return Answer("".join(words).strip(), prompt_tokens, first, total, read_metrics(address))
 
 
 def read_metrics(address: str) -> dict[str, float]:
@@ -195,4 +200,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"demo: {error}")
