@@ -1,0 +1,61 @@
+"""Tiny random models of every family, and in-process vLLM engines on them, for tests."""
+
+import gc
+from contextlib import contextmanager
+
+import torch
+
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+SHAPE = dict(vocab_size=384, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, initializer_range=0.15,
+             bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+FAMILIES = {  # name: (transformers model type, what its config adds)
+    "llama": ("llama", {}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2-bias": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
+    "qwen3-norms": ("qwen3", {}),
+    "gemma3-sliding": ("gemma3_text", {"sliding_window": 64, "num_hidden_layers": 4, "query_pre_attn_scalar": 32,
+                                       "layer_types": ["sliding_attention", "full_attention"] * 2}),  # fmt: skip
+}  # fmt: skip
+
+
+def save_model(folder, family: str):
+    """Write a Hugging Face folder of a family; weights and biases random, the same every time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | extra)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **options):
+    """An LLM in this process (needs VLLM_ENABLE_V1_MULTIPROCESSING=0), gone when the block ends."""
+    from vllm import LLM
+
+    if backend == "DELTAMEM":
+        options["additional_config"] = {"deltamem": settings or {}}
+    llm = LLM(
+        str(folder), attention_backend=backend, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True,
+        disable_log_stats=True, **({"max_model_len": 1024, "max_num_seqs": 8} | options),
+    )  # fmt: skip
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(2, 384, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,126 @@
+"""The invariant and exactness through the real engine, on tiny models of every family."""
+
+import os
+
+import pytest
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import torch  # noqa: E402
+from engines import FAMILIES, engine, save_model, tokens  # noqa: E402
+
+SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = save_model(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return folder
+
+
+def greedy(count, **extra):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **extra)
+
+
+def generate(llm, prompts, params):
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def slab_of(llm, prompt, count=40, name="slot"):
+    """State of the slot after a prompt and `count` generated tokens, as its session keeps it."""
+    from vllm_deltamem.connector import open_store
+    from vllm_deltamem.sessions import tenant_of
+
+    session = {"deltamem_session": name}
+    text = generate(llm, [prompt], greedy(count, extra_args=session))[0]
+    saved = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name)
+    assert saved.tokens.tolist() == (prompt + text)[: len(saved.tokens)]
+    assert len(saved.tokens) >= len(prompt) + count - 1
+    return text, saved.slab
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_as_large_as_the_context_is_full_attention(folders, family):
+    """Log-probabilities of a prompt and a whole greedy generation, fp32, against the stock backend."""
+    params = greedy(64, logprobs=1, prompt_logprobs=1)
+    prompt, found = tokens(300), {}
+    for backend in ("CPU_ATTN", "DELTAMEM"):
+        settings = {"memory": 1200, "segment": 64, "fidelity": "bf16"}
+        with engine(folders(family), backend, "float32", settings, max_model_len=512) as llm:
+            out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        chosen = [row[token].logprob for row, token in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)]
+        chosen += [row[t].logprob for row, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True)]
+        found[backend] = torch.tensor(chosen)
+    difference = (found["DELTAMEM"] - found["CPU_ATTN"]).abs().max().item()
+    print(f"{family}: largest difference in log-probability {difference:.2e}")
+    assert difference < 2e-4
+
+
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders):
+    """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes."""
+    prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
+    expected = None
+    for chunk in (2048, 64, 100):
+        with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+            alone = slab_of(llm, prompt, name="alone")
+            expected = expected or alone
+            assert alone[0] == expected[0] and torch.equal(alone[1], expected[1]), f"chunks of {chunk}"
+            generate(llm, others * 2, greedy(30))  # every slot is used, and dirty afterwards
+            again = slab_of(llm, prompt, name="again")
+            assert torch.equal(again[1], expected[1]), f"a used slot, chunks of {chunk}"
+            crowd = crowded_slab(llm, prompt, others)
+            assert torch.equal(crowd, expected[1]), f"among others, chunks of {chunk}"
+
+
+def crowded_slab(llm, prompt, others):
+    from vllm_deltamem.connector import open_store
+    from vllm_deltamem.sessions import tenant_of
+
+    params = [greedy(40, extra_args={"deltamem_session": "crowd"})] + [greedy(25 + i) for i in range(len(others))]
+    generate(llm, [prompt, *others], params)
+    return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), "crowd").slab
+
+
+@pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
+def test_slot_does_not_depend_on_preemption(folders, after):
+    from vllm_deltamem.connector import open_store
+    from vllm_deltamem.sessions import tenant_of
+
+    prompt = tokens(333)
+    with engine(folders("qwen2-bias"), settings=SMALL, max_num_batched_tokens=100) as llm:
+        expected = slab_of(llm, prompt)
+        core = llm.llm_engine
+        core.add_request("p", {"prompt_token_ids": prompt}, greedy(40, extra_args={"deltamem_session": "p"}))
+        for _ in range(after):
+            core.step()
+        scheduler = core.engine_core.engine_core.scheduler
+        assert scheduler.running
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+        assert not scheduler.running, "the request must have been preempted"
+        finished = []
+        while core.has_unfinished_requests():
+            finished += [o for o in core.step() if o.finished]
+        core.step()
+        assert list(finished[0].outputs[0].token_ids) == expected[0]
+        slab = open_store(core.vllm_config, 0).restore(tenant_of(None), "p").slab
+    assert torch.equal(slab, expected[1])
+
+
+def test_slots_come_back_and_bytes_stay_constant(folders):
+    """Long and short sequences hold the same slot; a pool of few slots serves many requests in turn."""
+    with engine(folders("llama"), settings=SMALL, max_num_seqs=3) as llm:
+        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        results = generate(llm, [tokens(n, seed=n) for n in range(20, 420, 40)], greedy(10))
+        assert [len(r) for r in results] == [10] * 10
+        assert pool.get_num_free_blocks() == free
