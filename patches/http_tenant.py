@@ -4,21 +4,20 @@ from functools import wraps
 
 
 def apply() -> None:
-    """Wrap api_server.build_app: one more middleware, which notes whose request it is."""
-    from vllm.entrypoints.openai import api_server
+    """Wrap init_entrypoints_middleware, which build_app calls: one more middleware, outermost."""
+    from vllm.entrypoints.launchers import app as launcher
 
-    original = api_server.build_app
+    original = launcher.init_entrypoints_middleware
     if hasattr(original, "deltamem"):
         return
 
     @wraps(original)
-    def build_app(*args, **kwargs):
-        app = original(*args, **kwargs)
+    def init_entrypoints_middleware(args, app, supported_tasks):
+        original(args, app, supported_tasks)
         app.add_middleware(TenantMiddleware)
-        return app
 
-    build_app.deltamem = True
-    api_server.build_app = build_app
+    init_entrypoints_middleware.deltamem = True
+    launcher.init_entrypoints_middleware = init_entrypoints_middleware
 
 
 class TenantMiddleware:
@@ -31,12 +30,17 @@ class TenantMiddleware:
         from vllm_deltamem.options import tenant
         from vllm_deltamem.sessions import tenant_of
 
-        key = None
-        for name, value in scope.get("headers", []):
-            if name == b"authorization":
-                key = value.decode("latin-1").removeprefix("Bearer ").strip()
-        token = tenant.set(tenant_of(key or None))
+        token = tenant.set(tenant_of(bearer_token(scope.get("headers", ()))))
         try:
             await self.app(scope, receive, send)
         finally:
             tenant.reset(token)
+
+
+def bearer_token(headers) -> str | None:
+    """The API key as vLLM's AuthenticationMiddleware reads it, of the first such header; None if none."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.decode("latin-1").partition(" ")
+            return key or None if scheme.lower() == "bearer" else None
+    return None
