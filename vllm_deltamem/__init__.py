@@ -4,6 +4,8 @@
 else until that backend is chosen; see startup.py for what happens then.
 """
 
+import logging
+
 __version__ = "0.1.0"
 
 BACKEND = "DELTAMEM"
@@ -17,9 +19,12 @@ def register() -> None:
 
     if BACKEND not in AttentionBackendEnum.__members__:
         register_backend(BACKEND, "vllm_deltamem.backend.DeltaMemBackend")
-        # A spawned worker unpickles the config before it loads plugins: pickle as a call that registers first.
+        # A spawned worker unpickles the config before it loads plugins: pickle a call that registers first.
         AttentionBackendEnum[BACKEND].__reduce_ex__ = lambda protocol: (restore_backend, ())
     config_hook.apply()
+    # vLLM gives handlers to its own loggers only: without them what ours say at INFO is lost.
+    ours, theirs = logging.getLogger(__name__), logging.getLogger("vllm")
+    ours.handlers, ours.level = theirs.handlers, theirs.level
 
 
 def restore_backend():
