@@ -90,7 +90,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._plan = plan_memory(vllm_config)
         parallel = vllm_config.parallel_config
         rank = parallel.rank % parallel.tensor_parallel_size if role == KVConnectorRole.WORKER else 0
-        self._store = open_store(vllm_config, rank)
+        self.store = open_store(vllm_config, rank)
         self._requests = {}  # scheduler: running requests by id
         self._matched: dict[str, Transfer] = {}  # scheduler: restores that wait for a slot
         self._step = StepMetadata()  # scheduler: being put together
@@ -118,7 +118,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return None, False  # its last turn is still being saved: ask again
         outcome, tokens = "new", []
         try:
-            session = self._store.peek(tenant, name)
+            session = self.store.peek(tenant, name)
             if session is not None:
                 fits = session.prefix_of(request.all_token_ids) and len(session.tokens) < request.num_tokens
                 outcome, tokens = ("restored", session.tokens.tolist()) if fits else ("other history", [])
@@ -236,7 +236,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             row = SlotPool.serving.slab[transfer.slot]
             try:
                 staging = row if row.device.type == "cpu" else None
-                session = self._store.restore(transfer.tenant, transfer.name, transfer.save_id, out=staging)
+                session = self.store.restore(transfer.tenant, transfer.name, transfer.save_id, out=staging)
                 if session is None:
                     raise SessionRefused("erased", f"session {transfer.name} is gone")
                 if staging is None:
@@ -249,7 +249,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         for transfer in self._get_connector_metadata().saves:
             slab = SlotPool.serving.slab[transfer.slot].cpu().contiguous()
             try:
-                self._store.save(transfer.tenant, transfer.name, transfer.tokens, slab, transfer.save_id)
+                self.store.save(transfer.tenant, transfer.name, transfer.tokens, slab, transfer.save_id)
             except SessionRefused as refused:
                 logger.warning("deltamem could not save a session: %s", refused)
             self._saved.add(transfer.request_id)

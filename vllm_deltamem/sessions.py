@@ -190,6 +190,19 @@ class SessionStore:
         live = (header for header in headers if not self._expired(header.created_ns))
         return sorted(live, key=lambda header: -header.created_ns)
 
+    def summaries(self, tenant: str) -> list[dict]:
+        """list() for people: name, tokens, bytes (all ranks together) and age in seconds of each session."""
+        now = time.time_ns()
+        return [
+            {
+                "name": header.name,
+                "tokens": header.n_tokens,
+                "bytes": header.n_bytes * header.fingerprint.tp_size,
+                "age_s": round(max(now - header.created_ns, 0) / 1e9, 1),
+            }
+            for header in self.list(tenant)
+        ]
+
     def erase(self, tenant: str, name: str) -> bool:
         """Erase a session for good, of all ranks: memory zeroed, files overwritten; False if there was none.
 

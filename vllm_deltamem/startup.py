@@ -12,6 +12,7 @@ logger = init_logger(__name__)
 
 KNOWN_VLLM = ("0.32.",)
 CONNECTOR = "DeltaMemConnector"
+WORKER_EXTENSION = "vllm_deltamem.worker.SessionWorker"
 
 
 def is_chosen(vllm_config) -> bool:
@@ -43,6 +44,7 @@ def configure(vllm_config) -> None:
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
     )
+    vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     apply_patches()
 
 
@@ -84,6 +86,8 @@ def _refuse_unsupported(vllm_config) -> None:
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "--worker-extension-cls (its own reaches the sessions)": parallel.worker_extension_cls
+        not in ("", WORKER_EXTENSION),
         "--kv-transfer-config (its own connector carries sessions)": _foreign_connector(vllm_config),
         f"--kv-cache-dtype {cache.cache_dtype} (see the setting 'fidelity')": cache.cache_dtype
         not in ("auto", str(model.dtype).removeprefix("torch.")),

@@ -1,0 +1,59 @@
+"""The effective layout of a model and its settings, as text for people."""
+
+from collections.abc import Iterator
+
+from vllm_deltamem.kernels.slot import FIDELITIES
+from vllm_deltamem.plan import MemoryPlan
+
+
+def report(plan: MemoryPlan, workers: int) -> str:
+    """What a sequence holds under this plan, on `workers` tensor-parallel workers together."""
+    layout, shape = plan.whole, plan.whole.shape
+    held = plan.layout.slot_bytes * workers
+    full = shape.full_attention_bytes * shape.max_model_len
+    fidelity = next(name for name, codec in FIDELITIES.items() if codec == layout.codec)
+    facts = {
+        "bytes per sequence": f"{held:,}",
+        "per worker": f"{held // workers:,} on each of {workers}",
+        "full attention": f"{full:,} at max_model_len {shape.max_model_len:,}",
+        "reduction": f"{1 - held / full:.1%}",
+        "heads": f"{shape.layers} layers x {shape.kv_heads} kv heads of size {shape.head_size}",
+        "window": f"{layout.window} tokens, and the open segment",
+        "segment": f"{layout.segment} tokens",
+        "sinks": f"{layout.sinks} tokens",
+        "pinned": f"at most {layout.pinned} tokens",
+        "fidelity": f"{fidelity} in coarse entries",
+        "merge": "what loses its entry is merged" if plan.merge else "what loses its entry is dropped",
+        "profile": _profile(plan),
+        "exact entries": _spread([count for row in layout.exact for count in row]),
+        "coarse entries": _spread([count for row in layout.coarse for count in row]),
+    }
+    width = max(map(len, facts)) + 2
+    lines = [f"{name:<{width}}{fact}" for name, fact in facts.items()]
+    return "\n".join([*lines, "", *_table(plan)])
+
+
+def _profile(plan: MemoryPlan) -> str:
+    if plan.profile is None:
+        return "none: equal heads and training-free scores"
+    sizes = ", ".join(f"{size:.1%}" for size in plan.profile.sizes)
+    return f"{plan.profile.digest[:12]}, budgets at {sizes} of the context"
+
+
+def _table(plan: MemoryPlan) -> Iterator[str]:
+    """A line per run of layers that have the same entries; counts are those of one kv head."""
+    yield "layers     exact: min  mean   max   coarse: min  mean   max"
+    rows = list(zip(plan.model_layers, plan.whole.exact, plan.whole.coarse, strict=True))
+    first = 0
+    for i, (last, exact, coarse) in enumerate(rows):
+        if i + 1 < len(rows) and rows[i + 1][1:] == (exact, coarse):
+            continue
+        begin = rows[first][0]
+        label = str(begin) if begin == last else f"{begin}-{last}"
+        counts = [f"{min(c):>{w}}{sum(c) / len(c):>6.0f}{max(c):>6}" for c, w in ((exact, 11), (coarse, 14))]
+        yield f"{label:<10}{''.join(counts)}"
+        first = i + 1
+
+
+def _spread(counts: list[int]) -> str:
+    return f"{min(counts)} to {max(counts)} per head, mean {sum(counts) / len(counts):.0f}"
