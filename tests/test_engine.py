@@ -33,6 +33,7 @@ def greedy(count, **extra):
 
 def generate(llm, prompts, params):
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    llm.llm_engine.step()  # an engine in this process saves sessions in its next step
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
