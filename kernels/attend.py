@@ -1,0 +1,216 @@
+"""Triton attention over memory, window and segment: split over keys, joined by log-sum-exp (README.md, 2 and 3).
+
+A head's keys are numbered ring first, then exact, then coarse entries. The host cuts every head into pieces
+of equal size (launch.Pieces), so a head that holds eight times the mean gets eight times the programs. A
+program takes one piece and one tile of query rows; the heads of a group are rows of the same tile.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import buffer, half_width, heads_of, processors, rows_of
+from .slot import LayerSlots
+from .tiles import at, decode, halves, locate, row_at
+
+LARGEST_TILE = 128  # query rows
+KEYS = 64  # keys of a tile; pieces are a power of two of tiles
+INTERPRETED_KEYS = 16
+
+
+def attend(
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out,
+    max_query_len: int | None = None, live_tokens: int | None = None,
+) -> None:  # fmt: skip
+    """See reference.attend. q, out [T, H, D] may be strided in their first two dimensions.
+
+    What the host knows of the rows that are no padding: max_query_len, an upper bound of their lengths (1 takes
+    the decoding shape), and live_tokens, one of their sum (T where it is not given).
+    """
+    query_heads, size = q.shape[1:]
+    rows, heads = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots)
+    live_tokens, single = live_tokens or q.shape[0], max_query_len == 1
+    group = query_heads // slots.ring_k.shape[1]
+    tile = min(max(triton.next_power_of_2(group * min(max_query_len or live_tokens, live_tokens)), 16), LARGEST_TILE)
+    tile_tokens = 1 if single else tile // group
+    blocks = rows.count if single else live_tokens // tile_tokens + rows.count
+    keys = KEYS if q.is_cuda else INTERPRETED_KEYS
+    counts = tuple(slots.ring_k.shape[2] + held for held in heads.held)
+    resident = processors(q.device) * (1 if tile > 64 else 2)
+    pieces = heads.pieces(counts, keys, blocks, resident, tile_tokens * group * size * 4)
+    shape = (pieces.parts, blocks, tile_tokens * group)
+    partial = buffer("partial", (*shape, size), torch.float32, q.device)
+    lse = buffer("lse", shape, torch.float32, q.device)
+    common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=triton.next_power_of_2(rows.count))
+    _attend[(blocks, len(pieces.table))](
+        q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, rows, scale * math.log2(math.e),
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile, KEYS=keys,
+        KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
+        num_warps=8 if tile > 64 else 4, num_stages=2 if size * q.element_size() > 256 else 3,
+    )  # fmt: skip
+    if pieces.parts:
+        _combine[(blocks * tile_tokens, query_heads)](
+            out, partial, lse, pieces.first_part, rows, blocks, out.stride(0), out.stride(1),
+            WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, **common, num_warps=4 if single else 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    q, out, partial, lse, slots, stride, table, size, rows, scale, q_token, q_head, out_token, out_head,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows over one piece of a head's keys. scale includes log2(e): softmax is in base 2."""
+    RING: tl.constexpr = WINDOW + SEGMENT
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    n = tl.program_id(0)
+    first = 0
+    if TOKENS > 1:
+        n, first = locate(rows, n, TOKENS, ROWS)
+        if n == ROWS:
+            return
+    slot, begin, count, seq_len = row_at(rows, n)
+    if (slot < 0) | (count <= 0):
+        return
+    head = tl.load(table + 4 * tl.program_id(1))
+    start = tl.load(table + 4 * tl.program_id(1) + 1)
+    part = tl.load(table + 4 * tl.program_id(1) + 2)
+
+    row = tl.arange(0, TILE)
+    token = first + row // GROUP
+    query_head = head * GROUP + row % GROUP
+    valid = (row < TOKENS * GROUP) & (token < count)
+    position = seq_len - count + token
+    i = tl.arange(0, HALF)
+    mask = valid[:, None] & (i < D // 2)[None, :]
+    query = q + ((begin + token).to(tl.int64) * q_token + query_head * q_head)[:, None] + i[None, :]
+    q_low = tl.load(query, mask=mask, other=0.0)
+    q_high = tl.load(query + D // 2, mask=mask, other=0.0)
+
+    gone = tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)  # left_ring: how many tokens memory holds
+    exact_first = tl.load(slots.exact_start + head)
+    exact = tl.load(slots.exact_start + head + 1) - exact_first
+    coarse_first = tl.load(slots.coarse_start + head)
+    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
+    newest = seq_len - count + tl.minimum(first + TOKENS, count) - 1
+    key = tl.arange(0, KEYS)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    low = tl.zeros([TILE, HALF], tl.float32)
+    high = tl.zeros([TILE, HALF], tl.float32)
+
+    ring_k = at(slots.ring_k, slot, stride) + head * (RING * D)
+    ring_v = at(slots.ring_v, slot, stride) + head * (RING * D)
+    for at_key in range(start, tl.minimum(tl.minimum(start + size, RING), newest - gone + 1), KEYS):
+        seen = gone + at_key + key
+        inside = (at_key + key < RING) & (seen <= newest)
+        k_low, k_high = halves(ring_k, seen % RING, inside, D, HALF)
+        v_low, v_high = halves(ring_v, seen % RING, inside, D, HALF)
+        bias = tl.where(seen[None, :] <= position[:, None], 0.0, float("-inf"))
+        top, total, low, high = _absorb(
+            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
+        )
+
+    exact_k = at(slots.exact_k, slot, stride)
+    exact_v = at(slots.exact_v, slot, stride)
+    end = tl.minimum(tl.minimum(start + size - RING, exact), gone)
+    for at_key in range(tl.maximum(start - RING, 0), end, KEYS):
+        inside = at_key + key < end
+        entry = exact_first + at_key + key
+        k_low, k_high = halves(exact_k, entry, inside, D, HALF)
+        v_low, v_high = halves(exact_v, entry, inside, D, HALF)
+        bias = tl.where(inside, 0.0, float("-inf"))[None, :]
+        top, total, low, high = _absorb(
+            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
+        )
+
+    coarse_k = at(slots.coarse_k, slot, stride)
+    coarse_v = at(slots.coarse_v, slot, stride)
+    k_affine = at(slots.coarse_k_affine, slot, stride)
+    v_affine = at(slots.coarse_v_affine, slot, stride)
+    mass = at(slots.coarse_mass, slot, stride)
+    end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
+    for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
+        inside = at_key + key < end
+        entry = coarse_first + at_key + key
+        k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
+        v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
+        bias = tl.where(inside, tl.log2(tl.load(mass + entry, mask=inside, other=1.0)), float("-inf"))[None, :]
+        top, total, low, high = _absorb(
+            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
+        )
+
+    some = total > 0
+    share = tl.where(some, 1.0 / total, 0.0)[:, None]
+    if part < 0:
+        target = out + ((begin + token).to(tl.int64) * out_token + query_head * out_head)[:, None] + i[None, :]
+        tl.store(target, (low * share).to(DTYPE), mask=mask)
+        tl.store(target + D // 2, (high * share).to(DTYPE), mask=mask)
+    else:
+        cell = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (TOKENS * GROUP) + row
+        scratch = partial + cell[:, None] * D + i[None, :]
+        tl.store(scratch, low * share, mask=mask)
+        tl.store(scratch + D // 2, high * share, mask=mask)
+        tl.store(lse + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=valid)
+
+
+@triton.jit
+def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high):
+    """Add a tile of keys to a running softmax (README.md, eq. 3); bias is -inf where a key is not seen."""
+    logits = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
+    logits = tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee") * scale + bias
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
+    weight = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weight, 1)
+    weight = weight.to(v_low.dtype)
+    low = tl.dot(weight, v_low, low * shrink[:, None], input_precision="ieee")
+    high = tl.dot(weight, v_high, high * shrink[:, None], input_precision="ieee")
+    return new_top, total, low, high
+
+
+@triton.jit
+def _combine(
+    out, partial, lse, first_part, rows, blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one query token and head (README.md, eq. 4). Heads of one piece are done already."""
+    head = tl.program_id(1)
+    part = tl.load(first_part + head // GROUP)
+    end = tl.load(first_part + head // GROUP + 1)
+    block = tl.program_id(0) // TOKENS
+    n = block
+    token = 0
+    if TOKENS > 1:
+        n, token = locate(rows, block, TOKENS, ROWS)
+        token += tl.program_id(0) % TOKENS
+        if n == ROWS:
+            return
+    slot, begin, count, _ = row_at(rows, n)
+    if (slot < 0) | (token >= count) | (part == end):
+        return
+    d = tl.arange(0, WIDTH)
+    top = float("-inf")
+    total = 0.0
+    mean = tl.zeros([WIDTH], tl.float32)
+    for first in range(part, end, PARTS):
+        p = first + tl.arange(0, PARTS)
+        cell = ((p.to(tl.int64) * blocks + block) * TOKENS + tl.program_id(0) % TOKENS) * GROUP + head % GROUP
+        sums = tl.load(lse + cell, mask=p < end, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(sums))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(sums - base)
+        mask = (weight > 0)[:, None] & (d < D)[None, :]
+        parts = tl.load(partial + cell[:, None] * D + d[None, :], mask=mask, other=0.0)
+        shrink = tl.exp2(top - base)
+        mean = mean * shrink + tl.sum(weight[:, None] * parts, 0)
+        total = total * shrink + tl.sum(weight)
+        top = new_top
+    target = out + (begin + token).to(tl.int64) * out_token + head * out_head + d
+    tl.store(target, (mean / total).to(out.dtype.element_ty), mask=d < D)

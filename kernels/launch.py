@@ -1,0 +1,165 @@
+"""Host side of the Triton kernels: which programs a layer's ragged heads need, and buffers that outlive a step.
+
+Nothing here waits for the device once a layer is known: `heads_of` reads the head sizes of a layer the first
+time it sees them, so call it (or run one step) before capturing a CUDA graph.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .slot import LayerSlots
+
+PIECE_COST = 256  # keys' worth of time that starting a piece and writing its part take (an estimate)
+LARGEST_SCRATCH = 128 << 20  # bytes of partial results
+INTERPRETED_PROCESSORS = 3  # an odd handful, so that tests loop, split and leave programs without work
+_heads: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_buffers: dict[tuple, torch.Tensor] = {}
+_outgrown: list[torch.Tensor] = []  # captured graphs may still point into these
+
+
+class Rows(NamedTuple):
+    """The sequences of a call, as the kernels take them; see reference.py."""
+
+    slot_indices: torch.Tensor
+    slot_step: int  # a block table's column is strided
+    cu_seqlens: torch.Tensor
+    seq_lens: torch.Tensor
+    count: int
+
+
+class Pieces(NamedTuple):
+    """Heads cut into pieces of at most `size` keys, the largest first.
+
+    A head of one piece has part -1. The others share numbered parts: head g owns first_part[g]:first_part[g+1].
+    """
+
+    table: torch.Tensor  # [I, 4] int32: head, first key, part, 0 (to keep rows aligned)
+    first_part: torch.Tensor  # [G + 1] int32
+    parts: int
+    size: int
+    lengths: list[int]
+
+
+class Heads:
+    """Sizes of one layer's heads, and the work tables made from them."""
+
+    def __init__(self, slots: LayerSlots):
+        self.exact = _sizes(slots.exact_start)
+        self.coarse = _sizes(slots.coarse_start)
+        self.held = [x + y for x, y in zip(self.exact, self.coarse)]
+        self.stride = _slot_stride(slots)
+        self._device = slots.exact_start.device
+        self._cuts: dict[tuple, list[Pieces]] = {}
+        self._choices: dict[tuple, Pieces] = {}
+        self._tiles: dict[tuple, torch.Tensor] = {}
+
+    def pieces(self, counts: tuple[int, ...], tile: int, copies: int, resident: int, part_bytes: int) -> Pieces:
+        """Cut heads of `counts` keys so that the last program ends soonest.
+
+        Every piece runs `copies` times, `resident` programs at once, and leaves a part of `part_bytes` each time.
+        The sizes to choose from, whole tiles of keys, are all made at the first call: a CUDA graph that is being
+        captured cannot wait for a copy.
+        """
+        key = (counts, tile, copies, resident)
+        if key not in self._choices:
+            if counts not in self._cuts:
+                self._cuts[counts] = [_cut(counts, size, self._device) for size in _cut_sizes(max(counts), tile)]
+            fitting = [cut for cut in self._cuts[counts] if cut.parts * copies * part_bytes <= LARGEST_SCRATCH]
+            self._choices[key] = min(fitting, key=lambda cut: _makespan(cut.lengths, copies, resident))
+        return self._choices[key]
+
+    def tiles(self, counts: tuple[int, ...], tile: int) -> torch.Tensor:
+        """Heads of `counts` keys as a table of tiles, see Pieces.table; every head has at least one."""
+        key = (counts, tile)
+        if key not in self._tiles:
+            self._tiles[key] = _cut(counts, tile, self._device).table
+        return self._tiles[key]
+
+
+def heads_of(slots: LayerSlots) -> Heads:
+    """The layer's head sizes. Waits for the device the first time a layer is seen."""
+    if slots.exact_start not in _heads:
+        _heads[slots.exact_start] = Heads(slots)
+    return _heads[slots.exact_start]
+
+
+def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised scratch that keeps its address from call to call, as a captured CUDA graph needs.
+
+    Calls with the same name share memory: use it on one stream.
+    """
+    count = 1
+    for extent in shape:
+        count *= extent
+    key = (name, dtype, device)
+    held = _buffers.get(key)
+    if held is None or held.numel() < count:
+        if held is not None:
+            _outgrown.append(held)
+        _buffers[key] = held = torch.empty(max(count, 1), dtype=dtype, device=device)
+    return held[:count].view(shape)
+
+
+def rows_of(slot_indices, cu_seqlens, seq_lens) -> Rows:
+    return Rows(slot_indices, slot_indices.stride(0), cu_seqlens, seq_lens, len(slot_indices))
+
+
+@lru_cache(maxsize=None)
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def half_width(head_size: int) -> int:
+    """Columns of a tile that holds half a head: a power of two that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(head_size // 2))
+
+
+def _sizes(start: torch.Tensor) -> tuple[int, ...]:
+    edges = start.tolist()
+    return tuple(b - a for a, b in zip(edges, edges[1:]))
+
+
+def _slot_stride(slots: LayerSlots) -> int:
+    """Distance of two slots in units of 16 bytes, the same for every field of the slab."""
+    fields = [f for f in slots if isinstance(f, torch.Tensor) and f.dim() > 1 and f.numel()]
+    strides = {f.stride(0) * f.element_size() for f in fields}
+    if len(strides) > 1 or strides.pop() % 16 or not all(f[0].is_contiguous() for f in fields):
+        raise ValueError(
+            "The fields of LayerSlots must be contiguous inside a slot and views of one slab whose rows are "
+            "a multiple of 16 bytes; make them with Layout.views."
+        )
+    return slots.ring_k.stride(0) * slots.ring_k.element_size() // 16
+
+
+def _cut_sizes(longest: int, tile: int) -> list[int]:
+    """From four tiles up to the longest head, each a fifth more than the one before."""
+    sizes = [4 * tile]
+    while sizes[-1] < longest:
+        sizes.append(-(-sizes[-1] * 6 // (5 * tile)) * tile)
+    return sizes
+
+
+def _cut(counts, size, device) -> Pieces:
+    rows, first_part = [], [0]
+    for head, count in enumerate(counts):
+        starts = range(0, max(count, 1), size)
+        split = len(starts) > 1
+        for i, first in enumerate(starts):
+            rows.append((min(count - first, size), head, first, first_part[-1] + i if split else -1, 0))
+        first_part.append(first_part[-1] + len(starts) * split)
+    rows.sort(key=lambda row: -row[0])
+    lengths = [row[0] for row in rows]
+    table = torch.tensor([row[1:] for row in rows], dtype=torch.int32, device=device)
+    return Pieces(table, torch.tensor(first_part, dtype=torch.int32, device=device), first_part[-1], size, lengths)
+
+
+def _makespan(lengths: list[int], copies: int, resident: int) -> int:
+    """Keys' worth of time that the pieces take, the longest first, in rounds of `resident` programs."""
+    rounds = range(0, len(lengths) * copies, resident)
+    return sum(lengths[i // copies] + PIECE_COST for i in rounds)

@@ -1,0 +1,323 @@
+"""What the Triton kernels share on the device: addresses, codes, RoPE, ranks and the rows of a batch.
+
+A vector of D columns is handled as two halves of HALF >= D / 2 columns, the rest masked: both nibbles of a
+4-bit code, and both members of a NeoX pair, then lie in the same lane. B is the rows of a tile.
+"""
+
+import triton
+import triton.language as tl
+
+from .slot import MAX_POSITION, POSITION_BITS, group_size
+
+_POSITION_BITS = tl.constexpr(POSITION_BITS)
+_MAX_POSITION = tl.constexpr(MAX_POSITION)
+_group_size = triton.constexpr_function(group_size)
+
+
+@triton.jit
+def at(field, slot, stride):
+    """Start of a slot's part of a field. slot is int64, stride counts 16 bytes, so the result stays aligned."""
+    return field + slot * stride * (128 // field.dtype.element_ty.primitive_bitwidth)
+
+
+@triton.jit
+def row_at(rows, n):
+    """Slot (int64), first query row, number of query rows and length of sequence n."""
+    begin = tl.load(rows.cu_seqlens + n).to(tl.int32)
+    count = tl.load(rows.cu_seqlens + n + 1).to(tl.int32) - begin
+    slot = tl.load(rows.slot_indices + n * rows.slot_step).to(tl.int64)
+    return slot, begin, count, tl.load(rows.seq_lens + n).to(tl.int32)
+
+
+@triton.jit
+def all_rows(rows, ROWS: tl.constexpr):
+    """Slot, query rows and length of every sequence, [ROWS] each; padding has slot -1."""
+    n = tl.arange(0, ROWS)
+    inside = n < rows.count
+    begin = tl.load(rows.cu_seqlens + n, mask=inside, other=0).to(tl.int32)
+    count = tl.load(rows.cu_seqlens + n + 1, mask=inside, other=0).to(tl.int32) - begin
+    slot = tl.load(rows.slot_indices + n * rows.slot_step, mask=inside, other=-1).to(tl.int32)
+    seq_len = tl.load(rows.seq_lens + n, mask=inside, other=0).to(tl.int32)
+    return tl.where(count > 0, slot, -1), count, seq_len
+
+
+@triton.jit
+def locate(rows, block, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Sequence that owns a block of TOKENS query rows, and the block's first row in it; ROWS if none does.
+
+    Blocks are counted over the rows that are no padding, so their number is bounded by the live tokens.
+    """
+    slot, count, _ = all_rows(rows, ROWS)
+    blocks = tl.where(slot >= 0, (count + TOKENS - 1) // TOKENS, 0)
+    end = tl.cumsum(blocks)
+    n = tl.sum((end <= block).to(tl.int32))
+    before = tl.sum(tl.where(tl.arange(0, ROWS) == n, end - blocks, 0))
+    return n, (block - before) * TOKENS
+
+
+@triton.jit
+def due_rows(rows, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
+    """Which sequences complete a segment with this call: their order or -1 [ROWS], and how many there are."""
+    slot, _, seq_len = all_rows(rows, ROWS)
+    due = (slot >= 0) & (seq_len % SEGMENT == 0) & (seq_len > WINDOW)
+    order = tl.cumsum(due.to(tl.int32)) - 1
+    return tl.where(due, order, -1), tl.sum(due.to(tl.int32))
+
+
+@triton.jit
+def due_row(rows, order, index, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    """Slot (int64) of the index-th due sequence, and how many of its tokens have left the ring after this call."""
+    n = tl.sum(tl.where(order == index, tl.arange(0, ROWS), 0))
+    slot, _, _, seq_len = row_at(rows, n)
+    return slot, seq_len - WINDOW
+
+
+@triton.jit
+def outgoing(head, gone, c, WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
+    """Positions of the outgoing tokens c [B], whether they exist, and their ring cells, counted over all heads."""
+    RING: tl.constexpr = WINDOW + SEGMENT
+    position = gone - SEGMENT + c
+    return position, position >= 0, head * RING + (position + RING) % RING
+
+
+@triton.jit
+def pack_rank(score, position):
+    """See slot.pack_rank. score fp32 without NaN, position below 2^31; int64."""
+    score = tl.where(score == 0.0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
+    ordered = tl.where(bits < 0, -bits - 1, bits + 2147483648)
+    return (ordered << _POSITION_BITS) | (position.to(tl.int64) ^ _MAX_POSITION)
+
+
+@triton.jit
+def rank_position(rank):
+    """See slot.rank_position; int32."""
+    return ((rank & _MAX_POSITION) ^ _MAX_POSITION).to(tl.int32)  # all bits of MAX_POSITION are ones
+
+
+@triton.jit
+def rank_score(rank):
+    """The score that a rank was packed with, fp32."""
+    ordered = rank >> _POSITION_BITS
+    bits = tl.where(ordered < 2147483648, -ordered - 1, ordered - 2147483648)
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit(low, high):
+    """Rows [B, HALF] x 2 fp32 scaled to norm 1, as torch.nn.functional.normalize does."""
+    norm = tl.sqrt_rn(tl.sum(low * low, 1) + tl.sum(high * high, 1))[:, None]
+    norm = tl.maximum(norm, 1e-12)
+    return low / norm, high / norm
+
+
+@triton.jit
+def centred_unit(low, high, key_sum, gone, D: tl.constexpr, HALF: tl.constexpr):
+    """Rows [B, HALF] x 2 fp32 less the mean key of `gone` tokens, scaled to norm 1; columns past D stay zero."""
+    i = tl.arange(0, HALF)
+    mean_low = tl.load(key_sum + i, mask=i < D // 2, other=0.0) / gone
+    mean_high = tl.load(key_sum + D // 2 + i, mask=i < D // 2, other=0.0) / gone
+    inside = (i < D // 2)[None, :]
+    return unit(tl.where(inside, low - mean_low[None, :], 0.0), tl.where(inside, high - mean_high[None, :], 0.0))
+
+
+@triton.jit
+def halves(field, row, inside, D: tl.constexpr, HALF: tl.constexpr):
+    """Rows [B] of a field of D columns: two [B, HALF], zero outside."""
+    i = tl.arange(0, HALF)
+    address = field + row[:, None] * D + i[None, :]
+    mask = inside[:, None] & (i < D // 2)[None, :]
+    return tl.load(address, mask=mask, other=0), tl.load(address + D // 2, mask=mask, other=0)
+
+
+@triton.jit
+def store_halves(field, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr):
+    """Inverse of halves."""
+    i = tl.arange(0, HALF)
+    address = field + row[:, None] * D + i[None, :]
+    mask = inside[:, None] & (i < D // 2)[None, :]
+    tl.store(address, low.to(field.dtype.element_ty), mask=mask)
+    tl.store(address + D // 2, high.to(field.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _affine(field, cell, mask):
+    """Scale and zero, fp32, of one group of codes each: one load of 4 bytes, the least that can be pipelined."""
+    both = tl.load(field.to(tl.pointer_type(tl.int32)) + cell, mask=mask, other=0)
+    scale = both.to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def _group_affine(field, row, inside, first: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Scale and zero [B, HALF] fp32 of the columns from `first` on, of 4-bit codes."""
+    GROUP: tl.constexpr = _group_size(D, 4)
+    B: tl.constexpr = row.shape[0]
+    if (D // 2) % GROUP == 0 and HALF == D // 2:
+        # one load per group, spread over its columns in registers
+        GROUPS: tl.constexpr = HALF // GROUP
+        cell = row[:, None] * (D // GROUP) + first // GROUP + tl.arange(0, GROUPS)[None, :]
+        scale, zero = _affine(field, cell, tl.broadcast_to(inside[:, None], (B, GROUPS)))
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (B, GROUPS, GROUP)), (B, HALF))
+        zero = tl.reshape(tl.broadcast_to(zero[:, :, None], (B, GROUPS, GROUP)), (B, HALF))
+    else:
+        i = tl.arange(0, HALF)
+        cell = row[:, None] * (D // GROUP) + ((first + i) // GROUP)[None, :]
+        scale, zero = _affine(field, cell, inside[:, None] & (i < D // 2)[None, :])
+    return scale, zero
+
+
+@triton.jit
+def decode(codes, affine, row, inside, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows [B] of coded vectors as attention reads them, see slot.decode: two [B, HALF] in the model's dtype."""
+    if BITS == 16:
+        low, high = halves(codes, row, inside, D, HALF)
+    elif BITS == 8:
+        low, high = halves(codes, row, inside, D, HALF)
+        scale, zero = _affine(affine, row, inside)
+        low = (low.to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
+        high = (high.to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
+    else:
+        i = tl.arange(0, HALF)
+        mask = inside[:, None] & (i < D // 2)[None, :]
+        both = tl.load(codes + row[:, None] * (D // 2) + i[None, :], mask=mask, other=0)
+        scale, zero = _group_affine(affine, row, inside, 0, D, HALF)
+        low = ((both & 15).to(tl.float32) * scale + zero).to(DTYPE)
+        scale, zero = _group_affine(affine, row, inside, D // 2, D, HALF)
+        high = ((both >> 4).to(tl.float32) * scale + zero).to(DTYPE)
+    return low, high
+
+
+@triton.jit
+def _decode_columns(codes, affine, row, mask, column, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Any columns [HALF] of coded vectors: [B, HALF] in the model's dtype."""
+    if BITS == 16:
+        value = tl.load(codes + row[:, None] * D + column[None, :], mask=mask, other=0)
+    else:
+        if BITS == 8:
+            code = tl.load(codes + row[:, None] * D + column[None, :], mask=mask, other=0).to(tl.int32)
+            cell = row[:, None] + (column * 0)[None, :]
+        else:
+            GROUP: tl.constexpr = _group_size(D, 4)
+            byte = tl.load(codes + row[:, None] * (D // 2) + (column % (D // 2))[None, :], mask=mask, other=0)
+            code = (byte.to(tl.int32) >> (column // (D // 2) * 4)[None, :]) & 15
+            cell = row[:, None] * (D // GROUP) + (column // GROUP)[None, :]
+        scale, zero = _affine(affine, cell, mask)
+        value = (code.to(tl.float32) * scale + zero).to(DTYPE)
+    return value
+
+
+@triton.jit
+def _mate(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The column that RoPE turns together with each column."""
+    if INTERLEAVED:
+        other = column ^ 1
+    else:
+        other = tl.where(column < ROTARY // 2, column + ROTARY // 2, column - ROTARY // 2)
+    return tl.where(column < ROTARY, other, column)
+
+
+@triton.jit
+def mates(
+    codes, affine, row, inside, low, high,
+    D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The mates of the columns that decode returned as low and high, fp32."""
+    if ROTARY == 0 or (ROTARY == D and not INTERLEAVED):
+        mate_low, mate_high = high, low
+    else:
+        i = tl.arange(0, HALF)
+        mask = inside[:, None] & (i < D // 2)[None, :]
+        column = _mate(i, ROTARY, INTERLEAVED)
+        mate_low = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
+        column = _mate(i + D // 2, ROTARY, INTERLEAVED)
+        mate_high = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
+    return mate_low.to(tl.float32), mate_high.to(tl.float32)
+
+
+@triton.jit
+def _angles(cos, sin, position, inside, column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if INTERLEAVED:
+        angle = column // 2
+        first = column % 2 == 0
+    else:
+        angle = column % (ROTARY // 2)
+        first = column < ROTARY // 2
+    address = position.to(tl.int64)[:, None] * (ROTARY // 2) + angle[None, :]
+    mask = inside[:, None] & (column < ROTARY)[None, :]
+    s = tl.load(sin + address, mask=mask, other=0.0)
+    return tl.load(cos + address, mask=mask, other=1.0), tl.where(first[None, :], -s, s)
+
+
+@triton.jit
+def angles(
+    cos, sin, position, inside, D: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """cos and sin [B, HALF] fp32 of both halves (cos, sin, cos, sin) at position [B].
+
+    The sign of a column's role is in its sin: a vector is turned to `position` by x * cos + mate * sin, and
+    back by x * cos - mate * sin.
+    """
+    i = tl.arange(0, HALF)
+    if ROTARY == D and not INTERLEAVED:
+        address = position.to(tl.int64)[:, None] * (D // 2) + i[None, :]
+        mask = inside[:, None] & (i < D // 2)[None, :]
+        cos_low = tl.load(cos + address, mask=mask, other=1.0)
+        sin_high = tl.load(sin + address, mask=mask, other=0.0)
+        sin_low = -sin_high
+        cos_high = cos_low
+    else:
+        cos_low, sin_low = _angles(cos, sin, position, inside, i, ROTARY, INTERLEAVED)
+        cos_high, sin_high = _angles(cos, sin, position, inside, i + D // 2, ROTARY, INTERLEAVED)
+    return cos_low, sin_low, cos_high, sin_high
+
+
+@triton.jit
+def store_encoded(
+    codes, affine, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr
+):
+    """Store two [B, HALF] fp32 as coded vectors in rows [B], see slot.encode."""
+    if BITS == 16:
+        store_halves(codes, row, inside, low, high, D, HALF)
+    else:
+        i = tl.arange(0, HALF)[None, :]
+        mask = inside[:, None] & (i < D // 2)
+        GROUP: tl.constexpr = _group_size(D, BITS)
+        scale_low = tl.zeros_like(low)
+        scale_high = tl.zeros_like(low)
+        zero_low = tl.zeros_like(low)
+        zero_high = tl.zeros_like(low)
+        for group in tl.static_range(D // GROUP):
+            in_low = (i < D // 2) & (i // GROUP == group)
+            in_high = (i < D // 2) & ((i + D // 2) // GROUP == group)
+            least = tl.minimum(
+                tl.min(tl.where(in_low, low, float("inf")), 1), tl.min(tl.where(in_high, high, float("inf")), 1)
+            )
+            most = tl.maximum(
+                tl.max(tl.where(in_low, low, float("-inf")), 1), tl.max(tl.where(in_high, high, float("-inf")), 1)
+            )
+            zero = least.to(tl.float16)
+            scale = tl.div_rn(most - zero.to(tl.float32), tl.full(most.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
+            tl.store(affine + (row * (D // GROUP) + group) * 2, scale, mask=inside)
+            tl.store(affine + (row * (D // GROUP) + group) * 2 + 1, zero, mask=inside)
+            scale = scale.to(tl.float32)[:, None]
+            zero = zero.to(tl.float32)[:, None]
+            scale_low = tl.where(in_low, scale, scale_low)
+            scale_high = tl.where(in_high, scale, scale_high)
+            zero_low = tl.where(in_low, zero, zero_low)
+            zero_high = tl.where(in_high, zero, zero_high)
+        code_low = _code(low, scale_low, zero_low, BITS)
+        code_high = _code(high, scale_high, zero_high, BITS)
+        if BITS == 8:
+            store_halves(codes, row, inside, code_low, code_high, D, HALF)
+        else:
+            both = (code_low | (code_high << 4)).to(tl.uint8)
+            tl.store(codes + row[:, None] * (D // 2) + i, both, mask=mask)
+
+
+@triton.jit
+def _code(x, scale, zero, BITS: tl.constexpr):
+    step = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
+    return tl.minimum(tl.maximum(tl.floor(step + 0.5), 0.0), 2**BITS - 1).to(tl.int32)

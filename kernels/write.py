@@ -1,0 +1,80 @@
+"""Triton kernels that put new tokens into the ring, and that clear the slots of new sequences."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import heads_of, processors, rows_of
+from .slot import LayerSlots
+from .tiles import all_rows, at, locate, row_at
+
+TOKENS = 16  # of one program
+CLEARED = 4096  # words of 8 bytes that a program clears at a time
+
+
+def write(
+    k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens,
+    max_query_len: int | None = None, live_tokens: int | None = None,
+) -> None:  # fmt: skip
+    """See reference.write. k, v [T, G, D] may be strided in their first two dimensions.
+
+    max_query_len and live_tokens: what the host knows of the rows that are no padding, see attend.
+    """
+    tokens, kv_heads, size = k.shape
+    rows = rows_of(slot_indices, cu_seqlens, seq_lens)
+    single = max_query_len == 1
+    blocks = rows.count if single else (live_tokens or tokens) // TOKENS + rows.count
+    _write[(blocks, kv_heads)](
+        k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, rows, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        RING=slots.ring_k.shape[2], D=size, WIDTH=triton.next_power_of_2(size), TOKENS=1 if single else TOKENS,
+        ROWS=triton.next_power_of_2(rows.count), num_warps=1 if single else 4,
+    )  # fmt: skip
+
+
+def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
+    """Zero the whole slots of sequences whose first token is in this call. slab [S, bytes] uint8, rows strided."""
+    words, rows = slab.view(torch.int64), rows_of(slot_indices, cu_seqlens, seq_lens)
+    _reset[(2 * processors(slab.device),)](
+        words, words.stride(0), words.shape[1], rows, ROWS=triton.next_power_of_2(rows.count), BLOCK=CLEARED, num_warps=8
+    )
+
+
+@triton.jit
+def _write(
+    k, v, ring_k, ring_v, stride, rows, k_token, k_head, v_token, v_head,
+    RING: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One block of a sequence's new tokens in one head."""
+    head = tl.program_id(1)
+    n = tl.program_id(0)
+    first = 0
+    if TOKENS > 1:
+        n, first = locate(rows, n, TOKENS, ROWS)
+        if n == ROWS:
+            return
+    slot, begin, count, seq_len = row_at(rows, n)
+    if (slot < 0) | (count <= 0):
+        return
+    token = first + tl.arange(0, TOKENS)
+    cell = (seq_len - count + token) % RING
+    d = tl.arange(0, WIDTH)
+    mask = (token < count)[:, None] & (d < D)[None, :]
+    source = (begin + token).to(tl.int64)[:, None]
+    target = ((head * RING + cell) * D)[:, None] + d[None, :]
+    key = tl.load(k + source * k_token + head * k_head + d[None, :], mask=mask)
+    value = tl.load(v + source * v_token + head * v_head + d[None, :], mask=mask)
+    tl.store(at(ring_k, slot, stride) + target, key, mask=mask)
+    tl.store(at(ring_v, slot, stride) + target, value, mask=mask)
+
+
+@triton.jit
+def _reset(words, stride, count, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Every program clears its share of each slot that is new, and leaves at once when none is."""
+    slot, queries, seq_len = all_rows(rows, ROWS)
+    new = (slot >= 0) & (seq_len == queries)
+    order = tl.cumsum(new.to(tl.int32)) - 1
+    word = tl.arange(0, BLOCK)
+    for i in range(tl.sum(new.to(tl.int32))):
+        base = words + tl.sum(tl.where(new & (order == i), slot, 0)).to(tl.int64) * stride
+        for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            tl.store(base + first + word, tl.zeros([BLOCK], tl.int64), mask=first + word < count)
