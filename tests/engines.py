@@ -19,9 +19,7 @@ FAMILIES = {  # name: (transformers model type, what its config adds)
     "qwen2-bias": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3-norms": ("qwen3", {}),
-    "gemma3-sliding": ("gemma3_text", {"sliding_window": 64, "num_hidden_layers": 4, "query_pre_attn_scalar": 32,
-                                       "layer_types": ["sliding_attention", "full_attention"] * 2}),  # fmt: skip
-}  # fmt: skip
+}
 
 
 def save_model(folder, family: str):

@@ -28,7 +28,8 @@ from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.rope import find_rope
 from vllm_deltamem.spec import make_spec
 
-if current_platform.is_cpu():
+ON_CPU = current_platform.is_cpu()
+if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
 else:
     from vllm_deltamem.kernels import cuda as kernels
@@ -193,7 +194,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         vllm_config = get_current_vllm_config()
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
         DeltaMemBackend.serving = plan_memory(vllm_config, rank=rank)
-        self.position: int | None = None  # of this layer among those of the slot
+        self.position: int | None = None  # of this layer in the model
 
     def forward(
         self,
@@ -211,14 +212,15 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         if attn_metadata is None:  # vLLM's memory profiling
             return output.zero_()
         if self.position is None:
-            self.position = DeltaMemBackend.serving.model_layers.index(extract_layer_index(layer.layer_name))
+            self.position = extract_layer_index(layer.layer_name)
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots, policy = pool.layers[self.position], pool.policies[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
-        scratch = {} if len(attn_metadata.steps) > 1 else None
+        scratch = {"scratch": {} if len(attn_metadata.steps) > 1 else None} if ON_CPU else {}
         for step in attn_metadata.steps:
             rows = step.slot_indices, step.cu_seqlens, step.seq_lens
             kernels.write(key, value, slots, *rows)
-            kernels.attend(query, slots, *rows, self.scale, out, scratch=scratch)
-            kernels.merge(slots, *rows, pool.rope, policy, scratch=scratch)
+            hints = scratch if ON_CPU else {"max_query_len": step.longest}
+            kernels.attend(query, slots, *rows, self.scale, out, **hints)
+            kernels.merge(slots, *rows, pool.rope, policy, **scratch)
         return output

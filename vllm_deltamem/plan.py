@@ -23,15 +23,14 @@ class MemoryPlan:
     whole: Layout  # of all kv heads together
     profile: profiles.Profile | None
     merge: bool
-    model_layers: tuple[int, ...]  # index in the model of each layer of the layout
     heads: slice  # kv heads of this worker
 
     def policy(self, layer: int, device) -> Policy:
-        """Importance and gate of one layer of the layout."""
+        """Importance and gate of one layer."""
         if self.profile is None:
             policy = profiles.training_free(self.layout.shape.kv_heads, device)
         else:
-            policy = self.profile.policy(self.model_layers[layer], self.heads, device)
+            policy = self.profile.policy(layer, self.heads, device)
         if not self.merge:
             policy = policy._replace(gate=torch.zeros_like(policy.gate) + torch.tensor([DROP, 0, 0], device=device))
         return policy
@@ -42,9 +41,8 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
     settings = settings or DeltaMemConfig.from_vllm(vllm_config)
     model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     hf = model.hf_text_config
-    layers = _full_attention_layers(hf)
     shape = Shape(
-        layers=len(layers),
+        layers=hf.num_hidden_layers,
         kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         dtype=model.dtype,
@@ -59,7 +57,7 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         )
     elif profile is not None:
         memory = plan_layout(shape, settings).slot_bytes / shape.full_attention_bytes
-        budgets = profile.budgets_for(memory, shape.max_model_len)[list(layers)]
+        budgets = profile.budgets_for(memory, shape.max_model_len)
     whole = plan_layout(shape, settings, budgets)
     parts = [whole.of_worker(i, workers) for i in range(workers)]
     page = max(part.page_bytes for part in parts)
@@ -68,14 +66,6 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         whole=whole,
         profile=profile,
         merge=settings.merge,
-        model_layers=layers,
         heads=worker_heads(shape.kv_heads, rank, workers),
     )
 
-
-def _full_attention_layers(hf_config) -> tuple[int, ...]:
-    """Indices of the layers that attend to everything; those with a sliding window keep their own backend."""
-    kinds = getattr(hf_config, "layer_types", None)
-    if kinds:
-        return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    return tuple(range(hf_config.num_hidden_layers))

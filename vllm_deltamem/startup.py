@@ -32,7 +32,6 @@ def configure(vllm_config) -> None:
     check_version()
     settings = DeltaMemConfig.from_vllm(vllm_config)
     _refuse_unsupported(vllm_config)
-    _keep_other_layers(vllm_config)
     if vllm_config.cache_config.enable_prefix_caching:
         logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
         vllm_config.cache_config.enable_prefix_caching = False
@@ -82,6 +81,7 @@ def _refuse_unsupported(vllm_config) -> None:
         "attention-free models": model.is_attention_free,
         "encoder-decoder models": model.is_encoder_decoder,
         "pooling models": model.runner_type == "pooling",
+        "models that mix sliding-window layers with full attention (yet)": _mixes_windows(model.hf_text_config),
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
@@ -102,11 +102,6 @@ def _foreign_connector(vllm_config) -> bool:
     return transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
 
 
-def _keep_other_layers(vllm_config) -> None:
-    """Leave layers other than full attention (sliding windows) to the backend that vLLM would choose."""
-    from vllm.v1.kv_cache_interface import KVCacheSpecKind
-
-    attention = vllm_config.attention_config
-    if attention.backend is not None and attention.backend.name == BACKEND:
-        attention.backend_per_kind.setdefault(KVCacheSpecKind.FULL_ATTENTION.value, attention.backend)
-        attention.backend = None
+def _mixes_windows(hf_config) -> bool:
+    kinds = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"}
