@@ -178,8 +178,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._saving.pop(request_id, None)
 
     def get_kv_connector_stats(self):
+        if self._block_pool is None:  # in a worker
+            return None
+        free = self._block_pool.get_num_free_blocks()
+        slots = self._kv_cache_config.num_blocks - 1  # vLLM keeps one block for itself
         stats, self._stats = self._stats, DeltaMemStats()
-        return stats if self.role == KVConnectorRole.SCHEDULER else None
+        stats.data |= {"slots_used": slots - free, "slots_free": free}
+        return stats
 
     @classmethod
     def build_kv_connector_stats(cls, data=None):
@@ -214,12 +219,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             for name, amount in layout.placed(before, after).items():
                 self._count(f"tokens_{name}", amount)
         if longest:
-            free = self._block_pool.get_num_free_blocks() if self._block_pool else 0
-            total = self._kv_cache_config.num_blocks - 1
+            workers = self._vllm_config.parallel_config.tensor_parallel_size
             self._stats.data |= {
-                "slots_used": total - free,
-                "slots_free": free,
-                "bytes_per_sequence": self._plan.layout.slot_bytes * self._vllm_config.parallel_config.tensor_parallel_size,
+                "bytes_per_sequence": self._plan.layout.slot_bytes * workers,
                 "full_attention_bytes": layout.shape.full_attention_bytes * longest,
                 "longest_sequence_tokens": longest,
             }
