@@ -24,7 +24,7 @@ def register() -> None:
     config_hook.apply()
     # vLLM gives handlers to its own loggers only: without them what ours say at INFO is lost.
     ours, theirs = logging.getLogger(__name__), logging.getLogger("vllm")
-    ours.handlers, ours.level = theirs.handlers, theirs.level
+    ours.handlers, ours.level, ours.propagate = theirs.handlers[:], theirs.level, theirs.propagate
 
 
 def restore_backend():
