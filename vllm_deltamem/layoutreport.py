@@ -43,16 +43,15 @@ def _profile(plan: MemoryPlan) -> str:
 def _table(plan: MemoryPlan) -> Iterator[str]:
     """A line per run of layers that have the same entries; counts are those of one kv head."""
     yield "layers     exact: min  mean   max   coarse: min  mean   max"
-    rows = list(zip(plan.model_layers, plan.whole.exact, plan.whole.coarse, strict=True))
+    rows = list(zip(plan.whole.exact, plan.whole.coarse, strict=True))
     first = 0
-    for i, (last, exact, coarse) in enumerate(rows):
-        if i + 1 < len(rows) and rows[i + 1][1:] == (exact, coarse):
+    for last, (exact, coarse) in enumerate(rows):
+        if rows[last + 1 : last + 2] == [(exact, coarse)]:
             continue
-        begin = rows[first][0]
-        label = str(begin) if begin == last else f"{begin}-{last}"
+        label = str(last) if first == last else f"{first}-{last}"
         counts = [f"{min(c):>{w}}{sum(c) / len(c):>6.0f}{max(c):>6}" for c, w in ((exact, 11), (coarse, 14))]
         yield f"{label:<10}{''.join(counts)}"
-        first = i + 1
+        first = last + 1
 
 
 def _spread(counts: list[int]) -> str:

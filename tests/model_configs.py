@@ -1,0 +1,55 @@
+"""Folders that hold a config.json alone: enough for vLLM's config, no weights."""
+
+import json
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK = LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+JAMBA = LLAMA | {
+    "architectures": ["JambaForCausalLM"],
+    "model_type": "jamba",
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 1,
+}
+MAMBA = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "state_size": 16,
+}
+
+
+def save_config(folder, config=LLAMA, **changes):
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def vllm_config(folder, settings=None, **options):
+    """What vLLM makes of it with the backend chosen. Raises what start-up raises."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"attention_backend": "DELTAMEM", "skip_tokenizer_init": True} | options
+    additional = {"additional_config": {"deltamem": settings or {}}}
+    return EngineArgs(model=str(folder), **(additional | options)).create_engine_config()

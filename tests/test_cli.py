@@ -1,0 +1,137 @@
+"""The command `deltamem`: layouts, sessions in a directory, and errors that end it with exit code 2."""
+
+import json
+
+import pytest
+import torch
+from model_configs import save_config
+
+from vllm_deltamem.cli import main
+from vllm_deltamem.sessions import Fingerprint, SessionStore, tenant_of
+from vllm_deltamem.sessionsettings import SessionSettings
+
+FULL = 4 * 2 * 2 * 32 * 2 * 4096  # layers, kv heads, key and value, head size, bytes, positions
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return str(save_config(tmp_path_factory.mktemp("llama")))
+
+
+def facts(capsys) -> dict[str, str]:
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    return {line[:18].strip(): line[18:].strip() for line in lines if not line.startswith("(")}
+
+
+def number(fact: str) -> int:
+    return int(fact.split()[0].replace(",", ""))
+
+
+def test_info(llama, capsys):
+    assert main(["info", llama]) == 0
+    found = facts(capsys)
+    assert number(found["full attention"]) == FULL and found["full attention"].endswith("4,096")
+    assert 0.8 * 0.15 * FULL < number(found["bytes per sequence"]) <= 0.16 * FULL
+    assert found["reduction"].startswith("85.")
+    assert found["profile"].startswith("none") and found["fidelity"].startswith("k8v4")
+
+
+def test_info_follows_settings_and_flags(llama, capsys):
+    settings = {"memory": 512, "window": 100, "segment": 32, "sinks": 2, "pinned": 5, "fidelity": "bf16"}
+    config = json.dumps({"deltamem": settings})
+    assert main(["info", llama, "--additional-config", config, "--max-model-len", "1024"]) == 0
+    found = facts(capsys)
+    assert number(found["full attention"]) == FULL // 4
+    assert [number(found[name]) for name in ("window", "segment", "sinks")] == [100, 32, 2]
+    assert found["pinned"] == "at most 5 tokens" and found["fidelity"].startswith("bf16")
+
+
+def test_info_of_two_workers_counts_both(llama, capsys):
+    assert main(["info", llama]) == 0
+    one = facts(capsys)
+    assert main(["info", llama, "--tensor-parallel-size", "2"]) == 0
+    two = facts(capsys)
+    assert number(two["per worker"]) * 2 == number(two["bytes per sequence"])
+    assert abs(number(two["bytes per sequence"]) / number(one["bytes per sequence"]) - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--additional-config", '{"deltamem": {"memroy": 1}}'], "deltamem: Unknown deltamem setting 'memroy'"),
+        (["--additional-config", '{"deltamem": {"memory": 8}}'], "deltamem: A deltamem memory of 8 tokens"),
+        (["--additional-config", "{"], "not JSON"),
+        (["--max-model-len", "many"], "invalid int value"),
+    ],
+)
+def test_errors_are_for_people(llama, capsys, arguments, message):
+    try:
+        code = main(["info", llama, *arguments])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    said = capsys.readouterr().err
+    assert code == 2 and message in said
+    assert "Traceback" not in said and "pydantic" not in said
+
+
+def test_calibrate_knows_its_options(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["calibrate", "--help"])
+    assert exit.value.code == 0 and "--output" in capsys.readouterr().out
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Sessions of two API keys, one of them older than the command's own limits would allow."""
+    store = SessionStore(SessionSettings(directory=str(tmp_path)), Fingerprint("m", "p", "s", "d", "v"))
+    for key, names in (("ann", ("one", "two")), ("bob", ("three",))):
+        for name in names:
+            store.save(tenant_of(key), name, range(50), torch.zeros(1000, dtype=torch.uint8))
+    return str(tmp_path)
+
+
+def sessions(*arguments):
+    return main(["sessions", *arguments])
+
+
+def test_sessions_of_a_directory(directory, capsys):
+    assert sessions("list", "--directory", directory, "--api-key", "ann") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "tokens", "bytes", "age"]
+    assert sorted(row.split()[:3] for row in rows) == [["one", "50", "1,000"], ["two", "50", "1,000"]]
+
+    assert sessions("erase", "three", "--directory", directory, "--api-key", "ann") == 2
+    assert "there is no session three" in capsys.readouterr().err
+    assert sessions("erase", "three", "--directory", directory, "--api-key", "bob") == 0
+    assert sessions("erase", "three", "--directory", directory, "--api-key", "bob") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["list", "--directory", "nowhere"], "nowhere is not a directory of sessions"),
+        (["list", "--url", "http://127.0.0.1:9"], "cannot reach http://127.0.0.1:9"),
+        (["list", "--url", "127.0.0.1"], "unknown url type"),
+        (["list"], "one of the arguments --directory --url is required"),
+    ],
+)
+def test_sessions_errors(capsys, arguments, message):
+    try:
+        code = sessions(*arguments)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_sessions_of_an_encrypted_directory(tmp_path, capsys):
+    pytest.importorskip("cryptography")
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    settings = SessionSettings(directory=str(tmp_path / "sealed"), key_file=str(key))
+    store = SessionStore(settings, Fingerprint("m", "p", "s", "d", "v"))
+    store.save(tenant_of(None), "hidden", range(9), torch.zeros(100, dtype=torch.uint8))
+    where = ["--directory", str(tmp_path / "sealed")]
+    assert sessions("list", *where) == 2
+    assert "written with another key" in capsys.readouterr().err
+    assert sessions("list", *where, "--key-file", str(key)) == 0
+    assert "hidden" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""What clients may ask of one request, and what the engine gets of it."""
+
+import pytest
+
+from vllm_deltamem.memory import MAX_PINS
+from vllm_deltamem.options import PINS, SESSION, TENANT, resolve, tenant
+from vllm_deltamem.sessions import tenant_of
+
+
+class Characters:
+    """A tokenizer of one character per token; token 0 is 'ab', so that a text may begin inside a token."""
+
+    def decode(self, tokens):
+        return "".join("ab" if token == 0 else chr(token) for token in tokens)
+
+
+PROMPT = [ord(c) for c in "a key: 4711. A door. A key: 4711."]
+
+
+def pins(options, prompt=PROMPT, quota=32):
+    return resolve(options, prompt, Characters(), quota).get(PINS)
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"top_p": 1}])
+def test_without_options_nothing_changes(extra):
+    assert resolve(extra, PROMPT, None, 0) is extra
+
+
+def test_every_occurrence_is_pinned():
+    assert pins({"deltamem_pin": "4711"}) == [[7, 11], [28, 32]]
+    assert pins({"deltamem_pin": ["4711", "door"]}) == [[7, 11], [15, 19], [28, 32]]
+
+
+def test_spans_are_united():
+    assert pins({"deltamem_pin_tokens": [8, 12, 0, 3, 3, 5, 9, 10]}) == [[0, 5], [8, 12]]
+    assert pins({"deltamem_pin_tokens": [6, 8], "deltamem_pin": "4711"}) == [[6, 11], [28, 32]]
+
+
+def test_a_text_pins_the_tokens_that_it_touches():
+    assert pins({"deltamem_pin": "b!"}, prompt=[0, ord("!"), 0]) == [[0, 2]]
+    assert pins({"deltamem_pin": "bab"}, prompt=[0, 0]) == [[0, 2]]
+
+
+def test_other_arguments_pass():
+    assert resolve({"top_p": 1, "deltamem_pin_tokens": [0, 1]}, PROMPT, None, 8) == {"top_p": 1, PINS: [[0, 1]]}
+
+
+def test_a_session_belongs_to_the_caller():
+    token = tenant.set(tenant_of("key"))
+    try:
+        found = resolve({"deltamem_session": "chat-1"}, PROMPT, None, 8)
+    finally:
+        tenant.reset(token)
+    assert found == {SESSION: "chat-1", TENANT: tenant_of("key")}
+    assert resolve({"deltamem_session": "chat-1"}, PROMPT, None, 8)[TENANT] == tenant_of(None)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"deltamem_pins": [[0, 900]]}, "Unknown option 'deltamem_pins'"),
+        ({"deltamem_tenant": "0" * 64, "deltamem_session": "a"}, "Unknown option 'deltamem_tenant'"),
+        ({"deltamem_session": ""}, "a session name has"),
+        ({"deltamem_session": "a/b"}, "a session name has"),
+        ({"deltamem_session": ["a"]}, "a session name has"),
+        ({"deltamem_pin": 7}, "must be a text or a list of texts"),
+        ({"deltamem_pin": ["4711", ""]}, "must be a text or a list of texts"),
+        ({"deltamem_pin": "4712"}, "the prompt does not contain '4712'"),
+        ({"deltamem_pin_tokens": "0,4"}, "must be a list"),
+        ({"deltamem_pin_tokens": [0]}, "must be a list"),
+        ({"deltamem_pin_tokens": [0, 1.5]}, "must be a list"),
+        ({"deltamem_pin_tokens": [True, 4]}, "must be a list"),
+        ({"deltamem_pin_tokens": [-1, 4]}, "is not a range"),
+        ({"deltamem_pin_tokens": [4, 4]}, "is not a range"),
+        ({"deltamem_pin_tokens": [0, len(PROMPT) + 1]}, "is not a range"),
+        ({"deltamem_pin_tokens": [0, 33]}, "cover 33 tokens in 1 spans; this server allows 32"),
+    ],
+)
+def test_malformed_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(options, PROMPT, Characters(), quota=32)
+
+
+def test_pins_have_a_quota_of_spans():
+    alternate = [position for i in range(MAX_PINS + 1) for position in (2 * i, 2 * i + 1)]
+    with pytest.raises(ValueError, match=f"in {MAX_PINS} spans"):
+        resolve({"deltamem_pin_tokens": alternate}, [1] * 100, None, 100)
+
+
+def test_a_text_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="use deltamem_pin_tokens"):
+        resolve({"deltamem_pin": "4711"}, PROMPT, None, 32)
+
+
+def test_a_long_option_is_quoted_in_part():
+    with pytest.raises(ValueError) as error:
+        resolve({"deltamem_pin": "x" * 100_000}, PROMPT, Characters(), 32)
+    assert len(str(error.value)) < 400

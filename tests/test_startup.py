@@ -1,0 +1,115 @@
+"""Start-up: what is refused, in one clear error each, and what is adjusted."""
+
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+from model_configs import DEEPSEEK, JAMBA, LLAMA, MAMBA, save_config, vllm_config
+
+from vllm_deltamem.profile import Profile, fingerprint_of, save
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_config(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"memroy": 512}, "Unknown deltamem setting 'memroy'; known settings: memory, "),
+        ({"memory": "512"}, "'memory' must be a non-negative integer"),
+        ({"memory": 512, "memory_bytes": 1 << 20}, "'memory' and 'memory_bytes' both give the size"),
+        ({"memory": 64, "window": 256, "segment": 64}, "too small for window 256, segment 64"),
+        ({"memory_bytes": 1000}, "is too small for"),
+        ({"segment": 24}, "'segment' must be a power of two"),
+        ({"window": 0}, "'window' must be at least 1"),
+        ({"fidelity": "k2v2"}, "'fidelity' must be one of bf16, k8v8, k8v4, k4v4"),
+        ({"merge": "no"}, "'merge' must be true or false"),
+        ({"profile": "missing.safetensors"}, "Cannot read the deltamem profile 'missing.safetensors'"),
+        ({"sessions": {"dir": "x"}}, "Unknown deltamem setting 'sessions.dir'"),
+        ({"sessions": {"host_bytes": 0}}, "sessions are kept nowhere"),
+        ([], "'deltamem' must be an object of settings"),
+    ],
+)
+def test_settings_refused(llama, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        vllm_config(llama, additional_config={"deltamem": settings})
+    assert str(error.value).count("deltamem") < 6, "one error, not a list of them"
+
+
+def test_profile_of_another_model_refused(llama, tmp_path):
+    import torch
+    from transformers import LlamaConfig
+
+    shape = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type")}
+    other = fingerprint_of(LlamaConfig(**shape | {"vocab_size": 512}))
+    path = tmp_path / "other.safetensors"
+    save(Profile(other, (0.15,), torch.ones(1, 4, 2), torch.zeros(4, 2, 3)), path)
+    with pytest.raises(ValueError, match="made for another model: vocab_size is 512 in the profile and 384"):
+        vllm_config(llama, {"profile": str(path)})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+         "does not support speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
+        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "does not support decode context"),
+        ({"prefill_context_parallel_size": 2}, "does not support prefill context"),
+        ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),
+        ({"worker_extension_cls": "some.Extension"}, "does not support --worker-extension-cls"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+         "does not support --kv-transfer-config"),
+    ],
+)  # fmt: skip
+def test_features_refused(llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        vllm_config(llama, **options)
+
+
+@pytest.mark.parametrize(
+    "config, feature",
+    [(DEEPSEEK, "multi-head latent attention"), (JAMBA, "hybrid models"), (MAMBA, "attention-free models")],
+)
+def test_models_refused(tmp_path, config, feature):
+    with pytest.raises(ValueError, match=f"deltamem does not support {feature}"):
+        vllm_config(save_config(tmp_path, config))
+
+
+def test_unknown_vllm_refused(llama, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    with pytest.raises(ValueError, match="knows vLLM 0.32.x, this is 0.99.0"):
+        vllm_config(llama)
+
+
+def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog):
+    with caplog.at_level(logging.WARNING, "vllm_deltamem"):
+        config = vllm_config(llama, enable_prefix_caching=True)
+    assert not config.cache_config.enable_prefix_caching
+    assert sum("prefix caching is off" in record.message for record in caplog.records) == 1
+
+
+def test_another_backend_is_left_alone(llama):
+    config = vllm_config(llama, attention_backend=None, enable_prefix_caching=True)
+    assert config.cache_config.enable_prefix_caching
+    assert config.kv_transfer_config is None and not config.parallel_config.worker_extension_cls
+
+
+def test_config_keeps_the_backend_in_a_spawned_process(llama, tmp_path):
+    """A worker unpickles the config before it has loaded any plugin."""
+    path = tmp_path / "config.pickle"
+    path.write_bytes(pickle.dumps(vllm_config(llama, {"memory": 320})))
+    code = (
+        "import pickle, sys, vllm.config\n"
+        "config = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "from vllm_deltamem.startup import is_chosen\n"
+        "from vllm_deltamem.plan import plan_memory\n"
+        "print(is_chosen(config), plan_memory(config).whole.slot_bytes <= 320 * 4 * 2 * 2 * 32 * 2)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-2:] == ["True", "True"]
