@@ -15,9 +15,7 @@ from vllm_deltamem.kernels import reference
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import Shape
 
-TEXT = (
-    "The tower stood by the sea, and no keeper had climbed it for many a long and weary winter night. " * 40
-)
+TEXT = "The tower stood by the sea, and no keeper had climbed it for many a long and weary winter night. " * 40
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +71,7 @@ def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
     (logits.log_softmax(1).gather(1, ids[wanted][:, None]) * signs).sum().backward()
     expected = bias.grad[:, :, : 150 - influence.NEAR]
     expected[:, :, :4] = 0
-    torch.testing.assert_close(
-        seen.influence, expected / expected.square().sum().sqrt(), atol=1e-4, rtol=1e-3
-    )
+    torch.testing.assert_close(seen.influence, expected / expected.square().sum().sqrt(), atol=1e-4, rtol=1e-3)
 
 
 def test_observed_keys_are_those_before_rotation(model):
@@ -89,9 +85,7 @@ def test_observed_keys_are_those_before_rotation(model):
     model.logits(ids, attention, torch.tensor([99]))
     seen = influence.observe(model, prompts.Prompt(ids, ((90, 100),), recall=False), seed=0)
     turned = rotate(seen.key[1].float(), torch.arange(36), model.rope(100))
-    torch.testing.assert_close(
-        turned, torch.nn.functional.normalize(rotated[1][:, :36], dim=-1), atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(turned, torch.nn.functional.normalize(rotated[1][:, :36], dim=-1), atol=2e-3, rtol=0)
 
 
 def test_memory_larger_than_the_context_is_full_attention(model):
@@ -141,9 +135,7 @@ def test_hull_leaves_out_what_lies_above():
 
 def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gates, "CANDIDATES", {"drop": gates.CANDIDATES["drop"]})
-    made = calibrate.calibrate(
-        folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=4, length=1024, held_out=1
-    )
+    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=4, length=1024, held_out=1)
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")

@@ -31,16 +31,12 @@ LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hol
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a Hugging Face model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
-    parser.add_argument(
-        "--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help"
-    )
+    parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=24, help="training prompts (default 24)")
     parser.add_argument("--length", type=int, default=1536, help="tokens of a prompt (default 1536)")
-    parser.add_argument(
-        "--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)"
-    )
+    parser.add_argument("--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,9 +45,7 @@ def run(args: argparse.Namespace) -> None:
         texts = args.texts and [path.read_text() for path in args.texts]
     except OSError as error:
         raise ValueError(f"Cannot read a text to calibrate with: {error}") from error
-    calibrate(
-        args.model, args.output, texts, args.seed, args.device, args.prompts, args.length, args.held_out
-    )
+    calibrate(args.model, args.output, texts, args.seed, args.device, args.prompts, args.length, args.held_out)
 
 
 def calibrate(
@@ -71,24 +65,21 @@ def calibrate(
     """
     texts = texts or [default_text()]
     if length < LEAST_LENGTH:
-        raise ValueError(
-            f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}."
-        )
+        raise ValueError(f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}.")
     for text in texts:
         if len(text) < 8 * length:
-            raise ValueError(
-                f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}."
-            )
+            raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
     model = FrozenModel(model_folder, device)
     shape = model.fingerprint
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)
     weights = importance.fit(seen, seed, device=device)
+    crossed = [importance.fit(seen[1 - fold :: 2], seed, device=device) for fold in range(2)]
     slot = Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, budgets.CONTEXT)
     profile = Profile(
         fingerprint=shape,
         sizes=budgets.SIZES,
-        budgets=budgets.allocate(budgets.losses(seen, weights), slot),
+        budgets=budgets.allocate(budgets.losses(seen, [crossed[i % 2] for i in range(prompts)]), slot),
         gate=torch.tensor(DEFAULT_GATE).expand(shape["layers"], shape["kv_heads"], 3),
         importance=weights,
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
@@ -118,21 +109,15 @@ def observations(
     return done
 
 
-def compare(
-    model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int
-) -> dict:
+def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
     """Print and return the scores of full attention, no profile and this one on prompts not trained on."""
     gains = {}
     for kind, recall in (("recall", True), ("text", False)):
-        prompts = [
-            _draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)
-        ]
+        prompts = [_draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)]
         gains[kind] = {"full attention": asdict(score(model, prompts))}
         for share in SHARES:
             for name, candidate in (("no profile", None), ("this profile", profile)):
-                scores = [
-                    score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts
-                ]
+                scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
                 gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
     print(f"{'held-out prompts':24} {'exact':>7} {'tokens':>7} {'text perplexity':>16}")
     for name, recall in gains["recall"].items():

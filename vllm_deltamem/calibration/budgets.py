@@ -11,21 +11,20 @@ from vllm_deltamem.memory import Shape, plan_layout
 
 SIZES = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5)  # memories, as a fraction of the context
 CONTEXT = 8192  # tokens at which the layout's fixed parts are taken into account
-GRID = (
-    torch.linspace(0, 1, 65) ** 2
-)  # fractions of the context that a head may hold: finer where memory is small
+GRID = torch.linspace(0, 1, 65) ** 2  # fractions of the context that a head may hold: finer where memory is small
 EQUAL = 0.1  # share of the memory that is dealt out equally, against what the training prompts did not show
 
 
-def losses(observations: list[Observation], weights: Weights | None) -> torch.Tensor:
+def losses(observations: list[Observation], weights: list[Weights | None]) -> torch.Tensor:
     """Squared influence [L, G, 65] that is lost when a head keeps its best-scored GRID of the context.
 
-    Squares add up over tokens and heads as independent errors do. Averaged over prompts; all heads' losses
-    at 0 entries sum to 1.
+    weights: of each observation, the importance heads that score it; they should not have been fitted to it,
+    or heads look less needy than they are. Squares add up over tokens and heads as independent errors do.
+    Averaged over prompts; all heads' losses at 0 entries sum to 1.
     """
     total = 0
-    for observation in observations:
-        order = scores(observation, weights).argsort(-1, descending=True)
+    for observation, fitted in zip(observations, weights, strict=True):
+        order = scores(observation, fitted).argsort(-1, descending=True)
         gained = observation.influence.square().gather(-1, order).cumsum(-1)
         gained = torch.nn.functional.pad(gained, (1, 0))
         kept = (GRID * order.shape[-1]).round().long()
@@ -45,9 +44,7 @@ def allocate(loss: torch.Tensor, shape: Shape) -> torch.Tensor:
         corners = _hull(GRID.tolist(), curve)
         steps += [((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b) for a, b in pairwise(corners)]
     steps.sort(key=lambda step: (-step[0], step[1]))
-    return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(
-        1, loss.shape[:2]
-    )
+    return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(1, loss.shape[:2])
 
 
 def _shares(steps, heads: int, shape: Shape, size: float) -> torch.Tensor:

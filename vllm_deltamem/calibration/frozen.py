@@ -22,9 +22,7 @@ class FrozenModel:
 
     def __init__(self, folder: str, device: str = "cpu"):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=IMPLEMENTATION, dtype="auto"
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
         self.config = self.model.config
@@ -43,9 +41,7 @@ class FrozenModel:
             self._rope = Rope(cos / norm, sin / norm, interleaved=False)
         return self._rope
 
-    def logits(
-        self, ids: torch.Tensor, attention: Attention, wanted: torch.Tensor, grad: bool = False
-    ) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, attention: Attention, wanted: torch.Tensor, grad: bool = False) -> torch.Tensor:
         """Logits [W, vocabulary] fp32 that predict the tokens at positions `wanted` [W] of ids [T].
 
         With grad, what follows the embeddings can be differentiated with respect to activations.
@@ -53,9 +49,7 @@ class FrozenModel:
         ACTIVE.append(attention)
         try:
             with torch.set_grad_enabled(grad):
-                embedded = (
-                    self.model.get_input_embeddings()(ids.to(self.device)[None]).detach().requires_grad_(grad)
-                )
+                embedded = self.model.get_input_embeddings()(ids.to(self.device)[None]).detach().requires_grad_(grad)
                 hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False)[0][0]
                 return self.model.get_output_embeddings()(hidden[wanted - 1]).float()
         finally:
@@ -73,9 +67,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **_):
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
 
 
-def full_attention(
-    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
+def full_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """What the model was trained with."""
     return torch.nn.functional.scaled_dot_product_attention(
         q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True

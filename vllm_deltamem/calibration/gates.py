@@ -38,9 +38,7 @@ def fit(observations: list[Observation], steps: int = 400) -> torch.Tensor:
     return torch.nn.functional.pad(weights.detach(), (0, 1))
 
 
-def choose(
-    model: FrozenModel, profile: Profile, fitted: torch.Tensor, prompts: list[Prompt]
-) -> tuple[str, Profile]:
+def choose(model: FrozenModel, profile: Profile, fitted: torch.Tensor, prompts: list[Prompt]) -> tuple[str, Profile]:
     """The gate with the least loss over prompts and SHARES: its name, and the profile with it."""
     losses = {}
     candidates = {name: torch.tensor(gate).expand_as(fitted).clone() for name, gate in CANDIDATES.items()}

@@ -11,9 +11,7 @@ BATCH = 1024  # tokens of every head per step
 KEYDIFF_SCALE = 4.0  # of the starting point; its scores then spread over about as many nats as the target
 
 
-def fit(
-    observations: list[Observation], seed: int, units: int = 32, steps: int = 600, device: str = "cpu"
-) -> Weights:
+def fit(observations: list[Observation], seed: int, units: int = 16, steps: int = 200, device: str = "cpu") -> Weights:
     """Fit w1 [L, G, 2D, U], b1 and w2 [L, G, U], b2 [L, G]: exp(score) is the expected influence.
 
     The loss is Poisson's, whose minimum is the conditional mean however heavy the tail: keeping the tokens of

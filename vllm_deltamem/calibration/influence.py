@@ -52,9 +52,7 @@ class _Recording:
         )
         self.keydiff[layer] = keydiff.cpu()
         query = q.detach().float()
-        self.trials[layer] = trial_merges(
-            query, rotated, value, plain, keydiff, self.rope, scale, self.generator
-        )
+        self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
         return _Attention.apply(q, k, v, scale, self.influence, layer)
 
     def observation(self) -> Observation:
@@ -103,9 +101,7 @@ class _Attention(torch.autograd.Function):
             for begin in range(0, tokens, QUERY_BLOCK):
                 end = min(begin + QUERY_BLOCK, tokens)
                 query, upstream = q[members, begin:end], grad[members, begin:end].to(q.dtype)
-                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(
-                    end, device=q.device
-                )
+                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
                 weights = (query @ k[g, :end].T).float().mul_(ctx.scale)
                 weights[..., begin:].masked_fill_(distance[:, begin:] < 0, -torch.inf)
                 weights = weights.softmax(-1)

@@ -23,12 +23,8 @@ PLACES = (
     "cellar attic library orchard harbour station kitchen chapel garage museum bakery stable laboratory "
     "theatre greenhouse tower workshop archive".split()
 )
-CITIES = (
-    "Lisbon Oslo Nairobi Lima Kyoto Tallinn Bergen Quito Hanoi Geneva Dakar Riga Porto Cairo Perth".split()
-)
-FOODS = (
-    "peanuts shellfish penicillin strawberries latex mustard sesame almonds soy lupin celery gluten".split()
-)
+CITIES = "Lisbon Oslo Nairobi Lima Kyoto Tallinn Bergen Quito Hanoi Geneva Dakar Riga Porto Cairo Perth".split()
+FOODS = "peanuts shellfish penicillin strawberries latex mustard sesame almonds soy lupin celery gluten".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
@@ -58,9 +54,7 @@ def default_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def recall_prompt(
-    tokenizer, text: str, length: int, rng: random.Random, facts: int = 5, quotes: int = 2
-) -> Prompt:
+def recall_prompt(tokenizer, text: str, length: int, rng: random.Random, facts: int = 5, quotes: int = 2) -> Prompt:
     """A chat of about `length` tokens: filler with facts at random depths, then a question on each in turn.
 
     quotes: questions for the rest of a sentence of the filler itself, so that not only odd facts count.
