@@ -9,6 +9,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import yaml
@@ -35,6 +36,7 @@ class Application:
         deployment |= engine
         if "num_replicas" in engine:
             del deployment["autoscaling_config"]
+        self.replicas = engine.get("num_replicas") or deployment["autoscaling_config"]["min_replicas"]
         self.config = config
 
     def __enter__(self) -> "Application":
@@ -43,19 +45,20 @@ class Application:
         path.write_text(yaml.safe_dump(self.config))
         environment = os.environ | {
             "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
-            "RAY_process_group_cleanup_enabled": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         command = [Path(sys.executable).with_name("serve"), "run", path]
         with log.open("w") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        end = time.monotonic() + PATIENCE
-        while "Application 'deltamem' is ready" not in log.read_text(errors="replace"):
+        end, up = time.monotonic() + PATIENCE, set()
+        while len(up) < self.replicas:
             if self.process.poll() is not None or time.monotonic() > end:
                 print(*log.read_text(errors="replace").splitlines()[-60:], sep="\n")
                 self.__exit__()
                 raise RuntimeError("The application did not come up: its log ends above.")
             time.sleep(0.5)
+            with suppress(OSError):
+                up.add(self.ask_for_a_replica())
         return self
 
     def __exit__(self, *_) -> None:
@@ -72,6 +75,11 @@ class Application:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
+
+    def ask_for_a_replica(self) -> str:
+        """The name of a replica, any of those that answer. Raises OSError when none does."""
+        with urlopen(f"{self.url}/models", timeout=60) as response:
+            return response.headers["x-deltamem-replica"]
 
     def engines(self) -> list[psutil.Process]:
         """The replicas' processes."""

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 pytest.importorskip("ray.serve")
@@ -133,6 +136,18 @@ def test_closing_the_answer_stops_the_app():
 
     asyncio.run(leave_after_the_first_token())
     assert stopped
+
+
+def test_children_of_a_killed_process_end():
+    script = (
+        "import subprocess, sys, time; from vllm_deltamem.serve import guard_children;"
+        "child = subprocess.Popen(['sleep', '600']); guard = guard_children();"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        child = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    child.wait(timeout=30)
 
 
 class Replicas:
@@ -317,8 +332,6 @@ def test_a_session_stays_with_its_replica(served):
 
 @pytest.mark.slow
 def test_a_killed_replica_loses_no_request(served):
-    import psutil
-
     expected = served.ask_all(300)
     first, *_ = served.engines()
     family = [first, *first.children(recursive=True)]
@@ -331,8 +344,7 @@ def test_a_killed_replica_loses_no_request(served):
     assert [text for text, _ in answers] == [text for text, _ in expected]
     replicas = {replica for _, replica in answers}
     assert len(replicas) == 1, "the survivor answers all"
-    psutil.wait_procs(family, timeout=30)
-    assert not any(process.is_running() for process in family), "the engine of a dead replica lives on"
+    assert not psutil.wait_procs(family, timeout=30)[1], "the engine of a dead replica lives on"
     wait_for(lambda: len({replica for _, replica in served.ask_all(1)}) == 2)
 
 

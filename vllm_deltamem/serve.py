@@ -14,6 +14,8 @@ Neither Ray nor vLLM is imported before `app` or a constructor needs it: the gat
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,15 @@ ATTEMPTS = 3
 
 # A replica takes whatever comes and lets vLLM queue it: a full replica would send sessions to another one.
 QUEUE = 4096
+
+GUARD = """
+import contextlib, os, signal, sys
+children = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
+sys.stdin.read()
+for child in children:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(child, signal.SIGKILL)
+"""
 
 LOST = {"error": {"message": "the replica died while it was answering; send the request again", "code": 503}}
 
@@ -76,6 +87,7 @@ class Engine:
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER
         )
+        self.guard = guard_children()
         tasks = await self.engine.get_supported_tasks()
         self.app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, self.app.state, args, tasks)
@@ -191,6 +203,20 @@ async def run_app(app: Callable, scope: dict[str, Any], body: bytes) -> AsyncIte
         gone.set()
         await asyncio.wait({task}, timeout=5)
         task.cancel()
+
+
+def guard_children() -> subprocess.Popen:
+    """Start a process that kills this one's descendants when this one is gone, whatever ended it.
+
+    vLLM's engine process does not notice, and would keep its memory from the replica that comes instead. The
+    guard waits for the end of a pipe that only this process holds open: keep what is returned.
+    """
+    import psutil
+
+    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    return subprocess.Popen(
+        [sys.executable, "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 class SlotScaling:
