@@ -1,0 +1,164 @@
+"""First-token time, time per output token, throughput and memory against context length, all backends in one run.
+
+    python benchmarks/serving.py --model DIR                                  on a CPU: stock and deltamem
+    python benchmarks/serving.py --model DIR --backends FLASH_ATTN,TRITON_ATTN,DELTAMEM \\
+        --contexts 1024,4096,16384,32768,65536,131072,262144,400000 --batches 1,4,16 --memory 19660 6554
+    python benchmarks/serving.py --model CONFIG_DIR --load-format dummy ...   honest speed without weights
+
+Every backend (and memory size) is an engine of its own, one after the other, on the same random prompts. A
+batch of B prompts of C tokens is sent at once; the first figure of each is a warm-up and left out.
+Rows go to benchmarks/results.jsonl, metrics ttft_s, tpot_ms, tokens_per_s, bytes_per_sequence and
+sequences_that_fit.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import common
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    import torch
+
+    stock = "FLASH_ATTN,TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="model folder; its name names the rows")
+    parser.add_argument("--backends", type=lambda text: text.split(","), default=f"{stock},DELTAMEM".split(","))
+    parser.add_argument("--contexts", type=integers, default=[1024, 4096])
+    parser.add_argument("--batches", type=integers, default=[1])
+    parser.add_argument("--memory", type=int, nargs="*", default=[None], help="sizes for DELTAMEM; default: its own")
+    parser.add_argument("--output-tokens", type=int, default=33)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
+    return parser.parse_args(arguments)
+
+
+def measure(plan: dict) -> list[dict]:
+    """Run one engine; returns a figure per context, batch and metric. Called in a process of its own."""
+    from vllm import LLM, SamplingParams
+
+    longest = max(plan["contexts"]) + plan["output_tokens"]
+    settings = {} if plan["memory"] is None else {"memory": plan["memory"]}
+    own = {"additional_config": {"deltamem": settings}} if plan["backend"] == "DELTAMEM" else {}
+    llm = LLM(
+        plan["model"],
+        attention_backend=plan["backend"],
+        max_model_len=longest,
+        max_num_seqs=max(plan["batches"]),
+        load_format=plan["load_format"],
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **own,
+    )
+    engine, vocabulary = llm.llm_engine, llm.llm_engine.model_config.get_vocab_size()
+    params = SamplingParams(temperature=0, max_tokens=plan["output_tokens"], ignore_eos=True, detokenize=False)
+    figures = memory_figures(engine, plan)
+    for context in plan["contexts"]:
+        for batch in plan["batches"]:
+            runs = []
+            for repeat in range(plan["repeats"] + 1):
+                prompts = [
+                    [(repeat * 7919 + i * 104729 + j * j) % (vocabulary - 10) for j in range(context)]
+                    for i in range(batch)
+                ]
+                runs.append(time_batch(engine, prompts, params))
+            first, rest, total = (median(column) for column in zip(*runs[1:], strict=True))
+            sizes = {"context": context, "batch": batch, "n": plan["repeats"]}
+            figures += [
+                sizes | {"metric": "ttft_s", "value": round(first, 4)},
+                sizes | {"metric": "tpot_ms", "value": round(rest * 1e3, 3)},
+                sizes | {"metric": "tokens_per_s", "value": round(batch * (context + plan["output_tokens"]) / total, 1)},
+            ]
+    return figures
+
+
+def time_batch(engine, prompts: list[list[int]], params) -> tuple[float, float, float]:
+    """Seconds until the last prompt has its first token, then per output token, and in all."""
+    begin = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{begin}-{i}", {"prompt_token_ids": prompt}, params)
+    started, at_first = set(), begin
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.request_id not in started and output.outputs[0].token_ids:
+                started.add(output.request_id)
+                at_first = time.perf_counter()
+    end = time.perf_counter()
+    return at_first - begin, (end - at_first) / (params.max_tokens - 1), end - begin
+
+
+def memory_figures(engine, plan: dict) -> list[dict]:
+    """What a sequence of each context holds, and how many of them the cache has room for."""
+    config = engine.vllm_config
+    model, parallel = config.model_config, config.parallel_config
+    token = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
+    token *= model.hf_text_config.num_hidden_layers
+    room = config.cache_config.num_gpu_blocks
+    figures = []
+    for context in plan["contexts"]:
+        if plan["backend"] == "DELTAMEM":
+            from vllm_deltamem.plan import plan_memory
+
+            held, fit = plan_memory(config).layout.slot_bytes * parallel.tensor_parallel_size, room - 1
+        else:
+            block = config.cache_config.block_size
+            held, fit = -(-context // block) * block * token, room * block // context
+        sizes = {"context": context, "batch": 1, "n": 1}
+        figures.append(sizes | {"metric": "bytes_per_sequence", "value": held})
+        figures.append(sizes | {"metric": "sequences_that_fit", "value": fit})
+    return figures
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--engine"]:
+        figures = measure(json.load(sys.stdin))
+        print(json.dumps(figures), flush=True)
+        return
+    args = parse(arguments)
+    rows = []
+    for backend in args.backends:
+        for memory in args.memory if backend == "DELTAMEM" else [None]:
+            plan = {
+                "model": str(args.model.absolute()),
+                "backend": backend,
+                "memory": memory,
+                "contexts": args.contexts,
+                "batches": args.batches,
+                "output_tokens": args.output_tokens,
+                "repeats": args.repeats,
+                "load_format": args.load_format,
+            }
+            print(f"{backend} {memory or ''} ...", file=sys.stderr, flush=True)
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            command = [sys.executable, "-m", "benchmarks.serving", "--engine"]
+            done = subprocess.run(
+                command, input=json.dumps(plan), text=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment
+            )
+            here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
+            rows += [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
+    common.append(rows, "serving", args.results)
+    for row in rows:
+        print(
+            f"{row['backend']:12} memory {row['memory_tokens'] or '-':>6} context {row['context']:7} "
+            f"batch {row['batch']:3}  {row['metric']:20} {row['value']:>14,}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
