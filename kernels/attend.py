@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import buffer, half_width, heads_of, processors, rows_of
+from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
 from .slot import LayerSlots
 from .tiles import at, decode, halves, locate, row_at
 
-LARGEST_TILE = 128  # query rows
+TILES = 64, 128  # query rows of pieces; a group's heads are the rows when decoding
 KEYS = 64  # keys of a tile; pieces are a power of two of tiles
 INTERPRETED_KEYS = 16
 
@@ -33,9 +33,10 @@ def attend(
     rows, heads = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots)
     live_tokens, single = live_tokens or q.shape[0], max_query_len == 1
     group = query_heads // slots.ring_k.shape[1]
-    tile = min(max(triton.next_power_of_2(group * min(max_query_len or live_tokens, live_tokens)), 16), LARGEST_TILE)
+    longest = min(max_query_len or live_tokens, live_tokens)
+    tile = max(16, triton.next_power_of_2(group)) if single else TILES[group * longest > TILES[0]]
     tile_tokens = 1 if single else tile // group
-    blocks = rows.count if single else live_tokens // tile_tokens + rows.count
+    blocks = len(slot_indices) if single else live_tokens // tile_tokens + len(slot_indices)
     keys = KEYS if q.is_cuda else INTERPRETED_KEYS
     counts = tuple(slots.ring_k.shape[2] + held for held in heads.held)
     resident = processors(q.device) * (1 if tile > 64 else 2)
@@ -43,9 +44,9 @@ def attend(
     shape = (pieces.parts, blocks, tile_tokens * group)
     partial = buffer("partial", (*shape, size), torch.float32, q.device)
     lse = buffer("lse", shape, torch.float32, q.device)
-    common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=triton.next_power_of_2(rows.count))
+    common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=rows_width(slot_indices))
     _attend[(blocks, len(pieces.table))](
-        q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, rows, scale * math.log2(math.e),
+        q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile, KEYS=keys,
         KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
@@ -53,19 +54,20 @@ def attend(
     )  # fmt: skip
     if pieces.parts:
         _combine[(blocks * tile_tokens, query_heads)](
-            out, partial, lse, pieces.first_part, rows, blocks, out.stride(0), out.stride(1),
+            out, partial, lse, pieces.first_part, *rows, blocks, out.stride(0), out.stride(1),
             WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, **common, num_warps=4 if single else 1,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
 def _attend(
-    q, out, partial, lse, slots, stride, table, size, rows, scale, q_token, q_head, out_token, out_head,
+    q, out, partial, lse, slots, stride, table, size, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, scale, q_token, q_head, out_token, out_head,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows over one piece of a head's keys. scale includes log2(e): softmax is in base 2."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     RING: tl.constexpr = WINDOW + SEGMENT
     DTYPE: tl.constexpr = q.dtype.element_ty
     n = tl.program_id(0)
@@ -175,12 +177,13 @@ def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total
     return new_top, total, low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + ["blocks"])
 def _combine(
-    out, partial, lse, first_part, rows, blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    out, partial, lse, first_part, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query token and head (README.md, eq. 4). Heads of one piece are done already."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     head = tl.program_id(1)
     part = tl.load(first_part + head // GROUP)
     end = tl.load(first_part + head // GROUP + 1)

@@ -8,6 +8,7 @@ README.md, 6, has the derivation.
 import triton
 import triton.language as tl
 
+from .launch import ROW_ARGUMENTS
 from .tiles import at, due_row, due_rows, rank_position
 
 _NOWHERE = tl.constexpr(1 << 30)  # an entry that no head has
@@ -31,12 +32,17 @@ def sizes(slots, head, left):
 
 @triton.jit
 def held_ranks(slots, stride, slot, head, left, entry):
-    """Ranks of entries [B] of a head, numbered exact first; EMPTY where nothing is held. Also: which are coarse."""
+    """Ranks of entries [B] of a head, numbered exact first; EMPTY where nothing is held."""
     exact_first, coarse_first, exact, coarse, held_exact, held_coarse = sizes(slots, head, left)
     rank = tl.load(at(slots.exact_rank, slot, stride) + exact_first + entry, mask=entry < held_exact, other=0)
     in_coarse = (entry >= exact) & (entry - exact < held_coarse)
     coarse_rank = at(slots.coarse_rank, slot, stride) + coarse_first + entry - exact
-    return tl.where(in_coarse, tl.load(coarse_rank, mask=in_coarse, other=0), rank), in_coarse
+    return tl.where(in_coarse, tl.load(coarse_rank, mask=in_coarse, other=0), rank)
+
+
+@triton.jit
+def _exact_count(slots, head):
+    return tl.load(slots.exact_start + head + 1) - tl.load(slots.exact_start + head)
 
 
 @triton.jit
@@ -50,19 +56,21 @@ def above(pivot, rank, PIVOTS: tl.constexpr):
     return low + (tl.load(pivot + low) > rank).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def count(
-    slots, stride, work, rows, kv_heads, table, tiles, ENTRIES: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, table, tiles, ENTRIES: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Count the entries of either tier between one pivot and the next lower."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     for item in range(tl.program_id(0), due * tiles, tl.num_programs(0)):
         slot, gone = due_row(rows, row_order, item // tiles, WINDOW, ROWS)
         head = tl.load(table + 4 * (item % tiles))
         entry = tl.load(table + 4 * (item % tiles) + 1) + tl.arange(0, ENTRIES)
         base = slot * kv_heads + head
-        rank, in_coarse = held_ranks(slots, stride, slot, head, tl.maximum(gone - SEGMENT, 0), entry)
+        rank = held_ranks(slots, stride, slot, head, tl.maximum(gone - SEGMENT, 0), entry)
+        in_coarse = entry >= _exact_count(slots, head)
         if tl.max(rank) > 0:
             higher = above(work.pivot + base * (2 * SEGMENT), rank, 2 * SEGMENT)
             cell = base * (4 * SEGMENT) + tl.where(in_coarse, 2 * SEGMENT, 0) + higher - 1
@@ -114,12 +122,13 @@ def _picked_lists(slots, slot, head, kv_heads):
     return start + tl.load(slots.exact_start + head), start + every + tl.load(slots.coarse_start + head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def pick(
-    slots, stride, work, rows, kv_heads, table, tiles, ENTRIES: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, table, tiles, ENTRIES: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write down the plan of a head, and gather the entries that rank low enough to be among its losers."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     for item in range(tl.program_id(0), due * tiles, tl.num_programs(0)):
         slot, gone = due_row(rows, row_order, item // tiles, WINDOW, ROWS)
@@ -135,19 +144,21 @@ def pick(
             tl.store(work.under + base * (2 * SEGMENT) + tl.arange(0, 2 * SEGMENT), plan[6])
         if plan[1] + plan[3] > 0:
             entry = first + tl.arange(0, ENTRIES)
-            rank, in_coarse = held_ranks(slots, stride, slot, head, tl.maximum(gone - SEGMENT, 0), entry)
+            rank = held_ranks(slots, stride, slot, head, tl.maximum(gone - SEGMENT, 0), entry)
+            in_coarse = entry >= _exact_count(slots, head)
             exact_list, coarse_list = _picked_lists(slots, slot, head, kv_heads)
             low = (rank > 0) & (rank < tl.where(in_coarse, plan[5], plan[4]))
             _append(work, base, 0, exact_list, entry, low & (in_coarse == 0))
             _append(work, base, 1, coarse_list, entry, low & in_coarse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def order(
-    slots, stride, work, rows, kv_heads, PARTS: tl.constexpr, ORDERED: tl.constexpr, COMPARED: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, PARTS: tl.constexpr, ORDERED: tl.constexpr, COMPARED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Put the losing entries of either tier in order, worst first, by counting how many of the picked rank lower."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     for item in range(tl.program_id(0), due * kv_heads * (2 * PARTS), tl.num_programs(0)):
         slot, gone = due_row(rows, row_order, item // (kv_heads * (2 * PARTS)), WINDOW, ROWS)
@@ -162,13 +173,13 @@ def order(
         for start in range(item % PARTS * ORDERED, picked, PARTS * ORDERED):
             k = start + tl.arange(0, ORDERED)
             entry = tl.load(entries + k, mask=k < picked, other=_NOWHERE)
-            rank, _ = held_ranks(slots, stride, slot, head, left, entry)
+            rank = held_ranks(slots, stride, slot, head, left, entry)
             lower = tl.zeros([ORDERED], tl.int32)
             for other_start in range(0, picked, COMPARED):
                 k_other = other_start + tl.arange(0, COMPARED)
                 other = tl.load(entries + k_other, mask=k_other < picked, other=_NOWHERE)
-                other, _ = held_ranks(slots, stride, slot, head, left, other)
-                lower += tl.sum(((other[None, :] < rank[:, None]) & (other > 0)[None, :]).to(tl.int32), 1)
-            entry -= tl.where(tier == 0, 0, tl.load(slots.exact_start + head + 1) - tl.load(slots.exact_start + head))
+                other_rank = held_ranks(slots, stride, slot, head, left, other)
+                lower += tl.sum(((other_rank[None, :] < rank[:, None]) & (other_rank > 0)[None, :]).to(tl.int32), 1)
+            entry -= tl.where(tier == 0, 0, _exact_count(slots, head))
             losing = work.losing + (base * 2 + tier) * SEGMENT
             tl.store(losing + lower, entry, mask=(rank > 0) & (lower < lost))

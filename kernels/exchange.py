@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .duels import above, sizes
+from .launch import ROW_ARGUMENTS
 from .tiles import (
     angles,
     at,
@@ -20,9 +21,9 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def exchange(
-    slots, stride, work, rows, cos, sin, kv_heads, CELLS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, CELLS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -30,6 +31,7 @@ def exchange(
 
     Afterwards a cell holds what had to leave, with its rank and mass in the scratch: the losers, to be merged.
     """
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     TILES: tl.constexpr = SEGMENT // CELLS

@@ -16,19 +16,11 @@ from .slot import LayerSlots
 PIECE_COST = 256  # keys' worth of time that starting a piece and writing its part take (an estimate)
 LARGEST_SCRATCH = 128 << 20  # bytes of partial results
 INTERPRETED_PROCESSORS = 3  # an odd handful, so that tests loop, split and leave programs without work
+# Arguments whose values and alignments change from step to step must not make Triton compile again.
+ROW_ARGUMENTS = ["slot_indices", "slot_step", "cu_seqlens", "seq_lens", "sequences"]
 _heads: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _buffers: dict[tuple, torch.Tensor] = {}
 _outgrown: list[torch.Tensor] = []  # captured graphs may still point into these
-
-
-class Rows(NamedTuple):
-    """The sequences of a call, as the kernels take them; see reference.py."""
-
-    slot_indices: torch.Tensor
-    slot_step: int  # a block table's column is strided
-    cu_seqlens: torch.Tensor
-    seq_lens: torch.Tensor
-    count: int
 
 
 class Pieces(NamedTuple):
@@ -104,8 +96,14 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     return held[:count].view(shape)
 
 
-def rows_of(slot_indices, cu_seqlens, seq_lens) -> Rows:
-    return Rows(slot_indices, slot_indices.stride(0), cu_seqlens, seq_lens, len(slot_indices))
+def rows_of(slot_indices, cu_seqlens, seq_lens) -> tuple:
+    """The sequences of a call as kernels take them, in the order of ROW_ARGUMENTS; a block table's column is strided."""
+    return slot_indices, slot_indices.stride(0), cu_seqlens, seq_lens, len(slot_indices)
+
+
+def rows_width(slot_indices) -> int:
+    """Width of a vector over the sequences of a call: one of few, as each is compiled for itself."""
+    return 32 if len(slot_indices) <= 32 else max(256, triton.next_power_of_2(len(slot_indices)))
 
 
 @lru_cache(maxsize=None)

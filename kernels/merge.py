@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .duels import count, held_ranks, order, pick, sizes
 from .exchange import exchange
-from .launch import buffer, half_width, heads_of, processors, rows_of
+from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
 from .nearest import apply, nearest
 from .slot import LayerSlots, Policy, Rope
 from .tiles import angles, at, due_row, due_rows, halves, mates, outgoing, pack_rank, rank_position, unit
@@ -52,10 +52,10 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     work, programs = _work(slots), processors(device)
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
     turn = dict(ROTARY=2 * rope.cos.shape[1] if rope else 0, INTERLEAVED=bool(rope and rope.interleaved))
-    segment = dict(WINDOW=slots.window, SEGMENT=slots.segment, ROWS=triton.next_power_of_2(rows.count))
+    segment = dict(WINDOW=slots.window, SEGMENT=slots.segment, ROWS=rows_width(slot_indices))
     shape = dict(D=size, HALF=half_width(size), **segment)
     bits = dict(KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits)
-    common = (slots, heads.stride, work, rows)
+    common = (slots, heads.stride, work, *rows)
     entries = heads.tiles(tuple(heads.held), ENTRIES)
     targets = heads.tiles(heads.coarse, TARGETS)
 
@@ -64,7 +64,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         units = weights[0].shape[2]
         _score[(2 * programs,)](
             *common, cos, sin, *weights, kv_heads, units, UNITS=max(16, triton.next_power_of_2(units)),
-            TOKENS=max(16, min(SCORED, slots.segment)), **shape, **turn, num_warps=4,
+            TOKENS=max(16, min(SCORED, slots.segment)), **shape, **turn, num_warps=4, num_stages=1,
         )  # fmt: skip
     _rank[(programs,)](
         *common, cos, sin, kv_heads, D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)), SPANS=slots.pins.shape[1],
@@ -107,13 +107,14 @@ def _work(slots: LayerSlots) -> Work:
     return Work(*(buffer(name, *shape, slots.ring_k.device) for name, shape in zip(Work._fields, shapes)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _score(
-    slots, stride, work, rows, cos, sin, w1, b1, w2, b2, kv_heads, units, UNITS: tl.constexpr, TOKENS: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, w1, b1, w2, b2, kv_heads, units, UNITS: tl.constexpr, TOKENS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Learned importance of the outgoing tokens: a two-layer network on unit pre-RoPE keys and unit values."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     TILES: tl.constexpr = (SEGMENT + TOKENS - 1) // TOKENS
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
@@ -172,9 +173,9 @@ def _pair(pair, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _rank(
-    slots, stride, work, rows, cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
     LEARNED: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -183,6 +184,7 @@ def _rank(
     Goes over columns, all tokens at once, so that every key is read once: a column's part of the mean is known
     when its part of the cosines is added up.
     """
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     c = tl.arange(0, SEGMENT)
     for item in range(tl.program_id(0), due * kv_heads, tl.num_programs(0)):
@@ -235,7 +237,7 @@ def _rank(
         left = tl.maximum(gone - SEGMENT, 0)
         _, _, _, _, held_exact, held_coarse = sizes(slots, head, left)
         entry = (c.to(tl.int64) * (held_exact + held_coarse) // SEGMENT).to(tl.int32)
-        sample, _ = held_ranks(slots, stride, slot, head, left, entry)
+        sample = held_ranks(slots, stride, slot, head, left, entry)
         pivot = tl.sort(tl.reshape(tl.join(rank, sample), (2 * SEGMENT,)), descending=True)
         is_new = ((pivot != 0) & (rank_position(pivot) >= gone - SEGMENT)).to(tl.int32)
         k = tl.arange(0, 2 * SEGMENT)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import ROW_ARGUMENTS
 from .tiles import (
     angles,
     at,
@@ -20,13 +21,14 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def nearest(
-    slots, stride, work, rows, cos, sin, kv_heads, table, tiles, TARGETS: tl.constexpr, LOSERS: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, table, tiles, TARGETS: tl.constexpr, LOSERS: tl.constexpr,
     KEY_BITS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The nearest coarse entry of every loser by cosine of centred pre-RoPE keys: a tile of entries at a time."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     OPERAND: tl.constexpr = work.unit.dtype.element_ty
@@ -72,13 +74,14 @@ def nearest(
                 tl.atomic_max(work.nearest + base * SEGMENT + c, found, mask=c < SEGMENT, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def apply(
-    slots, stride, work, rows, cos, sin, gate, kv_heads, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
+    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, gate, kv_heads, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Merge losers into entries: the first loser of an entry does it for all of that entry's."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     cells = tl.arange(0, SEGMENT)

@@ -22,22 +22,23 @@ def at(field, slot, stride):
 
 @triton.jit
 def row_at(rows, n):
-    """Slot (int64), first query row, number of query rows and length of sequence n."""
-    begin = tl.load(rows.cu_seqlens + n).to(tl.int32)
-    count = tl.load(rows.cu_seqlens + n + 1).to(tl.int32) - begin
-    slot = tl.load(rows.slot_indices + n * rows.slot_step).to(tl.int64)
-    return slot, begin, count, tl.load(rows.seq_lens + n).to(tl.int32)
+    """Slot (int64), first query row, number of query rows and length of sequence n; rows as launch.ROW_ARGUMENTS."""
+    slot_indices, slot_step, cu_seqlens, seq_lens, _ = rows
+    begin = tl.load(cu_seqlens + n).to(tl.int32)
+    count = tl.load(cu_seqlens + n + 1).to(tl.int32) - begin
+    return tl.load(slot_indices + n * slot_step).to(tl.int64), begin, count, tl.load(seq_lens + n).to(tl.int32)
 
 
 @triton.jit
 def all_rows(rows, ROWS: tl.constexpr):
     """Slot, query rows and length of every sequence, [ROWS] each; padding has slot -1."""
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences = rows
     n = tl.arange(0, ROWS)
-    inside = n < rows.count
-    begin = tl.load(rows.cu_seqlens + n, mask=inside, other=0).to(tl.int32)
-    count = tl.load(rows.cu_seqlens + n + 1, mask=inside, other=0).to(tl.int32) - begin
-    slot = tl.load(rows.slot_indices + n * rows.slot_step, mask=inside, other=-1).to(tl.int32)
-    seq_len = tl.load(rows.seq_lens + n, mask=inside, other=0).to(tl.int32)
+    inside = n < sequences
+    begin = tl.load(cu_seqlens + n, mask=inside, other=0).to(tl.int32)
+    count = tl.load(cu_seqlens + n + 1, mask=inside, other=0).to(tl.int32) - begin
+    slot = tl.load(slot_indices + n * slot_step, mask=inside, other=-1).to(tl.int32)
+    seq_len = tl.load(seq_lens + n, mask=inside, other=0).to(tl.int32)
     return tl.where(count > 0, slot, -1), count, seq_len
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import heads_of, processors, rows_of
+from .launch import ROW_ARGUMENTS, heads_of, processors, rows_of, rows_width
 from .slot import LayerSlots
 from .tiles import all_rows, at, locate, row_at
 
@@ -23,11 +23,11 @@ def write(
     tokens, kv_heads, size = k.shape
     rows = rows_of(slot_indices, cu_seqlens, seq_lens)
     single = max_query_len == 1
-    blocks = rows.count if single else (live_tokens or tokens) // TOKENS + rows.count
+    blocks = len(slot_indices) if single else (live_tokens or tokens) // TOKENS + len(slot_indices)
     _write[(blocks, kv_heads)](
-        k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, rows, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, *rows, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         RING=slots.ring_k.shape[2], D=size, WIDTH=triton.next_power_of_2(size), TOKENS=1 if single else TOKENS,
-        ROWS=triton.next_power_of_2(rows.count), num_warps=1 if single else 4,
+        ROWS=rows_width(slot_indices), num_warps=1 if single else 4,
     )  # fmt: skip
 
 
@@ -35,16 +35,17 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
     """Zero the whole slots of sequences whose first token is in this call. slab [S, bytes] uint8, rows strided."""
     words, rows = slab.view(torch.int64), rows_of(slot_indices, cu_seqlens, seq_lens)
     _reset[(2 * processors(slab.device),)](
-        words, words.stride(0), words.shape[1], rows, ROWS=triton.next_power_of_2(rows.count), BLOCK=CLEARED, num_warps=8
+        words, words.stride(0), words.shape[1], *rows, ROWS=rows_width(slot_indices), BLOCK=CLEARED, num_warps=8
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _write(
-    k, v, ring_k, ring_v, stride, rows, k_token, k_head, v_token, v_head,
+    k, v, ring_k, ring_v, stride, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, k_token, k_head, v_token, v_head,
     RING: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's new tokens in one head."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     head = tl.program_id(1)
     n = tl.program_id(0)
     first = 0
@@ -67,9 +68,10 @@ def _write(
     tl.store(at(ring_v, slot, stride) + target, value, mask=mask)
 
 
-@triton.jit
-def _reset(words, stride, count, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
+def _reset(words, stride, count, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Every program clears its share of each slot that is new, and leaves at once when none is."""
+    rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     slot, queries, seq_len = all_rows(rows, ROWS)
     new = (slot >= 0) & (seq_len == queries)
     order = tl.cumsum(new.to(tl.int32)) - 1
