@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from vllm_deltamem import sessiondirectory, sessions
-from vllm_deltamem.seal import PIECE
+from vllm_deltamem.seal import PIECE, TAG
 from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionSettings, SessionStore, tenant_of
 
 KEY, OTHER_KEY = "5a" * 32, "a5" * 32
@@ -130,13 +130,16 @@ def test_a_sealed_file_is_safetensors_that_tells_nothing(tmp_path, monkeypatch):
         assert set(file.keys()) == {"tokens", "slab"}
 
 
-def test_equal_sessions_are_sealed_unequally(tmp_path, monkeypatch):
+def test_equal_bytes_are_sealed_unequally(tmp_path, monkeypatch):
     monkeypatch.setenv("K", KEY)
-    store = open_store(tmp_path, "K")
+    store, sealed = open_store(tmp_path, "K"), []
     for tenant, name in ((ALICE, "a"), (ALICE, "b"), (BOB, "a")):
-        store.save(tenant, name, [1] * 100, torch.zeros(5000, dtype=torch.uint8))
-    ends = {path.read_bytes()[-4000:] for path in files_of(tmp_path)}
-    assert len(ends) == 3
+        store.save(tenant, name, [0] * 100, torch.zeros(2 * PIECE, dtype=torch.uint8))
+    for path in files_of(tmp_path):
+        raw = path.read_bytes()
+        slab = len(raw) - 2 * (PIECE + TAG)
+        sealed += [raw[start : start + 400] for start in (slab - 400 - TAG, slab, slab + PIECE + TAG)]
+    assert len(set(sealed)) == 9, "no key stream is used twice"
 
 
 # Damaged and foreign files
@@ -257,7 +260,8 @@ def test_a_file_moved_to_another_tenant_or_name_is_refused(tmp_path, key_env):
     for tenant, name in ((BOB, "chat"), (ALICE, "other"), (BOB, "other")):
         store.save(tenant, name, [1], random_slab())
         (target,) = [path for path in files_of(tmp_path) if path != source]
-        shutil.copy(source, target)
+        shutil.copy(source, target.with_name(target.name[:32] + source.name[32:]))
+        target.unlink()
         assert refused(store.restore, tenant, name).reason == "altered"
         assert refused(store.peek, tenant, name).reason == "altered"
         store.erase(tenant, name)
@@ -353,8 +357,8 @@ def test_ranks_agree_on_the_newest_save_that_all_have(tmp_path, key_env):
     first, second = uuid.uuid4().hex, uuid.uuid4().hex
     stores[0].save(ALICE, "chat", [1], random_slab(seed=10), first)
     assert refused(stores[0].peek, ALICE, "chat").reason == "incomplete"
-    stores[1].save(ALICE, "chat", [1], random_slab(seed=11), first)
     stores[0].save(ALICE, "chat", [1, 2], random_slab(seed=20), second)
+    stores[1].save(ALICE, "chat", [1], random_slab(seed=11), first)
     for rank, store in enumerate(stores):
         assert store.peek(ALICE, "chat").header.save_id == first
         assert torch.equal(store.restore(ALICE, "chat", first).slab, random_slab(seed=10 + rank))
@@ -366,9 +370,7 @@ def test_ranks_agree_on_the_newest_save_that_all_have(tmp_path, key_env):
     assert len(files_of(tmp_path)) == 2 and len(stores[0].list(ALICE)) == 1
     assert "tp_size is 1 here" in str(refused(open_store(tmp_path, key_env).peek, ALICE, "chat"))
     files_of(tmp_path)[1].write_bytes(b"")
-    assert refused(stores[0].peek, ALICE, "chat").reason == "truncated", (
-        "the scheduler sees another rank's damage"
-    )
+    assert refused(stores[0].peek, ALICE, "chat").reason == "truncated", "the scheduler sees another rank's damage"
     stores[0].erase(ALICE, "chat")
     assert files_of(tmp_path) == [] and stores[1].restore(ALICE, "chat") is None
 
@@ -409,26 +411,28 @@ def test_threads_never_mix(tmp_path, key_env, with_directory):
         pytest.skip("host memory is not encrypted")
     store = open_store(tmp_path if with_directory else None, key_env, host_bytes=1 << 20)
     save_turns(store, [0], 80_000)
-    seen, failures = set(), []
+    seen, failures, written = set(), [], threading.Event()
+    turns = 8 if with_directory else 200
 
     def read():
         try:
-            for _ in range(60):
+            while not written.is_set():
                 seen.add(check_turn(store.restore(ALICE, "chat"), 80_000))
         except BaseException as error:
             failures.append(error)
 
-    writers = [
-        threading.Thread(target=save_turns, args=(store, range(1000 * w, 1000 * w + 20), 80_000))
-        for w in range(4)
-    ]
-    threads = writers + [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    ranges = [range(10_000 * w, 10_000 * w + turns) for w in range(1, 5)]
+    writers = [threading.Thread(target=save_turns, args=(store, turns, 80_000)) for turns in ranges]
+    for thread in readers + writers:
         thread.start()
-    for thread in threads:
+    for thread in writers:
         thread.join()
-    assert not failures and len(seen) > 1
-    assert check_turn(store.restore(ALICE, "chat"), 80_000) % 1000 == 19
+    written.set()
+    for thread in readers:
+        thread.join()
+    assert failures == [] and len(seen) > 1
+    assert check_turn(store.restore(ALICE, "chat"), 80_000) % 10_000 == turns - 1
     assert len(files_of(tmp_path)) == with_directory
 
 
@@ -730,7 +734,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 def test_a_key_without_the_cryptography_package(tmp_path, monkeypatch):
     monkeypatch.setenv("K", KEY)
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
-    with pytest.raises(ValueError, match="pip install 'cryptography"):
+    with pytest.raises(ValueError, match="needs cryptography"):
         open_store(tmp_path, "K")
     open_store(tmp_path).save(ALICE, "chat", [1], random_slab())
 

@@ -17,7 +17,7 @@ class Seal:
         try:
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError:
-            message = "sessions: a key needs the package cryptography (pip install 'cryptography>=47')"
+            message = "sessions: a key needs cryptography (pip install 'vllm-deltamem[sessions]')"
             raise ValueError(message) from None
         if len(master) != 32:
             raise ValueError(f"sessions: the key must have 32 bytes, got {len(master)}")

@@ -36,7 +36,7 @@ YOUNG_S = 1.0  # a temporary file this young may not have been locked yet by its
 
 @dataclass(frozen=True)
 class Entry:
-    """One file, as far as its name and its size tell."""
+    """One file, as far as its name tells."""
 
     path: str
     tag: str  # keyed hash of the session's name
@@ -44,8 +44,6 @@ class Entry:
     save_id: str
     rank: int
     size: int  # tensor-parallel size
-    n_bytes: int
-    used_ns: int  # time of the last save or restore
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class SessionDirectory:
             raise ValueError(f"sessions: {root / MARKER} is damaged; use another directory") from None
         if key_id != (seal.key_id if seal else None):
             raise ValueError(
-                f"sessions: {root} was written with another key, or without one; "
-                "give that key or another directory"
+                f"sessions: {root} was written with another key, or without one; give that key or another directory"
             )
         self._name_key = seal.derive("names", 32, salt) if seal else salt
 
@@ -101,12 +98,18 @@ class SessionDirectory:
     def entries(self, tenant: str, tag: str = "") -> list[Entry]:
         """The files of a tenant, or of one session of it; tenant and tag are keyed hashes."""
         entries = []
-        for path, stat in self._scan(tenant, f"{tag}-" if tag else "", ".safetensors"):
+        for path in self._paths(tenant, f"{tag}-" if tag else "", ".safetensors"):
             if match := FILE.fullmatch(os.path.basename(path)):
                 found, created, save, rank, size = match.groups()
-                what = found, int(created, 16), save, int(rank), int(size)
-                entries.append(Entry(path, *what, stat.st_size, stat.st_mtime_ns))
+                entries.append(Entry(path, found, int(created, 16), save, int(rank), int(size)))
         return entries
+
+    def sessions(self, tenant: str) -> dict[str, list[Entry]]:
+        """The files of every session of a tenant, by the tag of its name."""
+        sessions: dict[str, list[Entry]] = {}
+        for entry in self.entries(tenant):
+            sessions.setdefault(entry.tag, []).append(entry)
+        return sessions
 
     def publish(self, tag: str, header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> None:
         """Write a session under a temporary name and rename it, durably: see write_session().
@@ -157,26 +160,21 @@ class SessionDirectory:
 
     def erase(self, tenant: str, tag: str) -> bool:
         """Wipe every file of a session, the unfinished ones too; False if there was none."""
-        paths = [path for path, _ in self._scan(tenant, f"{tag}-", (".safetensors", ".tmp"))]
-        return any([self.wipe(path) for path in paths])
+        return any([self.wipe(path) for path in self._paths(tenant, f"{tag}-", (".safetensors", ".tmp"))])
 
     def wipe_abandoned(self, tenant: str) -> None:
         """Wipe the temporary files of writers that died."""
-        for path, stat in self._scan(tenant, "", ".tmp"):
-            if time.time() - stat.st_mtime > YOUNG_S and not _locked(path):
-                self.wipe(path)
+        for path in self._paths(tenant, "", ".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - os.stat(path).st_mtime > YOUNG_S and not _locked(path):
+                    self.wipe(path)
 
-    def _scan(
-        self, tenant: str, prefix: str, suffix: str | tuple[str, ...]
-    ) -> Iterator[tuple[str, os.stat_result]]:
+    def _paths(self, tenant: str, prefix: str, suffix: str | tuple[str, ...]) -> list[str]:
         try:
             with os.scandir(self.root / tenant) as found:
-                items = [i for i in found if i.name.startswith(prefix) and i.name.endswith(suffix)]
+                return [i.path for i in found if i.name.startswith(prefix) and i.name.endswith(suffix)]
         except FileNotFoundError:
-            return
-        for item in items:
-            with contextlib.suppress(FileNotFoundError):
-                yield item.path, item.stat(follow_symlinks=False)
+            return []
 
     def _marker(self) -> tuple[bytes, str | None]:
         """Salt and key id of the directory; the first process to come chooses the salt."""
@@ -208,9 +206,25 @@ def newest(entries: Iterable[Entry]) -> Save | None:
     return max(saves.values(), key=lambda save: (not save.missing, save.created_ns), default=None)
 
 
-def superseded(entries: Iterable[Entry], save: Save) -> list[Entry]:
-    """The entries that are older than the newest save, if that is complete."""
-    return [] if save.missing else [entry for entry in entries if entry.created_ns < save.created_ns]
+def superseded(entries: list[Entry], save: Save) -> list[Entry]:
+    """The files of saves that began before the newest one, if that is complete."""
+    if save.missing:
+        return []
+    began: dict[str, int] = {}
+    for entry in entries:
+        began[entry.save_id] = min(entry.created_ns, began.get(entry.save_id, entry.created_ns))
+    kept = save.entries.values()
+    return [entry for entry in entries if began[entry.save_id] < save.created_ns and entry not in kept]
+
+
+def taken(entries: Iterable[Entry]) -> tuple[int, int]:
+    """Bytes of the files that are still there, and when one was last saved or restored (ns)."""
+    n_bytes = used_ns = 0
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(entry.path, follow_symlinks=False)
+            n_bytes, used_ns = n_bytes + stat.st_size, max(used_ns, stat.st_mtime_ns)
+    return n_bytes, used_ns
 
 
 def _temporary(folder: str | Path, tag: str) -> str:
@@ -223,8 +237,6 @@ def _locked(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        pass
     return False
 
 

@@ -93,9 +93,7 @@ class Header:
             raise ValueError(f"a session needs tokens and bytes, got {self.n_tokens} and {self.n_bytes}")
 
 
-def write_session(
-    file: BinaryIO, header: Header, tokens: torch.Tensor, slab: torch.Tensor, seal: Seal | None
-) -> None:
+def write_session(file: BinaryIO, header: Header, tokens: torch.Tensor, slab: torch.Tensor, seal: Seal | None) -> None:
     """Write a session to an empty file; syncing and publishing it is left to the caller.
 
     tokens int32 [n_tokens] and slab uint8 [n_bytes], both contiguous and on the CPU.

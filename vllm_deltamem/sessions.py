@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from vllm_deltamem.seal import Seal
-from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest, superseded
+from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest, superseded, taken
 from vllm_deltamem.sessionfile import NAME_LIMIT, Fingerprint, Header, SessionFile, SessionRefused
 from vllm_deltamem.sessionhost import HostSessions, Usage, victims
 from vllm_deltamem.sessionsettings import SessionSettings
@@ -245,10 +245,12 @@ class SessionStore:
     def _read_newest(self, tenant: str, name: str, read: Callable[[Save], Session]) -> Session | None:
         """read() the newest complete save of a session, again if it is replaced meanwhile."""
         tenant_tag, tag = self._tags(tenant, name)
-        for _ in range(REPLACED_AT_MOST):
+        for attempt in range(REPLACED_AT_MOST):
             with _disk("unreadable", f"cannot read session {name}"):
                 entries = self._directory.entries(tenant_tag, tag)
                 save = newest(entries)
+                if (save is None or save.missing) and attempt == 0:
+                    continue  # a listing may show neither of two files when one replaces the other meanwhile
                 if save is None or self._expired(save.created_ns):
                     self._host.drop((tenant, name))
                     self._wipe(entries)
@@ -279,7 +281,7 @@ class SessionStore:
             yield file
 
     def _headers(self, tenant_tag: str) -> Iterator[Header]:
-        for entries in _by_tag(self._directory.entries(tenant_tag)).values():
+        for entries in self._directory.sessions(tenant_tag).values():
             with suppress(SessionRefused, FileNotFoundError):
                 save = newest(entries)
                 if not save.missing:
@@ -294,15 +296,14 @@ class SessionStore:
         usages, files = [], {}
         for tenant_tag in self._directory.tenants() if self._directory else ():
             self._directory.wipe_abandoned(tenant_tag)
-            for tag, entries in _by_tag(self._directory.entries(tenant_tag)).items():
+            for tag, entries in self._directory.sessions(tenant_tag).items():
                 save = newest(entries)
                 gone = entries if self._expired(save.created_ns) else superseded(entries, save)
                 self._wipe(gone)
-                left = [entry for entry in entries if entry not in gone]
-                if left:
-                    used = max(entry.used_ns for entry in left)
-                    files[tag] = left
-                    usages.append(Usage(tag, tenant_tag, sum(entry.n_bytes for entry in left), used))
+                files[tag] = [entry for entry in entries if entry not in gone]
+                n_bytes, used_ns = taken(files[tag])
+                if n_bytes:
+                    usages.append(Usage(tag, tenant_tag, n_bytes, used_ns))
         kept = self._tags(*keep)[1] if keep else None
         for tag in victims(usages, self._settings.max_sessions, self._settings.max_bytes, kept):
             self._wipe(files.pop(tag))
@@ -311,13 +312,6 @@ class SessionStore:
             filed = self._directory is None or (self._tags(*key)[1], header.save_id) in live
             if self._expired(header.created_ns) or not filed:
                 self._host.drop(key)
-
-
-def _by_tag(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.tag, []).append(entry)
-    return groups
 
 
 def _token_ids(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
