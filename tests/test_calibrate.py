@@ -135,7 +135,7 @@ def test_hull_leaves_out_what_lies_above():
 
 def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gates, "CANDIDATES", {"drop": gates.CANDIDATES["drop"]})
-    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=4, length=1024, held_out=1)
+    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=8, length=1024, held_out=1)
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")

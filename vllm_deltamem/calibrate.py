@@ -25,6 +25,7 @@ from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
+EVERY = 4  # one training prompt in so many is plain text
 LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
 
 
@@ -60,10 +61,12 @@ def calibrate(
 ) -> Profile:
     """Make and save a profile. Interrupted, it goes on where it was when called alike again.
 
-    The same arguments give the same profile on the same machine. Raises ValueError when a text or the prompts
-    are too short.
+    The same arguments give the same profile on the same machine. Raises ValueError when the prompts are too
+    few or too short, or a text is.
     """
     texts = texts or [default_text()]
+    if prompts < 2 * EVERY:
+        raise ValueError(f"Calibration takes at least {2 * EVERY} prompts, got {prompts}.")
     if length < LEAST_LENGTH:
         raise ValueError(f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}.")
     for text in texts:
@@ -74,12 +77,16 @@ def calibrate(
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)
     weights = importance.fit(seen, seed, device=device)
-    crossed = [importance.fit(seen[1 - fold :: 2], seed, device=device) for fold in range(2)]
+    folds = [i // EVERY % 2 for i in range(prompts)]  # each holds its share of plain text
+    crossed = [
+        importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
+        for fold in range(2)
+    ]
     slot = Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, budgets.CONTEXT)
     profile = Profile(
         fingerprint=shape,
         sizes=budgets.SIZES,
-        budgets=budgets.allocate(budgets.losses(seen, [crossed[i % 2] for i in range(prompts)]), slot),
+        budgets=budgets.allocate(budgets.losses(seen, [crossed[fold] for fold in folds]), slot),
         gate=torch.tensor(DEFAULT_GATE).expand(shape["layers"], shape["kv_heads"], 3),
         importance=weights,
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
@@ -95,13 +102,13 @@ def calibrate(
 def observations(
     model: FrozenModel, texts: list[str], folder: Path, seed: int, prompts: int, length: int
 ) -> list[Observation]:
-    """Observe training prompts, every fourth one plain text. What lies in `folder` is not done again."""
+    """Observe training prompts, one in EVERY of them plain text. What lies in `folder` is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for i in tqdm(range(prompts), "prompts observed"):
         path = folder / f"{seed}-{length}-{i:03}.safetensors"
         if not path.exists():
-            prompt = _draw(model, texts, length, random.Random(f"{seed}-{i}"), recall=i % 4 != 3)
+            prompt = _draw(model, texts, length, random.Random(f"{seed}-{i}"), recall=i % EVERY != EVERY - 1)
             unfinished = path.with_suffix(".unfinished")
             save_file(observe(model, prompt, seed=i)._asdict(), unfinished)
             unfinished.rename(path)
