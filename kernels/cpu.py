@@ -2,8 +2,8 @@
 
 Results of a row never depend on which other rows share the call: every product has a shape fixed by the
 row's own position, or is padded with masked keys up to a multiple of the attention kernel's key block.
-`scratch` is a dict that lives as long as the readouts in it stay true: from the first to the last step of one
-layer's forward pass.
+`scratch` is a dict, one per layer, in which the readouts of the slots used last stay: at most READOUTS of them.
+Whoever changes a slot other than by merge() takes it out.
 """
 
 from functools import lru_cache
@@ -15,15 +15,17 @@ from .reference import _rows, gate, importance, is_pinned, left_ring
 from .slot import EMPTY, LayerSlots, Policy, Rope, encode, pack_rank, rank_position, rotate
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
+READOUTS = 4  # slots whose memory stays dequantised, per layer
 PADDING = torch.iinfo(torch.int64).max  # rank of a table cell beyond a head's entries: nothing outranks it
 
 
-def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
-    """Zero the slots [S, bytes] uint8 of sequences whose first token is in this batch."""
+def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
+    """Zero the slots [S, bytes] uint8 of sequences whose first token is in this batch; returns them."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    fresh = (lengths > 0) & (lengths == seq_lens) & (slot_indices >= 0)
-    for slot in slot_indices[fresh].tolist():
+    fresh = slot_indices[(lengths > 0) & (lengths == seq_lens) & (slot_indices >= 0)].tolist()
+    for slot in fresh:
         slab[slot].zero_()
+    return fresh
 
 
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
@@ -41,7 +43,7 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
     single = (lengths == 1) & (slot_indices >= 0)
     if single.any():
         rows = cu_seqlens[:-1][single].long()
-        _attend_single(q, slots, slot_indices[single].long(), rows, seq_lens[single].long(), scale, out)
+        _attend_single(q, slots, slot_indices[single].long(), rows, seq_lens[single].long(), scale, out, scratch)
     if lengths.max() > 1:
         for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
             if end - begin > 1:
@@ -65,12 +67,14 @@ def _cells(first, count, ring):
 
 def _readout(slots, slot, gone, scratch):
     """The readout of one slot, from scratch if it is there and wide enough."""
-    readout = scratch.get(slot) if scratch is not None else None
+    if scratch is None:
+        return Readout(slots, torch.tensor([slot]), gone)
+    readout = scratch.pop(slot, None)
     if readout is None or readout.width < blocks(min(gone, int(readout.capacity.max()))):
-        ahead = 2 * gone if scratch is not None else gone  # a prompt goes on growing
-        readout = Readout(slots, torch.tensor([slot]), ahead)
-        if scratch is not None:
-            scratch[slot] = readout
+        readout = Readout(slots, torch.tensor([slot]), 2 * gone)  # a sequence goes on growing
+    scratch[slot] = readout  # the last used is the last in order
+    if len(scratch) > READOUTS:
+        del scratch[next(iter(scratch))]
     return readout
 
 
@@ -86,7 +90,7 @@ def _local_mask(position, seq_len, slots):
     return torch.zeros(seen.shape).masked_fill_(~seen, MASKED)
 
 
-def _attend_single(q, slots, slot, rows, seq_lens, scale, out):
+def _attend_single(q, slots, slot, rows, seq_lens, scale, out, scratch):
     """One query token per sequence: q[rows] [n, H, D] against slots [n]."""
     n, (heads, size), kv_heads = len(rows), q.shape[1:], slots.ring_k.shape[1]
     query = q[rows].view(n, kv_heads, heads // kv_heads, size)
@@ -95,7 +99,11 @@ def _attend_single(q, slots, slot, rows, seq_lens, scale, out):
     part = _flash(query, slots.ring_k[slot], slots.ring_v[slot], mask, scale)
     joined = part[0]
     if max(gone):
-        k, v, bias = Readout(slots, slot, max(gone)).part(torch.tensor(gone))
+        if n == 1:
+            readout = _readout(slots, int(slot), gone[0], scratch)
+        else:
+            readout = Readout(slots, slot, max(gone))
+        k, v, bias = readout.part(torch.tensor(gone))
         joined = _combine(part, _flash(query, k, v, bias[:, :, None], scale))
     out[rows] = joined.to(out.dtype).reshape(n, heads, size)
 
@@ -111,8 +119,9 @@ def _attend_piece(q, slots, slot, seq_len, scale, out, scratch):
     joined = part[0]
     if gone:
         k, v, bias = _readout(slots, slot, gone, scratch).part(torch.tensor([gone]))
-        k, v, bias = k[0, :, None], v[0, :, None], bias[0, :, None, None]
-        joined = _combine(part, _flash(query, k, v, bias, scale))
+        rows = query.reshape(kv_heads, 1, -1, size)  # the query heads of a group see the same keys: one product
+        memory, lse = _flash(rows, k[0, :, None], v[0, :, None], bias[0, :, None, None], scale)
+        joined = _combine(part, (memory.view(query.shape), lse.view(query.shape[:3])))
     out.view(count, kv_heads, heads // kv_heads, size).copy_(joined.permute(2, 0, 1, 3))
 
 

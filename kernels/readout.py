@@ -12,7 +12,7 @@ class Readout:
     """Keys, values and logit bias of slots [n], heads padded to the same width.
 
     Entry e of head g sits in column e, exact ones first; the width is a whole number of key blocks, so that
-    trailing empty columns never change how sums round. A prompt keeps one readout from segment to segment and
+    trailing empty columns never change how sums round. A sequence keeps its readout from step to step and
     refreshes only what a merge wrote.
     """
 

@@ -100,7 +100,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             steps = [Step(slots, batch.query_start_loc, batch.seq_lens, 1)]
         else:
             steps = self._cut(batch, slots)
-        kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
+        fresh = kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
+        if ON_CPU:
+            self.pool.forget(fresh)
         self.pool.write_pins()
         return DeltaMemMetadata(steps, batch.num_actual_tokens, self.pool)
 
@@ -216,7 +218,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots, policy = pool.layers[self.position], pool.policies[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
-        scratch = {"scratch": {} if len(attn_metadata.steps) > 1 else None} if ON_CPU else {}
+        scratch = {"scratch": pool.readouts[self.position]} if ON_CPU else {}
         for step in attn_metadata.steps:
             rows = step.slot_indices, step.cu_seqlens, step.seq_lens
             kernels.write(key, value, slots, *rows)

@@ -236,6 +236,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context, **kwargs):
         for transfer in self._get_connector_metadata().restores:
             row = SlotPool.serving.slab[transfer.slot]
+            SlotPool.serving.forget([transfer.slot])
             try:
                 staging = row if row.device.type == "cpu" else None
                 session = self.store.restore(transfer.tenant, transfer.name, transfer.save_id, out=staging)

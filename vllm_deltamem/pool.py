@@ -15,6 +15,7 @@ class SlotPool:
     layers: list[LayerSlots]
     policies: list[Policy]
     rope: Rope | None
+    readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     serving: ClassVar["SlotPool | None"] = None  # of the model that this process loaded last
 
@@ -22,6 +23,12 @@ class SlotPool:
     def slots(self) -> int:
         """Slots that sequences can hold."""
         return len(self.slab) - 1
+
+    def forget(self, slots: list[int]) -> None:
+        """Drop what the CPU path has read of slots that were cleared or restored."""
+        for scratch in self.readouts:
+            for slot in slots:
+                scratch.pop(slot, None)
 
     def pin(self, claimed: dict[int, list[list[int]]]) -> None:
         """Note the pinned spans of slots that sequences just claimed, and write them."""
@@ -57,6 +64,7 @@ class SlotPool:
             slab=slab,
             layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
+            readouts=[{} for _ in range(layout.shape.layers)],
             rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
         )
         return cls.serving
