@@ -9,7 +9,7 @@ demo: $(READY)
 	.venv/bin/python -m benchmarks.demo
 
 test: $(READY)
-	.venv/bin/python -m pytest -m "not gpu"
+	.venv/bin/python -m pytest
 
 lint: $(READY)
 	.venv/bin/ruff check .
