@@ -20,10 +20,6 @@ SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-1"
 WEIGHTS = ("w1", "b1", "w2", "b2")
 DEFAULT_GATE = (-6.2, 5.4, 0.0)  # training-free: the median of what heads of SmolLM2-135M were fitted to
-    -24.0,
-    40.0,
-    0.0,
-)  # training-free: merge where the centred keys' cosine is above 0.6, drop the rest
 
 
 @dataclass(frozen=True, eq=False)
