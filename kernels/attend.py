@@ -6,6 +6,7 @@ program takes one piece and one tile of query rows; the heads of a group are row
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,9 +16,21 @@ from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, row
 from .slot import LayerSlots
 from .tiles import at, decode, halves, locate, row_at
 
-TILES = 64, 128  # query rows of pieces; a group's heads are the rows when decoding
-KEYS = 64  # keys of a tile; pieces are a power of two of tiles
 INTERPRETED_KEYS = 16
+
+
+class Tile(NamedTuple):
+    """Shape of a program: query rows, keys at a time, warps, pipeline stages, programs per multiprocessor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
+DECODE = Tile(16, 64, 2, 2, 4)  # few warps: each scale of a code then serves more columns of a lane
+PIECE = Tile(64, 64, 4, 3, 2), Tile(128, 64, 8, 3, 1)
 
 
 def attend(
@@ -30,27 +43,25 @@ def attend(
     the decoding shape), and live_tokens, one of their sum (T where it is not given).
     """
     query_heads, size = q.shape[1:]
+    group, count, device = query_heads // slots.ring_k.shape[1], len(slot_indices), q.device
     rows, heads = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots)
     live_tokens, single = live_tokens or q.shape[0], max_query_len == 1
-    group = query_heads // slots.ring_k.shape[1]
-    longest = min(max_query_len or live_tokens, live_tokens)
-    tile = max(16, triton.next_power_of_2(group)) if single else TILES[group * longest > TILES[0]]
-    tile_tokens = 1 if single else tile // group
-    blocks = len(slot_indices) if single else live_tokens // tile_tokens + len(slot_indices)
-    keys = KEYS if q.is_cuda else INTERPRETED_KEYS
+    tile = _tile(q, group, 1 if single else min(max_query_len or live_tokens, live_tokens))
+    tile_tokens = 1 if single else tile.rows // group
+    blocks = count if single else live_tokens // tile_tokens + count
     counts = tuple(slots.ring_k.shape[2] + held for held in heads.held)
-    resident = processors(q.device) * (1 if tile > 64 else 2)
-    pieces = heads.pieces(counts, keys, blocks, resident, tile_tokens * group * size * 4)
+    resident = processors(device) * tile.resident
+    pieces = heads.pieces(counts, tile.keys, blocks, resident, tile_tokens * group * size * 4)
     shape = (pieces.parts, blocks, tile_tokens * group)
-    partial = buffer("partial", (*shape, size), torch.float32, q.device)
-    lse = buffer("lse", shape, torch.float32, q.device)
+    partial = buffer("partial", (*shape, size), torch.float32, device)
+    lse = buffer("lse", shape, torch.float32, device)
     common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=rows_width(slot_indices))
     _attend[(blocks, len(pieces.table))](
         q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile, KEYS=keys,
+        WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys,
         KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
-        num_warps=8 if tile > 64 else 4, num_stages=2 if size * q.element_size() > 256 else 3,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces.parts:
         _combine[(blocks * tile_tokens, query_heads)](
@@ -59,9 +70,21 @@ def attend(
         )  # fmt: skip
 
 
+def _tile(q, group: int, longest: int) -> Tile:
+    """The tile for rows of up to `longest` tokens: one of three, as each is compiled for itself."""
+    tile = DECODE if longest == 1 else PIECE[group * longest > PIECE[0].rows]
+    if not q.is_cuda:
+        tile = tile._replace(keys=INTERPRETED_KEYS)
+    if q.shape[2] * q.element_size() > 256:  # wider heads: more registers and shared memory for the same rows
+        tile = tile._replace(warps=2 * tile.warps, stages=2, resident=max(tile.resident // 2, 1))
+    return tile._replace(rows=max(tile.rows, triton.next_power_of_2(group)))
+
+
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
 def _attend(
-    q, out, partial, lse, slots, stride, table, size, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, scale, q_token, q_head, out_token, out_head,
+    q, out, partial, lse, slots, stride, table, size,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    scale, q_token, q_head, out_token, out_head,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -113,10 +136,8 @@ def _attend(
         inside = (at_key + key < RING) & (seen <= newest)
         k_low, k_high = halves(ring_k, seen % RING, inside, D, HALF)
         v_low, v_high = halves(ring_v, seen % RING, inside, D, HALF)
-        bias = tl.where(seen[None, :] <= position[:, None], 0.0, float("-inf"))
-        top, total, low, high = _absorb(
-            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
-        )
+        mass = tl.where(seen[None, :] <= position[:, None], 1.0, 0.0)
+        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
 
     exact_k = at(slots.exact_k, slot, stride)
     exact_v = at(slots.exact_v, slot, stride)
@@ -126,26 +147,22 @@ def _attend(
         entry = exact_first + at_key + key
         k_low, k_high = halves(exact_k, entry, inside, D, HALF)
         v_low, v_high = halves(exact_v, entry, inside, D, HALF)
-        bias = tl.where(inside, 0.0, float("-inf"))[None, :]
-        top, total, low, high = _absorb(
-            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
-        )
+        mass = tl.where(inside, 1.0, 0.0)[None, :]
+        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
 
     coarse_k = at(slots.coarse_k, slot, stride)
     coarse_v = at(slots.coarse_v, slot, stride)
     k_affine = at(slots.coarse_k_affine, slot, stride)
     v_affine = at(slots.coarse_v_affine, slot, stride)
-    mass = at(slots.coarse_mass, slot, stride)
+    masses = at(slots.coarse_mass, slot, stride)
     end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
     for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
         inside = at_key + key < end
         entry = coarse_first + at_key + key
         k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
         v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
-        bias = tl.where(inside, tl.log2(tl.load(mass + entry, mask=inside, other=1.0)), float("-inf"))[None, :]
-        top, total, low, high = _absorb(
-            q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high
-        )
+        mass = tl.load(masses + entry, mask=inside, other=0.0)[None, :]
+        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
 
     some = total > 0
     share = tl.where(some, 1.0 / total, 0.0)[:, None]
@@ -162,13 +179,15 @@ def _attend(
 
 
 @triton.jit
-def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total, low, high):
-    """Add a tile of keys to a running softmax (README.md, eq. 3); bias is -inf where a key is not seen."""
+def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high):
+    """Add a tile of keys to a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
     logits = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
-    logits = tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee") * scale + bias
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    logits = tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee")
+    new_top = tl.maximum(top, tl.max(tl.where(mass > 0, logits, float("-inf")), 1) * scale)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
-    weight = tl.exp2(logits - base[:, None])
+    weight = mass * tl.exp2(logits * scale - base[:, None])
+    if v_low.dtype == tl.float16:
+        weight = tl.minimum(weight, 65504.0)  # what fp16 holds
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weight, 1)
     weight = weight.to(v_low.dtype)
@@ -179,7 +198,9 @@ def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, bias, scale, top, total
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["blocks"])
 def _combine(
-    out, partial, lse, first_part, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    out, partial, lse, first_part,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query token and head (README.md, eq. 4). Heads of one piece are done already."""

@@ -58,7 +58,9 @@ def above(pivot, rank, PIVOTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def count(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, table, tiles, ENTRIES: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    kv_heads, table, tiles, ENTRIES: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Count the entries of either tier between one pivot and the next lower."""
@@ -124,7 +126,9 @@ def _picked_lists(slots, slot, head, kv_heads):
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def pick(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, table, tiles, ENTRIES: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    kv_heads, table, tiles, ENTRIES: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write down the plan of a head, and gather the entries that rank low enough to be among its losers."""
@@ -154,7 +158,9 @@ def pick(
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def order(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, kv_heads, PARTS: tl.constexpr, ORDERED: tl.constexpr, COMPARED: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    kv_heads, PARTS: tl.constexpr, ORDERED: tl.constexpr, COMPARED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Put the losing entries of either tier in order, worst first, by counting how many of the picked rank lower."""

@@ -23,7 +23,9 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def exchange(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, CELLS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    cos, sin, kv_heads, CELLS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +140,9 @@ def exchange(
                 )
                 low = low * cos_low - mate_low * sin_low
                 high = high * cos_high - mate_high * sin_high
-            low, high = centred_unit(low.to(tl.float32), high.to(tl.float32), at(slots.key_sum, slot, stride) + head * D, gone, D, HALF)
+            low, high = centred_unit(
+                low.to(tl.float32), high.to(tl.float32), at(slots.key_sum, slot, stride) + head * D, gone, D, HALF
+            )
             d = tl.arange(0, HALF)
             scratch = work.unit + ((base * SEGMENT + c) * (2 * HALF))[:, None] + d[None, :]
             tl.store(scratch, low.to(work.unit.dtype.element_ty))

@@ -4,7 +4,7 @@ Nothing here waits for the device once a layer is known: `heads_of` reads the he
 time it sees them, so call it (or run one step) before capturing a CUDA graph.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Heads:
     def __init__(self, slots: LayerSlots):
         self.exact = _sizes(slots.exact_start)
         self.coarse = _sizes(slots.coarse_start)
-        self.held = [x + y for x, y in zip(self.exact, self.coarse)]
+        self.held = [x + y for x, y in zip(self.exact, self.coarse, strict=True)]
         self.stride = _slot_stride(slots)
         self._device = slots.exact_start.device
         self._cuts: dict[tuple, list[Pieces]] = {}
@@ -97,16 +97,17 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 
 def rows_of(slot_indices, cu_seqlens, seq_lens) -> tuple:
-    """The sequences of a call as kernels take them, in the order of ROW_ARGUMENTS; a block table's column is strided."""
+    """The sequences of a call in the order of ROW_ARGUMENTS; slot_indices may be a column of a block table."""
     return slot_indices, slot_indices.stride(0), cu_seqlens, seq_lens, len(slot_indices)
 
 
 def rows_width(slot_indices) -> int:
     """Width of a vector over the sequences of a call: one of few, as each is compiled for itself."""
-    return 32 if len(slot_indices) <= 32 else max(256, triton.next_power_of_2(len(slot_indices)))
+    sequences = len(slot_indices)
+    return 32 if sequences <= 32 else max(256, triton.next_power_of_2(sequences))
 
 
-@lru_cache(maxsize=None)
+@cache
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
@@ -120,7 +121,7 @@ def half_width(head_size: int) -> int:
 
 def _sizes(start: torch.Tensor) -> tuple[int, ...]:
     edges = start.tolist()
-    return tuple(b - a for a, b in zip(edges, edges[1:]))
+    return tuple(b - a for a, b in zip(edges[:-1], edges[1:], strict=True))
 
 
 def _slot_stride(slots: LayerSlots) -> int:

@@ -7,6 +7,7 @@ The ring cells of the outgoing segment serve as the list of tokens that look for
 gives up takes the cell of the token that won it. After a merge they hold no tokens of the ring.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,16 +41,17 @@ class Work(NamedTuple):
     fresh: torch.Tensor  # [S, G, 2C] int32, newcomers among the pivots before this one
     counts: torch.Tensor  # [S, G, 2, 2C] int32, exact and coarse entries between this pivot and the next lower
     under: torch.Tensor  # [S, G, 2C] int32, exact entries below this pivot
-    plan: torch.Tensor  # [S, G, 4] int32, see duels.plan
+    plan: torch.Tensor  # [S, G, 8] int32, see duels.py
     picked: torch.Tensor  # [S, X + Y] int32, entries of a head that may lose, in no order
     losing: torch.Tensor  # [S, G, 2, C] int32, exact and coarse entries that lose, worst first
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy) -> None:
     """See reference.merge."""
-    kv_heads, ring, size = slots.ring_k.shape[1:]
+    kv_heads, _, size = slots.ring_k.shape[1:]
     rows, heads, device = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots), slots.ring_k.device
-    work, programs = _work(slots), processors(device)
+    held, programs = slots.exact_rank.shape[1] + slots.coarse_rank.shape[1], processors(device)
+    work = _work(len(slots.ring_k), kv_heads, slots.segment, size, held, slots.ring_k.dtype, device)
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
     turn = dict(ROTARY=2 * rope.cos.shape[1] if rope else 0, INTERLEAVED=bool(rope and rope.interleaved))
     segment = dict(WINDOW=slots.window, SEGMENT=slots.segment, ROWS=rows_width(slot_indices))
@@ -67,14 +69,12 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             TOKENS=max(16, min(SCORED, slots.segment)), **shape, **turn, num_warps=4, num_stages=1,
         )  # fmt: skip
     _rank[(programs,)](
-        *common, cos, sin, kv_heads, D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)), SPANS=slots.pins.shape[1],
-        LEARNED=policy.importance is not None, **segment, **turn, num_warps=8,
+        *common, cos, sin, kv_heads, D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)),
+        SPANS=slots.pins.shape[1], LEARNED=policy.importance is not None, **segment, **turn, num_warps=8,
     )  # fmt: skip
     count[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
     pick[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
-    order[(4 * programs,)](
-        *common, kv_heads, PARTS=PARTS, ORDERED=ORDERED, COMPARED=COMPARED, **segment, num_warps=4
-    )
+    order[(4 * programs,)](*common, kv_heads, PARTS=PARTS, ORDERED=ORDERED, COMPARED=COMPARED, **segment, num_warps=4)
     exchange[(4 * programs,)](
         *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **turn, **bits, num_warps=4
     )
@@ -85,11 +85,11 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     apply[(16 * programs,)](*common, cos, sin, policy.gate.contiguous(), kv_heads, **shape, **turn, **bits, num_warps=1)
 
 
-def _work(slots: LayerSlots) -> Work:
-    count, kv_heads, _, size = slots.ring_k.shape
-    cells, held = (count, kv_heads, slots.segment), slots.exact_k.shape[1] + slots.coarse_k.shape[1]
-    pivots = (*cells[:2], 2 * slots.segment)
-    operand = torch.float32 if slots.ring_k.dtype == torch.float32 else torch.float16  # fp16 is finer than bf16
+@cache
+def _work(slots: int, kv_heads: int, segment: int, size: int, held: int, dtype: torch.dtype, device) -> Work:
+    """Scratch for layers of that many slots whose heads hold `held` entries together."""
+    cells, pivots = (slots, kv_heads, segment), (slots, kv_heads, 2 * segment)
+    operand = torch.float32 if dtype == torch.float32 else torch.float16  # of unit vectors: finer than bf16
     shapes = Work(
         score=(cells, torch.float32),
         rank=(cells, torch.int64),
@@ -98,18 +98,20 @@ def _work(slots: LayerSlots) -> Work:
         nearest=(cells, torch.int64),
         pivot=(pivots, torch.int64),
         fresh=(pivots, torch.int32),
-        counts=((*cells[:2], 2, pivots[2]), torch.int32),
+        counts=((slots, kv_heads, 2, 2 * segment), torch.int32),
         under=(pivots, torch.int32),
-        plan=((*cells[:2], 8), torch.int32),
-        picked=((count, held), torch.int32),
-        losing=((*cells[:2], 2, slots.segment), torch.int32),
+        plan=((slots, kv_heads, 8), torch.int32),
+        picked=((slots, held), torch.int32),
+        losing=((slots, kv_heads, 2, segment), torch.int32),
     )
-    return Work(*(buffer(name, *shape, slots.ring_k.device) for name, shape in zip(Work._fields, shapes)))
+    return Work(*(buffer(name, *shape, device) for name, shape in zip(Work._fields, shapes, strict=True)))
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _score(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, w1, b1, w2, b2, kv_heads, units, UNITS: tl.constexpr, TOKENS: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    cos, sin, w1, b1, w2, b2, kv_heads, units, UNITS: tl.constexpr, TOKENS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +177,9 @@ def _pair(pair, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _rank(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
     LEARNED: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -214,6 +218,7 @@ def _rank(
                 a = plain
             sum_a = tl.load(key_sum + first, mask=inside, other=0.0) + tl.sum(a, 0)
             sum_b = tl.load(key_sum + second, mask=inside, other=0.0) + tl.sum(b, 0)
+            tl.debug_barrier()  # all lanes have read the sums
             tl.store(key_sum + first, sum_a, mask=inside)
             tl.store(key_sum + second, sum_b, mask=inside)
             mean_a = sum_a / gone

@@ -23,7 +23,9 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
 def nearest(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, kv_heads, table, tiles, TARGETS: tl.constexpr, LOSERS: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    cos, sin, kv_heads, table, tiles, TARGETS: tl.constexpr, LOSERS: tl.constexpr,
     KEY_BITS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +78,9 @@ def nearest(
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def apply(
-    slots, stride, work, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, cos, sin, gate, kv_heads, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
+    slots, stride, work,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    cos, sin, gate, kv_heads, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -152,9 +156,25 @@ def apply(
                     add_v_high += share * (high.to(tl.float32) - v_high)
                 total = mass + tl.sum(weight)
                 store_encoded(
-                    codes_k, affine_k, row, whole, k_low + add_k_low / total, k_high + add_k_high / total, D, HALF, KEY_BITS
+                    codes_k,
+                    affine_k,
+                    row,
+                    whole,
+                    k_low + add_k_low / total,
+                    k_high + add_k_high / total,
+                    D,
+                    HALF,
+                    KEY_BITS,
                 )
                 store_encoded(
-                    codes_v, affine_v, row, whole, v_low + add_v_low / total, v_high + add_v_high / total, D, HALF, VALUE_BITS
+                    codes_v,
+                    affine_v,
+                    row,
+                    whole,
+                    v_low + add_v_low / total,
+                    v_high + add_v_high / total,
+                    D,
+                    HALF,
+                    VALUE_BITS,
                 )
                 tl.store(masses + row, total + 0.0 * one)

@@ -177,8 +177,8 @@ def decode(codes, affine, row, inside, D: tl.constexpr, HALF: tl.constexpr, BITS
     elif BITS == 8:
         low, high = halves(codes, row, inside, D, HALF)
         scale, zero = _affine(affine, row, inside)
-        low = (low.to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
-        high = (high.to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
+        low = (low.to(tl.int32).to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
+        high = (high.to(tl.int32).to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
     else:
         i = tl.arange(0, HALF)
         mask = inside[:, None] & (i < D // 2)[None, :]
@@ -276,9 +276,7 @@ def angles(
 
 
 @triton.jit
-def store_encoded(
-    codes, affine, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr
-):
+def store_encoded(codes, affine, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
     """Store two [B, HALF] fp32 as coded vectors in rows [B], see slot.encode."""
     if BITS == 16:
         store_halves(codes, row, inside, low, high, D, HALF)

@@ -25,7 +25,8 @@ def write(
     single = max_query_len == 1
     blocks = len(slot_indices) if single else (live_tokens or tokens) // TOKENS + len(slot_indices)
     _write[(blocks, kv_heads)](
-        k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, *rows, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, *rows,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         RING=slots.ring_k.shape[2], D=size, WIDTH=triton.next_power_of_2(size), TOKENS=1 if single else TOKENS,
         ROWS=rows_width(slot_indices), num_warps=1 if single else 4,
     )  # fmt: skip
@@ -41,7 +42,9 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def _write(
-    k, v, ring_k, ring_v, stride, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, k_token, k_head, v_token, v_head,
+    k, v, ring_k, ring_v, stride,
+    slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
+    k_token, k_head, v_token, v_head,
     RING: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's new tokens in one head."""
@@ -69,7 +72,18 @@ def _write(
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
-def _reset(words, stride, count, slot_indices, slot_step, cu_seqlens, seq_lens, sequences, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _reset(
+    words,
+    stride,
+    count,
+    slot_indices,
+    slot_step,
+    cu_seqlens,
+    seq_lens,
+    sequences,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Every program clears its share of each slot that is new, and leaves at once when none is."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     slot, queries, seq_len = all_rows(rows, ROWS)
