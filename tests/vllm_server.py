@@ -1,0 +1,84 @@
+"""`vllm serve` with the backend in a process of its own, for tests."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import requests
+
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "deltamem,deltamem_sessions",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+class VllmServer:
+    """Options are those of `vllm serve`; the log is appended to `log`."""
+
+    def __init__(self, model: Path, options: list[str], log: Path):
+        self.model, self.options, self.log = str(model), options, log
+
+    def start(self, patience: float = 240) -> "VllmServer":
+        """Returns once it answers. Raises RuntimeError with the end of its log if it ends or takes long."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            self.model,
+            "--port",
+            str(port),
+        ]
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [*command, "--attention-backend", "deltamem", "--enforce-eager", *self.options],
+                stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + patience
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return self
+            except requests.RequestException:
+                time.sleep(0.3)
+        self.kill()
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """kill -9, of the API server and the engine at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def call(self, method: str, path: str, key: str | None = None, **options) -> requests.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return requests.request(method, self.url + path, headers=headers, timeout=120, **options)
+
+    def metrics(self) -> dict[str, float]:
+        """The plugin's, by their names without prefix."""
+        text = requests.get(f"{self.url}/metrics", timeout=30).text
+        found = re.findall(r"^vllm:deltamem_(\w+?)(?:_total)?\{.*\} (\S+)$", text, re.M)
+        return {name: float(value) for name, value in found}
