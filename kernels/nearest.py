@@ -87,94 +87,86 @@ def apply(
     """Merge losers into entries: the first loser of an entry does it for all of that entry's."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
-    DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     cells = tl.arange(0, SEGMENT)
-    one = tl.arange(0, 1)
     for item in range(tl.program_id(0), due * kv_heads * SEGMENT, tl.num_programs(0)):
         slot, gone = due_row(rows, row_order, item // (kv_heads * SEGMENT), WINDOW, ROWS)
         head = item // SEGMENT % kv_heads
-        base = slot * kv_heads + head
-        found = tl.load(work.nearest + base * SEGMENT + cells)
-        rank = tl.load(work.rank + base * SEGMENT + cells)
-        target = rank_position(found)  # the entry that pack_rank took
-        loses = (found > 0) & (rank > 0)
-        mine = tl.sum(tl.where(cells == item % SEGMENT, target, 0))
-        group = loses & (target == mine)
-        leader = tl.min(tl.where(group, cells, SEGMENT))
-        if leader == item % SEGMENT:
-            row = tl.load(slots.coarse_start + head) + mine + one
-            whole = one >= 0
-            masses = at(slots.coarse_mass, slot, stride)
-            mass = tl.sum(tl.load(masses + row))
-            scores = tl.load(gate + 3 * head) + tl.load(gate + 3 * head + 1) * rank_score(found)
-            opening = tl.sigmoid(scores + tl.load(gate + 3 * head + 2) * tl.log(mass))
-            weight = tl.load(work.mass + base * SEGMENT + cells) * opening
-            weight = tl.where(group & (opening >= 0.01), weight, 0.0)
-            taken = tl.sum((weight > 0).to(tl.int32))
-            if taken > 0:
-                codes_k = at(slots.coarse_k, slot, stride)
-                codes_v = at(slots.coarse_v, slot, stride)
-                affine_k = at(slots.coarse_k_affine, slot, stride)
-                affine_v = at(slots.coarse_v_affine, slot, stride)
-                ring_k = at(slots.ring_k, slot, stride)
-                ring_v = at(slots.ring_v, slot, stride)
-                k_low, k_high = decode(codes_k, affine_k, row, whole, D, HALF, KEY_BITS, DTYPE)
-                v_low, v_high = decode(codes_v, affine_v, row, whole, D, HALF, VALUE_BITS, DTYPE)
-                k_low = k_low.to(tl.float32)
-                k_high = k_high.to(tl.float32)
-                v_low = v_low.to(tl.float32)
-                v_high = v_high.to(tl.float32)
-                tl.debug_barrier()
-                if ROTARY > 0:
-                    there = rank_position(tl.load(at(slots.coarse_rank, slot, stride) + row))
-                    cos_low, sin_low, cos_high, sin_high = angles(cos, sin, there, whole, D, HALF, ROTARY, INTERLEAVED)
-                add_k_low = tl.zeros([1, HALF], tl.float32)
-                add_k_high = tl.zeros([1, HALF], tl.float32)
-                add_v_low = tl.zeros([1, HALF], tl.float32)
-                add_v_high = tl.zeros([1, HALF], tl.float32)
-                cell = -1
-                for _ in range(taken):
-                    cell = tl.min(tl.where((weight > 0) & (cells > cell), cells, SEGMENT))
-                    share = tl.sum(tl.where(cells == cell, weight, 0.0))
-                    _, _, source = outgoing(head, gone, cell + one, WINDOW, SEGMENT)
-                    low, high = halves(ring_k, source, whole, D, HALF)
-                    if ROTARY > 0:
-                        # from its own position to the entry's: turned by the difference of the angles
-                        here = rank_position(tl.sum(tl.where(cells == cell, rank, 0)) + 0 * one)
-                        mate_low, mate_high = mates(
-                            ring_k, affine_k, source, whole, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
-                        )
-                        c_low, s_low, c_high, s_high = angles(cos, sin, here, whole, D, HALF, ROTARY, INTERLEAVED)
-                        low = low * (c_low * cos_low + s_low * sin_low) + mate_low * (sin_low * c_low - cos_low * s_low)
-                        high = high * (c_high * cos_high + s_high * sin_high) + mate_high * (
-                            sin_high * c_high - cos_high * s_high
-                        )
-                    add_k_low += share * (low.to(tl.float32) - k_low)
-                    add_k_high += share * (high.to(tl.float32) - k_high)
-                    low, high = halves(ring_v, source, whole, D, HALF)
-                    add_v_low += share * (low.to(tl.float32) - v_low)
-                    add_v_high += share * (high.to(tl.float32) - v_high)
-                total = mass + tl.sum(weight)
-                store_encoded(
-                    codes_k,
-                    affine_k,
-                    row,
-                    whole,
-                    k_low + add_k_low / total,
-                    k_high + add_k_high / total,
-                    D,
-                    HALF,
-                    KEY_BITS,
-                )
-                store_encoded(
-                    codes_v,
-                    affine_v,
-                    row,
-                    whole,
-                    v_low + add_v_low / total,
-                    v_high + add_v_high / total,
-                    D,
-                    HALF,
-                    VALUE_BITS,
-                )
-                tl.store(masses + row, total + 0.0 * one)
+        base = (slot * kv_heads + head) * SEGMENT
+        mine = tl.load(work.nearest + base + item % SEGMENT)
+        if (mine > 0) & (tl.load(work.rank + base + item % SEGMENT) > 0):
+            found = tl.load(work.nearest + base + cells)
+            losers = (found > 0) & (tl.load(work.rank + base + cells) > 0)
+            group = losers & (rank_position(found) == rank_position(mine))  # nearest to the same entry
+            if tl.min(tl.where(group, cells, SEGMENT)) == item % SEGMENT:
+                weight = gate + 3 * head
+                scores = tl.load(weight) + tl.load(weight + 1) * rank_score(found)
+                row = tl.load(slots.coarse_start + head) + rank_position(mine)
+                mass = tl.load(at(slots.coarse_mass, slot, stride) + row)
+                opening = tl.sigmoid(scores + tl.load(weight + 2) * tl.log(mass))
+                share = tl.load(work.mass + base + cells) * opening
+                share = tl.where(group & (opening >= 0.01), share, 0.0)
+                if tl.sum(share) > 0:
+                    _merge_into(
+                        slots, stride, work.rank + base, cos, sin, slot, head, gone, row, mass, share,
+                        D, HALF, WINDOW, SEGMENT, ROTARY, INTERLEAVED, KEY_BITS, VALUE_BITS,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _merge_into(
+    slots, stride, ranks, cos, sin, slot, head, gone, entry, mass, share,
+    D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+):  # fmt: skip
+    """Move a coarse entry of that mass towards the losers with a share above 0 [C] (README.md, eq. 9)."""
+    DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
+    one = tl.arange(0, 1)
+    whole = one == 0
+    row = entry + one
+    codes_k = at(slots.coarse_k, slot, stride)
+    codes_v = at(slots.coarse_v, slot, stride)
+    affine_k = at(slots.coarse_k_affine, slot, stride)
+    affine_v = at(slots.coarse_v_affine, slot, stride)
+    ring_k = at(slots.ring_k, slot, stride)
+    ring_v = at(slots.ring_v, slot, stride)
+    k_low, k_high = decode(codes_k, affine_k, row, whole, D, HALF, KEY_BITS, DTYPE)
+    v_low, v_high = decode(codes_v, affine_v, row, whole, D, HALF, VALUE_BITS, DTYPE)
+    if ROTARY > 0:
+        there = rank_position(tl.load(at(slots.coarse_rank, slot, stride) + row))
+        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, there, whole, D, HALF, ROTARY, INTERLEAVED)
+    cells = tl.arange(0, SEGMENT)
+    add_k_low = tl.zeros([1, HALF], tl.float32)
+    add_k_high = tl.zeros([1, HALF], tl.float32)
+    add_v_low = tl.zeros([1, HALF], tl.float32)
+    add_v_high = tl.zeros([1, HALF], tl.float32)
+    cell = -1
+    for _ in range(tl.sum((share > 0).to(tl.int32))):
+        cell = tl.min(tl.where((share > 0) & (cells > cell), cells, SEGMENT))
+        weight = tl.sum(tl.where(cells == cell, share, 0.0))
+        _, _, source = outgoing(head, gone, cell + one, WINDOW, SEGMENT)
+        low, high = halves(ring_k, source, whole, D, HALF)
+        if ROTARY > 0:
+            # from its own position to the entry's: turned by the difference of the angles
+            here = rank_position(tl.load(ranks + cell + one))
+            mate_low, mate_high = mates(
+                ring_k, affine_k, source, whole, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
+            )
+            c_low, s_low, c_high, s_high = angles(cos, sin, here, whole, D, HALF, ROTARY, INTERLEAVED)
+            turn = sin_low * c_low - cos_low * s_low
+            low = low * (c_low * cos_low + s_low * sin_low) + mate_low * turn
+            turn = sin_high * c_high - cos_high * s_high
+            high = high * (c_high * cos_high + s_high * sin_high) + mate_high * turn
+        add_k_low += weight * (low.to(tl.float32) - k_low.to(tl.float32))
+        add_k_high += weight * (high.to(tl.float32) - k_high.to(tl.float32))
+        low, high = halves(ring_v, source, whole, D, HALF)
+        add_v_low += weight * (low.to(tl.float32) - v_low.to(tl.float32))
+        add_v_high += weight * (high.to(tl.float32) - v_high.to(tl.float32))
+    mass += tl.sum(share)
+    k_low = k_low.to(tl.float32) + add_k_low / mass
+    k_high = k_high.to(tl.float32) + add_k_high / mass
+    v_low = v_low.to(tl.float32) + add_v_low / mass
+    v_high = v_high.to(tl.float32) + add_v_high / mass
+    tl.debug_barrier()  # all lanes have read the entry
+    store_encoded(codes_k, affine_k, row, whole, k_low, k_high, D, HALF, KEY_BITS)
+    store_encoded(codes_v, affine_v, row, whole, v_low, v_high, D, HALF, VALUE_BITS)
+    tl.store(at(slots.coarse_mass, slot, stride) + entry, mass)

@@ -1,0 +1,151 @@
+"""The Triton kernels in Triton's interpreter, against kernels/reference.py. tests/gpu has the compiled ones."""
+
+import pytest
+import torch
+
+from tests.layers import advance, assert_same_memory, make_batch, make_layer, make_policy, make_rope, make_tokens
+from vllm_deltamem.kernels import reference
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("compiled kernels are tested in tests/gpu", allow_module_level=True)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TRITON_INTERPRET", "1")
+    from vllm_deltamem.kernels import cuda, launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked-out lanes
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+RAGGED = dict(exact=(4, 0, 6), coarse=(20, 0, 160))  # the last head holds eight times the mean of the others
+
+SHAPES = [  # fidelity, head size, heads of a group, rope, learned, dtype
+    ("bf16", 64, 1, "neox", False, torch.float32),
+    ("k8v8", 80, 3, "none", False, torch.float16),
+    ("k8v4", 128, 7, "neox", True, torch.float16),
+    ("k4v4", 80, 2, "interleaved", False, torch.float32),
+    ("k8v4", 64, 3, "partial", True, torch.float32),
+]
+
+
+def make_memory(fidelity, size, group, kind, learned, dtype, lengths=(150, 9, 64), **sizes):
+    """Three sequences of the given lengths in slots 2, 0 and 1, by the reference, and one more segment of tokens."""
+    torch.manual_seed(0)
+    slab, view = make_layer(fidelity, size, dtype=dtype, **{**RAGGED, **sizes})
+    slots = view(slab)
+    kv_heads = slots.ring_k.shape[1]
+    rope, policy = make_rope(kind, size), make_policy(kv_heads, size, learned)
+    for slot, length in zip((2, 0, 1), lengths, strict=True):
+        k, v, _ = make_tokens(length, kv_heads, size, group, dtype)
+        advance(slots, slot, k, v, rope, policy)
+    return slab, view, rope, policy
+
+
+@pytest.mark.parametrize("rows", ["decode", "pieces"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}")
+def test_attend(shape, rows):
+    """Ragged heads, empty memory, padding of every kind, and sequences of different lengths in one call."""
+    slab, view, _, _ = make_memory(*shape)
+    size, group, dtype = shape[1], shape[2], shape[5]
+    batch = {
+        "decode": [(2, 1, 150), (-1, 1, 0), (0, 1, 9), (1, 0, 64), (1, 1, 64), (-1, 0, 0)],
+        "pieces": [(-1, 3, 0), (0, 7, 9), (1, 16, 64), (-1, 0, 0), (2, 5, 150)],
+    }[rows]
+    tokens = sum(count for _, count, _ in batch) + 2  # and vLLM's padding at the end
+    q = torch.randn(tokens, 3 * group, 2 * size).to(dtype)[..., :size]  # strided
+    expected = torch.full((tokens, 3 * group, size), 7.0, dtype=dtype)
+    actual = expected.clone()
+    reference.attend(q, view(slab), *make_batch(batch), size**-0.5, expected)
+    hints = dict(max_query_len=1) if rows == "decode" else dict(max_query_len=16, live_tokens=28)
+    cuda.attend(q, view(slab), *make_batch(batch), size**-0.5, actual, **hints)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[3:], ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}")
+def test_merge(shape):
+    """Sequences with a full, a nearly full and no memory, one between boundaries' ends, and padding."""
+    expected, view, rope, policy = make_memory(*shape, lengths=(160, 16, 48))
+    view(expected).pins[2, 0] = torch.tensor([135, 139])
+    actual = expected.clone()
+    batch = make_batch([(-1, 4, 16), (2, 16, 160), (0, 16, 16), (1, 1, 48)])
+    cuda.merge(view(actual), *batch, rope, policy)
+    reference.merge(view(expected), *batch, rope, policy)
+    assert_same_memory(view(actual), view(expected))
+    assert (view(expected).coarse_mass > 1.5).any(), "the test must merge"
+
+
+def test_merge_leaves_other_rows_alone():
+    slab, view, rope, policy = make_memory(*SHAPES[4])
+    before = slab.clone()
+    cuda.merge(view(slab), *make_batch([(2, 1, 150), (-1, 1, 160), (1, 0, 64), (0, 9, 9)]), rope, policy)
+    assert torch.equal(slab, before)
+
+
+def test_merge_when_all_newcomers_are_pinned():
+    """Every entry is then a candidate to lose, and must be ordered among all others."""
+    expected, view, rope, policy = make_memory(*SHAPES[0], lengths=(160, 1, 1), exact=(20, 9), coarse=(40, 0))
+    view(expected).pins[2, 0] = torch.tensor([100, 160])
+    actual = expected.clone()
+    batch = make_batch([(2, 16, 160)])
+    cuda.merge(view(actual), *batch, rope, policy)
+    reference.merge(view(expected), *batch, rope, policy)
+    assert_same_memory(view(actual), view(expected))
+
+
+def test_a_sequence_from_its_first_token():
+    """Write, attend and merge in turn, over an unclean slot and an uneven window."""
+    torch.manual_seed(1)
+    slab, view = make_layer("k8v4", 32, exact=(3, 5), coarse=(9, 24), window=5, segment=8, slots=2)
+    expected = view(slab)
+    slab_of_actual = torch.full_like(slab, 255)
+    actual = view(slab_of_actual)
+    k, v, q = make_tokens(75, 2, 32, 2)
+    rope, policy = make_rope("neox", 32), make_policy(2, 32)
+    out, expected_out = torch.zeros_like(q), torch.zeros_like(q)
+    done = 0
+    for count in (3, 5, 1, 7, *[8] * 7, 1, 1, 1):
+        piece = slice(done, done + count)
+        done += count
+        batch = make_batch([(1, count, done)])
+        cuda.reset(slab_of_actual, *batch)
+        for module, slots, target in ((reference, expected, expected_out), (cuda, actual, out)):
+            module.write(k[piece], v[piece], slots, *batch)
+            module.attend(q[piece], slots, *batch, 0.2, target[piece])
+            module.merge(slots, *batch, rope, policy)
+    torch.testing.assert_close(out, expected_out, atol=1e-3, rtol=1e-3)
+    assert (slab_of_actual[0] == 255).all()
+    slab_of_actual[0] = 0
+    assert_same_memory(actual, expected)
+
+
+def test_reset_clears_new_sequences_only():
+    slab, _ = make_layer(slots=4)
+    slab.fill_(9)
+    cuda.reset(slab, *make_batch([(3, 1, 1), (-1, 2, 2), (0, 4, 5), (1, 6, 6), (2, 0, 0)]))
+    assert [int(row.max()) for row in slab] == [9, 0, 9, 0]
+
+
+def test_pieces_follow_the_heads():
+    """A head that holds eight times as much gets eight times the programs, and no part is ever left out."""
+    slab, view = make_layer(exact=(10, 10, 10), coarse=(1000, 0, 8000))
+    heads = launch.heads_of(view(slab))
+    pieces = heads.pieces(tuple(heads.held), 16, copies=1, resident=40, part_bytes=512)
+    programs = torch.bincount(pieces.table[:, 0].long())
+    assert programs[2] >= 6 * programs[0] and programs[1] == 1
+    for head, held in enumerate(heads.held):
+        mine = pieces.table[pieces.table[:, 0] == head]
+        assert sorted(mine[:, 1].tolist()) == list(range(0, held, pieces.size))
+        parts = list(range(pieces.first_part[head], pieces.first_part[head + 1]))
+        assert sorted(mine[:, 2].tolist()) == (parts or [-1])
+
+
+def test_slots_that_are_no_views_of_a_slab_are_refused():
+    slab, view = make_layer()
+    slots = view(slab)
+    with pytest.raises(ValueError, match="Layout.views"):
+        launch.heads_of(slots._replace(exact_start=slots.exact_start.clone(), ring_k=slots.ring_k.clone()))
