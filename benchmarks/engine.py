@@ -76,7 +76,8 @@ def run(engine, waiting: list[tuple[str, Sample]], folder: Path) -> None:
         if prompt is None or len(prompt) + sample.max_tokens > longest:
             return False
         name = f"{suite}/{sample.seed}/{len(outputs)}"
-        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(sample))
+        rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
+        engine.add_request(name, rendered, sampling(sample))
         running[name] = suite, sample, outputs
         return True
 

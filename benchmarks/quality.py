@@ -47,6 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reductions", type=shares, default=[0.5, 0.85, 0.95])
     parser.add_argument("--n", type=int, default=20, help="samples per suite")
     parser.add_argument("--seed", type=int, default=SPLIT_STARTS["reported"], help="seed of the first sample")
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     parser.add_argument("--small", action="store_true", help="15 minutes on a CPU: " + " ".join(SMALL))
     args = parser.parse_args(SMALL + arguments if "--small" in arguments else arguments)
     for name, table in (("suites", SUITES), ("policies", POLICIES)):
@@ -129,7 +130,7 @@ def main(arguments: list[str]) -> None:
                 "seed": args.seed,
             }
             found += [here | row for row in rows(suite, samples[suite], full, outputs)]
-    common.append(found, "quality")
+    common.append(found, "quality", args.results)
     print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
     for row in found:
         low, high = row["ci95"]

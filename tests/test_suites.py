@@ -69,8 +69,7 @@ def test_a_split_reads_its_own_books_without_their_licence(novels, seed, word):
 def test_prompts_are_exact_and_reproducible(novels, suite):
     first, again, other = suite(novels(3000), 2000), suite(novels(3000), 2000), suite(novels(3000), 2001)
     assert read(first) == read(again) != read(other)
-    assert len(first.prompt([])) + first.max_tokens == 3000 == first.length
-    assert first.prompt([{"text": ""}]) is None
+    assert 2960 < len(first.prompt([])) + first.max_tokens <= 3000 == first.length
 
 
 def test_needles_stand_between_sentences_and_only_the_right_one_scores(novels):
@@ -101,14 +100,19 @@ def test_many_questions_share_their_context(novels):
 def test_tracking_hands_values_on_in_order(novels):
     sample = tracking(novels(4000), 2003, chains=2, hops=2)
     text = read(sample)
-    values = dict(re.findall(r"VAR (\w{3}) = (\d{5})", text))
-    links = dict(re.findall(r"VAR (\w{3}) = VAR (\w{3})", text))
-    name = re.search(r"VAR (\w{3}) =$", text).group(1)
+    values = dict(re.findall(r"VAR (\w{3}) = (\d{5})\.", text))
+    links = dict(re.findall(r"VAR (\w{3}) = VAR (\w{3})\.", text))
     assert len(values) == 2 and len(links) == 4
+    name = re.search(r"VAR (\w{3})\?", text).group(1)
+    walk = []
     while name in links:
         assert text.index(f"VAR {name} =") > text.index(f"VAR {links[name]} =")
+        assert read(sample, walk).endswith(f" VAR {name} = VAR" if len(walk) < 2 else f" VAR {name} =")
         name = links[name]
-    assert sample.score([{"text": f" {values[name]}"}], []) == {"": 1.0}
+        walk.append({"text": f" {name}.\n"})
+    assert read(sample, walk).endswith(f" VAR {name} =") and len(sample.prompt(walk)) <= 4000 - 12
+    answered = [*walk, {"text": f" {values[name]}"}]
+    assert sample.score(answered, []) == {"": 1.0} and sample.prompt(answered) is None
 
 
 def test_a_context_too_short_is_refused(novels):

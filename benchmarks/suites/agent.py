@@ -1,6 +1,6 @@
 """An agent that runs errands in a simulated world over many turns; what it did to the world is judged."""
 
-from .errands import Errand, Script
+from .errands import EXAMPLES, Errand, Script
 from .sample import Outputs, Sample
 from .source import Source
 from .world import TOOLS, World
@@ -9,8 +9,18 @@ SYSTEM = (
     "You run errands with tools. Answer every message with one tool call and nothing else. "
     "Use what earlier messages said.\nTools:\n" + TOOLS
 )
+PASSAGE = "(I am reading: {text})\n"
 ROOM = 32
 AROUND = 16  # tokens a turn spends on introducing its passage, and on calls longer than the right one
+
+
+def said(reply: str, passage: str, errand: Errand) -> dict:
+    """A turn's message: what the world replied to the last call, the passage, the fact, the errand."""
+    return {"role": "user", "content": f"[{reply}]\n{passage}{errand.fact} {errand.text}".replace("\n ", "\n")}
+
+
+def answer(output: dict) -> str:
+    return output["text"].strip().split("\n")[0]
 
 
 def done(errand: Errand, before: World, after: World, reply: str) -> bool:
@@ -20,15 +30,11 @@ def done(errand: Errand, before: World, after: World, reply: str) -> bool:
     return reply == "ok" and after == right
 
 
-def act(world: World, text: str) -> str:
-    return world.call(text.strip().split("\n")[0])
-
-
 class Episode:
     """`turns` errands with stretches of a novel between them, just under `context` tokens when done right.
 
-    Each turn's prompt is the whole conversation so far with the agent's own calls and the world's replies.
-    The state is rebuilt from the outputs, so an episode can be taken up anywhere.
+    Each turn's prompt is the whole conversation so far with the agent's own calls and the world's replies; a
+    few worked examples open it. The state is rebuilt from the outputs, so an episode can be taken up anywhere.
 
     Raises ValueError where the context cannot hold the errands.
     """
@@ -37,31 +43,27 @@ class Episode:
         self.source = source
         self.errands = Script(seed).errands(turns)
         self.passages = [""] * turns
-        ideal = [{"text": errand.call} for errand in self.errands]
-        spare = source.context - len(source.chat(self.messages(ideal))) - ROOM
+        right = [{"text": errand.call} for errand in self.errands[:-1]]
+        spare = source.context - len(source.chat(self.messages(right))) - ROOM
         if spare < 0:
             raise ValueError(f"A context of {source.context} tokens is too short for the agent by {-spare}.")
         share = spare // turns - AROUND
         if share > AROUND:
             novel = source.filler(seed, share * turns)
-            self.passages = [
-                source.tokenizer.decode(novel[i * share : (i + 1) * share]).strip() for i in range(turns)
-            ]
+            texts = [source.tokenizer.decode(novel[i * share :][:share]).strip() for i in range(turns)]
+            self.passages = [PASSAGE.format(text=text) for text in texts]
 
     def messages(self, outputs: Outputs) -> list[dict]:
         """The conversation up to the errand that these outputs leave open."""
-        world, reply = World(), ""
+        world, reply = World(), "ready"
         messages = [{"role": "system", "content": SYSTEM}]
-        for i, errand in enumerate(self.errands[: len(outputs) + 1]):
-            passage = f"Skip this passage: {self.passages[i]}\n" if self.passages[i] else ""
-            said = f"[{reply}]\n" if reply else ""
-            content = f"{said}{passage}{errand.fact} {errand.text}".strip()
-            messages.append({"role": "user", "content": content})
-            if i < len(outputs):
-                text = outputs[i]["text"].strip().split("\n")[0]
-                messages.append({"role": "assistant", "content": text})
-                reply = act(world, text)
-        return messages
+        turns = [(example, "", example.call) for example in EXAMPLES]
+        turns += zip(self.errands, self.passages, map(answer, outputs), strict=False)
+        for errand, passage, call in turns:
+            messages += [said(reply, passage, errand), {"role": "assistant", "content": call}]
+            reply = world.call(call)
+        i = len(outputs)
+        return [*messages, said(reply, self.passages[i], self.errands[i])]
 
     def prompt(self, outputs: Outputs) -> list[int] | None:
         if len(outputs) == len(self.errands):
@@ -70,15 +72,16 @@ class Episode:
 
     def score(self, outputs: Outputs, full: Outputs) -> dict[str, float]:
         """Share of errands done, and of each kind; a turn that was never reached is not done."""
-        world, results = World(), []
+        world = World()
+        for example in EXAMPLES:
+            world.call(example.call)
+        rights: dict[str, list[bool]] = {"": [], "direct": [], "recall": []}
         for i, errand in enumerate(self.errands):
             before = world.copy()
-            reply = act(world, outputs[i]["text"]) if i < len(outputs) else "error: never reached"
-            results.append((errand.kind, done(errand, before, world, reply)))
-        kinds = {"": [right for _, right in results]}
-        for kind, right in results:
-            kinds.setdefault(kind, []).append(right)
-        return {kind: sum(rights) / len(rights) for kind, rights in kinds.items()}
+            right = i < len(outputs) and done(errand, before, world, world.call(answer(outputs[i])))
+            rights[""].append(right)
+            rights[errand.kind].append(right)
+        return {kind: sum(values) / len(values) for kind, values in rights.items() if values}
 
 
 def agent(source: Source, seed: int, turns: int) -> Sample:

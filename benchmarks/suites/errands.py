@@ -32,6 +32,21 @@ class Errand:
     fact: str = ""
 
 
+EXAMPLES = (
+    Errand("There are now 3 jars in the inventory.", 'set_item("jars", 3)', "direct"),
+    Errand(
+        "Put the opera into the calendar on April 12.",
+        'add_event("April 12", "opera")',
+        "direct",
+        "By the way, the phone number of Kim is 5507.",
+    ),
+    Errand("There are now as many pots as jars in the inventory.", 'set_item("pots", 3)', "recall"),
+    Errand("Write scarlet into the file memo.txt.", 'write_file("memo.txt", "scarlet")', "direct"),
+    Errand("Write the phone number of Kim into the file kim.txt.", 'write_file("kim.txt", "5507")', "recall"),
+    Errand("Take the opera out of the calendar.", 'remove_event("opera")', "direct"),
+)
+
+
 class Script:
     """Draws errands one by one; remembers what has been said and done, so that later ones can refer to it."""
 

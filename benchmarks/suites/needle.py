@@ -43,13 +43,8 @@ def needle(source: Source, seed: int, keys: int = 1, questions: int = 1, sweep: 
         (d, NEEDLE.format(key=name, number=numbers[name])) for d, name in zip(depths, names, strict=True)
     ]
     asked = rng.sample(names, questions)
-    # The novel is the same for all questions on one context only if their tails are equally long.
-    length = max(len(source.encode(QUESTION.format(key=name))) for name in asked)
-    prompts = []
-    for name in asked:
-        tail = QUESTION.format(key=name)
-        spare = length - len(source.encode(tail))
-        prompts.append(source.hide(seed, HEAD, hidden, tail, ROOM + spare))
+    tails = [source.encode(QUESTION.format(key=name)) for name in asked]
+    context = source.hide(seed, HEAD, hidden, "", max(map(len, tails)) + ROOM)
 
     def score(outputs, full):
         texts = [o["text"] for o in outputs]
@@ -60,4 +55,4 @@ def needle(source: Source, seed: int, keys: int = 1, questions: int = 1, sweep: 
             parts[f"depth {depths[0]:.1f}"] = right
         return parts
 
-    return Sample(seed, ask(*prompts), score, source.context, max_tokens=ROOM)
+    return Sample(seed, ask(*(context + tail for tail in tails)), score, source.context, max_tokens=ROOM)
