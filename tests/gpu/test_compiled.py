@@ -1,0 +1,139 @@
+"""The Triton kernels compiled for a CUDA device, against kernels/reference.py on the CPU; and in CUDA graphs."""
+
+import pytest
+import torch
+
+from tests.layers import advance, assert_same_memory, make_batch, make_layer, make_policy, make_rope, make_tokens
+from vllm_deltamem.kernels import reference
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+from vllm_deltamem.kernels import cuda  # noqa: E402
+
+RAGGED = dict(exact=(4, 0, 6), coarse=(20, 0, 160))
+WIDE = dict(exact=(100, 64, 300, 0), coarse=(900, 3000, 24_000, 700), window=256, segment=512)
+
+SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes
+    ("bf16", 64, 1, "neox", False, RAGGED),
+    ("k8v8", 80, 3, "none", False, RAGGED),
+    ("k8v4", 128, 7, "neox", True, RAGGED),
+    ("k4v4", 96, 2, "interleaved", False, RAGGED),
+    ("k8v4", 64, 3, "partial", True, RAGGED),
+    ("k8v4", 128, 4, "neox", False, WIDE),
+    ("bf16", 128, 8, "neox", True, WIDE),
+    ("k4v4", 256, 16, "neox", False, RAGGED),
+]
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+
+
+def make_memory(shape, dtype, lengths):
+    """Sequences of the given lengths in slots 2, 0, 1; lengths are in segments, and in tokens over."""
+    fidelity, size, group, kind, learned, sizes = shape
+    torch.manual_seed(0)
+    slab, view = make_layer(fidelity, size, dtype=dtype, **sizes)
+    slots = view(slab)
+    kv_heads = slots.ring_k.shape[1]
+    rope, policy = make_rope(kind, size), make_policy(kv_heads, size, learned)
+    lengths = [segments * slots.segment + over for segments, over in lengths]
+    for slot, length in zip((2, 0, 1), lengths, strict=True):
+        k, v, _ = make_tokens(length, kv_heads, size, group, dtype)
+        advance(slots, slot, k, v, rope, policy)
+    return slab, view, rope, policy, lengths
+
+
+def to_cuda(rope, policy):
+    rope = rope and rope._replace(cos=rope.cos.cuda(), sin=rope.sin.cuda())
+    importance = policy.importance and tuple(weight.cuda() for weight in policy.importance)
+    return rope, policy._replace(importance=importance, gate=policy.gate.cuda())
+
+
+def on_cuda(batch):
+    return [tensor.cuda() for tensor in batch]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ["decode", "pieces"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}")
+def test_attend(shape, rows, dtype):
+    slab, view, _, _, (long, short, middle) = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)])
+    slots = view(slab)
+    heads, size = slots.ring_k.shape[1] * shape[2], shape[1]
+    longest = min(slots.segment, middle)
+    batch = {
+        "decode": [(2, 1, long), (-1, 1, 0), (0, 1, short), (1, 0, middle), (1, 1, middle), (-1, 0, 0)],
+        "pieces": [(-1, 3, 0), (0, 7, short), (1, longest, middle), (-1, 0, 0), (2, 5, long)],
+    }[rows]
+    tokens = sum(count for _, count, _ in batch) + 2
+    q = torch.randn(tokens, heads, 2 * size).to(dtype)[..., :size]
+    expected = torch.full((tokens, heads, size), 7.0, dtype=dtype)
+    actual = expected.cuda()
+    reference.attend(q, slots, *make_batch(batch), size**-0.5, expected)
+    hints = dict(max_query_len=1) if rows == "decode" else dict(max_query_len=longest, live_tokens=longest + 12)
+    cuda.attend(q.cuda(), view(slab.cuda()), *on_cuda(make_batch(batch)), size**-0.5, actual, **hints)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{sum(s[5]['coarse'])}")
+def test_merge(shape, dtype):
+    """fp32 agrees to rounding; in 16 bits a loser may find another entry as near as the reference's."""
+    expected, view, rope, policy, (full, first, middle) = make_memory(shape, dtype, [(6, 0), (1, 0), (3, 0)])
+    view(expected).pins[2, 0] = torch.tensor([full - 40, full - 36])
+    actual = expected.cuda()
+    batch = make_batch([(-1, 4, first), (2, 8, full), (0, 8, first), (1, 1, middle)])
+    cuda.merge(view(actual), *on_cuda(batch), *to_cuda(rope, policy))
+    reference.merge(view(expected), *batch, rope, policy)
+    exact = dtype == torch.float32
+    tolerance = 1e-3 if exact else 3e-2
+    assert_same_memory(view(actual.cpu()), view(expected), tolerance, flipped=0.002 if exact else 0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:6:3], ids=str)
+def test_a_row_is_merged_alike_alone_and_among_others(shape):
+    slab, view, rope, policy, lengths = make_memory(shape, torch.bfloat16, [(6, 0), (3, 0), (4, 0)])
+    together, alone = slab.cuda(), slab.cuda()
+    rows = [(slot, 1, length) for slot, length in zip((2, 0, 1), lengths, strict=True)]
+    cuda.merge(view(together), *on_cuda(make_batch(rows)), *to_cuda(rope, policy))
+    for row in reversed(rows):
+        cuda.merge(view(alone), *on_cuda(make_batch([row])), *to_cuda(rope, policy))
+    assert torch.equal(together, alone)
+
+
+def test_decoding_replayed_from_a_graph():
+    """A captured step decodes over several boundaries, with padding, like eager steps, and allocates nothing."""
+    dtype, size = torch.bfloat16, 128
+    torch.manual_seed(0)
+    slab, view = make_layer("k8v4", size, exact=(4, 9), coarse=(60, 200), dtype=dtype)
+    rope, policy = to_cuda(make_rope("neox", size), make_policy(2, size))
+    captured, eager = slab.cuda(), slab.cuda()
+    k, v, q = (tensor.cuda() for tensor in make_tokens(3 * 120, 2, size, 4, dtype))
+
+    def step(slab, views, k, v, q, out, rows):
+        cuda.reset(slab, *rows)
+        cuda.write(k, v, views, *rows, max_query_len=1)
+        cuda.attend(q, views, *rows, size**-0.5, out, max_query_len=1)
+        cuda.merge(views, *rows, rope, policy)
+
+    rows = on_cuda(make_batch([(0, 1, 1), (1, 1, 1), (-1, 0, 0)]))
+    views = view(captured)
+    now = [tensor[:3].clone() for tensor in (k, v, q)]
+    out = torch.zeros_like(now[2])
+    step(captured, views, *now, out, rows)  # compiles, and reads the layer's sizes
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured, views, *now, out, rows)
+    held, eager_views, eager_out = torch.cuda.memory_allocated(), view(eager), torch.zeros_like(out)
+    for length in range(1, 120):
+        slots, second = rows[0], max(length - 30, 0)  # the second sequence starts later: padding until then
+        slots.copy_(torch.tensor([0, 1 if second else -1, -1]))
+        rows[2].copy_(torch.tensor([length, second, 0]))
+        for target, source in zip(now, (k, v, q), strict=True):
+            target.copy_(source[3 * length - 3 : 3 * length])
+        graph.replay()
+        assert torch.cuda.memory_allocated() == held
+        step(eager, eager_views, *now, eager_out, rows)
+        assert torch.equal(out[: 1 + (second > 0)], eager_out[: 1 + (second > 0)])
+    assert torch.equal(captured[:2], eager[:2])
