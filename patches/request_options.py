@@ -4,7 +4,7 @@ from functools import wraps
 
 
 def apply() -> None:
-    """Wrap InputProcessor.process_inputs. A ValueError from there fails that request alone."""
+    """Wrap InputProcessor.process_inputs. A VLLMValidationError from there is HTTP 400, of that request alone."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
@@ -13,6 +13,8 @@ def apply() -> None:
 
     @wraps(original)
     def process_inputs(self, *args, **kwargs):
+        from vllm.exceptions import VLLMValidationError
+
         from vllm_deltamem.options import resolve
         from vllm_deltamem.plan import plan_memory
         from vllm_deltamem.startup import is_chosen
@@ -22,7 +24,10 @@ def apply() -> None:
         if params is not None and params.extra_args and is_chosen(self.vllm_config):
             quota = plan_memory(self.vllm_config).layout.pinned
             tokenizer = self.renderer.tokenizer
-            params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
+            try:
+                params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
         return request
 
     process_inputs.deltamem = True

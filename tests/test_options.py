@@ -96,3 +96,25 @@ def test_a_long_option_is_quoted_in_part():
     with pytest.raises(ValueError) as error:
         resolve({"deltamem_pin": "x" * 100_000}, PROMPT, Characters(), 32)
     assert len(str(error.value)) < 400
+
+
+def test_a_malformed_option_is_the_clients_error(monkeypatch):
+    """vLLM answers 500 to a ValueError from here, 400 to its own kind."""
+    from types import SimpleNamespace
+
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_deltamem import plan, startup
+    from vllm_deltamem.patches import request_options
+
+    request = SimpleNamespace(
+        sampling_params=SimpleNamespace(extra_args={"deltamem_sesion": "a"}), prompt_token_ids=PROMPT
+    )
+    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
+    monkeypatch.setattr(startup, "is_chosen", lambda config: True)
+    monkeypatch.setattr(plan, "plan_memory", lambda config: SimpleNamespace(layout=SimpleNamespace(pinned=8)))
+    request_options.apply()
+    processor = SimpleNamespace(vllm_config=None, renderer=SimpleNamespace(tokenizer=None))
+    with pytest.raises(VLLMValidationError, match="Unknown option 'deltamem_sesion'"):
+        InputProcessor.process_inputs(processor)
