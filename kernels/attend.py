@@ -1,4 +1,4 @@
-"""Triton attention over memory, window and segment: split over keys, joined by log-sum-exp (README.md, 2 and 3).
+"""Triton attention over memory, window and segment: split over keys, joined by log-sum-exp (README.md, 2).
 
 A head's keys are numbered ring first, then exact, then coarse entries. The host cuts every head into pieces
 of equal size (launch.Pieces), so a head that holds eight times the mean gets eight times the programs. A

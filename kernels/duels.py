@@ -2,7 +2,7 @@
 
 Newcomers and an even sample of the entries are pivots (merge._rank). Counting the entries between pivots tells
 how many duels are won in either tier and below which pivot the losers lie; only what lies there is ordered.
-README.md, 6, has the derivation.
+README.md, 5, has the derivation.
 """
 
 import triton
@@ -91,7 +91,7 @@ def _plan(slots, work, base, head, gone, SEGMENT: tl.constexpr):
     under_coarse = tl.cumsum(tl.load(counts + 2 * SEGMENT), reverse=True)
     _, _, exact, coarse, held_exact, held_coarse = sizes(slots, head, tl.maximum(gone - SEGMENT, 0))
 
-    wins = new & (exact - held_exact + under_exact > fresh)
+    wins = new & (exact - held_exact + under_exact > fresh)  # README.md, eq. 8
     won_exact = tl.sum(wins.to(tl.int32))
     lost_exact = tl.maximum(won_exact - (exact - held_exact), 0)
     # what did not win meets the coarse entries together with what lost, all of which ranks above them

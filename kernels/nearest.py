@@ -1,4 +1,4 @@
-"""Merging losers: the nearest coarse entry of each, and the gated update (README.md, 7 and 8)."""
+"""Merging losers: the nearest coarse entry of each, and the gated update (README.md, 6)."""
 
 import triton
 import triton.language as tl
@@ -118,7 +118,7 @@ def _merge_into(
     D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Move a coarse entry of that mass towards the losers with a share above 0 [C] (README.md, eq. 9)."""
+    """Move a coarse entry of that mass towards the losers with a share above 0 [C] (README.md, eq. 10)."""
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     one = tl.arange(0, 1)
     whole = one == 0
