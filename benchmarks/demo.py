@@ -57,19 +57,14 @@ def serve(model: Path, backend: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = {"--host": "127.0.0.1", "--port": port, "--served-model-name": DEFAULT_MODEL}
-    arguments |= {"--attention-backend": backend, "--max-model-len": CONTEXT, "--max-num-seqs": 4}
+    options = {"--host": "127.0.0.1", "--port": port, "--served-model-name": DEFAULT_MODEL}
+    options |= {"--attention-backend": backend, "--max-model-len": CONTEXT, "--max-num-seqs": 4}
     if backend.upper() == OURS:
-        arguments["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        model,
-        "--no-enable-prefix-caching",
-    ]
-    command += [str(word) for pair in arguments.items() for word in pair]
+        options["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
+    vllm = Path(sys.executable).with_name("vllm")
+    # Compiling takes longer than three questions gain by it.
+    command = [vllm, "serve", model, "--enforce-eager", "--no-enable-prefix-caching"]
+    command += [str(word) for option in options.items() for word in option]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.NamedTemporaryFile("w", prefix="deltamem-demo-", suffix=".log") as log:
         process = subprocess.Popen(
@@ -84,15 +79,17 @@ def serve(model: Path, backend: str) -> Iterator[str]:
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    """Wait until the server answers, showing the last line of its log every 5 seconds."""
-    began = time.monotonic()
+    """Wait until the server answers, showing every 5 seconds how far its log has come."""
+    began, shown = time.monotonic(), ""
     while not healthy(address):
         lines = log.read_text(errors="replace").splitlines()
         waited = time.monotonic() - began
         if process.poll() is not None or waited > PATIENCE:
             print(*lines[-40:], sep="\n")
             raise RuntimeError(f"The server did not start within {waited:.0f} s: its log ends above.")
-        print(f"{waited:5.0f} s  {lines[-1][:100] if lines else ''}", flush=True)
+        last = lines[-1][:100] if lines else ""
+        print(f"{waited:5.0f} s  {'...' if last == shown else last}", flush=True)
+        shown = last
         time.sleep(5)
 
 
@@ -129,9 +126,7 @@ def ask(address: str, text: str, question: str) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    request = Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     began, first, words, prompt_tokens = time.monotonic(), None, [], 0
     with urlopen(request, timeout=PATIENCE) as stream:
         for line in stream:
