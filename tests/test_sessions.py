@@ -238,8 +238,8 @@ def test_a_file_under_another_key_is_refused(tmp_path, monkeypatch, ours, theirs
     assert damaged(tmp_path / "ours", store, foreign) == "key"
     if ours and theirs:  # whoever writes our key's id into the header does not have our key
         mine, his = (
-            store._directory.seal.key_id,
-            open_store(tmp_path / "theirs", theirs)._directory.seal.key_id,
+            store.directory.seal.key_id,
+            open_store(tmp_path / "theirs", theirs).directory.seal.key_id,
         )
         assert damaged(tmp_path / "ours", store, foreign.replace(his.encode(), mine.encode())) == "altered"
 

@@ -94,7 +94,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests = {}  # scheduler: running requests by id
         self._matched: dict[str, Transfer] = {}  # scheduler: restores that wait for a slot
         self._step = StepMetadata()  # scheduler: being put together
-        self._saving: dict[str, tuple[str, str]] = {}  # scheduler: request -> session, until the save is done
+        self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
+        self._saves: dict[tuple[str, str], Transfer] = {}  # scheduler: what the workers keep in host memory
         self._outcome: dict[str, str] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._saved: set[str] = set()  # worker: requests whose save is done
@@ -114,14 +115,14 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if name is None or num_computed_tokens or request.request_id in self._matched:
             matched = self._matched.get(request.request_id)
             return (len(matched.tokens), False) if matched and not num_computed_tokens else (0, False)
-        if (tenant, name) in self._saving.values():
+        if any((tenant, name) == (save.tenant, save.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
         outcome, tokens = "new", []
         try:
-            session = self.store.peek(tenant, name)
-            if session is not None:
-                fits = session.prefix_of(request.all_token_ids) and len(session.tokens) < request.num_tokens
-                outcome, tokens = ("restored", session.tokens.tolist()) if fits else ("other history", [])
+            save_id, saved = self._last_save(tenant, name)
+            if save_id is not None:
+                fits = len(saved) < request.num_tokens and saved == list(request.all_token_ids[: len(saved)])
+                outcome, tokens = ("restored", saved) if fits else ("other history", [])
         except SessionRefused as refused:
             outcome = refused.reason
             logger.warning("deltamem computes a prompt anew: %s", refused)
@@ -129,7 +130,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if not tokens:
             self._count("sessions_refused", outcome != "new")
             return 0, False
-        transfer = Transfer(request.request_id, -1, tenant, name, session.header.save_id, tokens)
+        transfer = Transfer(request.request_id, -1, tenant, name, save_id, tokens)
         self._matched[request.request_id] = transfer
         return len(tokens), False
 
@@ -166,7 +167,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         tokens = list(request.all_token_ids[:computed])
         save = Transfer(request.request_id, block_ids[0][0], tenant, name, uuid.uuid4().hex, tokens)
         self._step.saves.append(save)
-        self._saving[request.request_id] = (tenant, name)
+        self._saving[request.request_id] = save
         self._count("sessions_saved", 1)
         return True, {"deltamem_session": {"name": name, "history": outcome, "saved_tokens": computed}}
 
@@ -175,7 +176,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output):
         for request_id in connector_output.finished_sending or ():
-            self._saving.pop(request_id, None)
+            save = self._saving.pop(request_id, None)
+            if save is not None and self.store.directory is None:
+                self._saves.pop((save.tenant, save.name), None)
+                self._saves[save.tenant, save.name] = save
+                if len(self._saves) > self.store.settings.max_sessions:
+                    del self._saves[next(iter(self._saves))]
 
     def get_kv_connector_stats(self):
         if self._block_pool is None:  # in a worker
@@ -193,6 +199,17 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         return DeltaMemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _last_save(self, tenant: str, name: str) -> tuple[str | None, list[int]]:
+        """Save id and tokens of a session. The directory tells; host memory is the worker's, so notes are kept.
+
+        A note may outlive its session: the worker then reports that it could not load it. Raises SessionRefused.
+        """
+        if self.store.directory is None:
+            save = self._saves.get((tenant, name))
+            return (save.save_id, save.tokens) if save else (None, [])
+        session = self.store.peek(tenant, name)
+        return (session.header.save_id, session.tokens.tolist()) if session else (None, [])
 
     def _session_of(self, request) -> tuple[str | None, str | None]:
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}

@@ -79,13 +79,13 @@ class SessionStore:
     """
 
     def __init__(self, settings: SessionSettings, fingerprint: Fingerprint):
-        self._settings = settings
+        self.settings = settings
         self._fingerprint = fingerprint
         self._host = HostSessions(settings.max_sessions, settings.host_bytes)
-        self._directory = None
+        self.directory = None
         if settings.directory is not None:
             key = settings.key()
-            self._directory = SessionDirectory(Path(settings.directory), Seal(key) if key else None)
+            self.directory = SessionDirectory(Path(settings.directory), Seal(key) if key else None)
             self.sweep()
         elif fingerprint.tp_size > 1:
             raise ValueError("deltamem sessions with tensor parallelism need 'sessions.directory'.")
@@ -108,23 +108,23 @@ class SessionStore:
             save_id = uuid.uuid4().hex
         if not SAVE_ID.fullmatch(save_id or ""):
             raise ValueError(f"save_id must be 32 hex digits, the same for all ranks: {save_id!r}")
-        limit = self._settings.max_bytes if self._directory else self._settings.host_bytes
+        limit = self.settings.max_bytes if self.directory else self.settings.host_bytes
         if (n_bytes := slab.numel() * size) > limit:
             raise SessionRefused("size", f"a session of {n_bytes} bytes exceeds the limit of {limit}")
         with _disk("unwritable", f"cannot save session {name}"):
             created = time.time_ns()
-            if self._directory:
+            if self.directory:
                 # A clock behind the last saver's must not make this save the older one.
-                earlier = self._directory.entries(tenant_tag, tag)
+                earlier = self.directory.entries(tenant_tag, tag)
                 created = max([created, *(entry.created_ns + 1 for entry in earlier)])
             header = Header(tenant_tag, name, save_id, created, len(tokens), slab.numel(), self._fingerprint)
-            if self._directory:
-                self._directory.publish(tag, header, tokens, slab)
+            if self.directory:
+                self.directory.publish(tag, header, tokens, slab)
         self._host.put((tenant, name), header, tokens, slab)
         try:
             self._sweep(keep=(tenant, name))
         except OSError as error:
-            logger.warning("deltamem sessions: cannot clean up %s: %s", self._settings.directory, error)
+            logger.warning("deltamem sessions: cannot clean up %s: %s", self.settings.directory, error)
         return header
 
     def peek(self, tenant: str, name: str) -> Session | None:
@@ -133,7 +133,7 @@ class SessionStore:
         Raises SessionRefused; slabs are not read, so one that was altered is found by restore() only.
         """
         tenant_tag, tag = self._tags(tenant, name)
-        if self._directory is None:
+        if self.directory is None:
             self._expire_in_host((tenant, name))
             found = self._host.peek((tenant, name))
             return found and Session(*found)
@@ -160,7 +160,7 @@ class SessionStore:
         tenant_tag, tag = self._tags(tenant, name)
         if out is not None:
             _check_slab(out)
-        if self._directory is None:
+        if self.directory is None:
             self._expire_in_host((tenant, name))
             found = self._host.take((tenant, name), lambda held: _slab_for(held, save_id, out))
             return found and Session(*found)
@@ -182,7 +182,7 @@ class SessionStore:
     def list(self, tenant: str) -> list[Header]:
         """The sessions of a tenant, newest first; files that cannot be read are left out."""
         tenant_tag, _ = self._tags(tenant, "any")
-        if self._directory is None:
+        if self.directory is None:
             headers = [header for (owner, _), header in self._host.headers().items() if owner == tenant]
         else:
             with _disk("unreadable", "cannot list the sessions"):
@@ -211,9 +211,9 @@ class SessionStore:
         """
         tenant_tag, tag = self._tags(tenant, name)
         erased = self._host.drop((tenant, name))
-        if self._directory:
+        if self.directory:
             with _disk("unwritable", f"cannot erase session {name}"):
-                erased = self._directory.erase(tenant_tag, tag) or erased
+                erased = self.directory.erase(tenant_tag, tag) or erased
         return erased
 
     def sweep(self) -> None:
@@ -229,12 +229,12 @@ class SessionStore:
         if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
             raise ValueError("a tenant is 64 hex digits, see tenant_of()")
         check_name(name)
-        if self._directory is None:
+        if self.directory is None:
             return tenant, name
-        return self._directory.tenant_tag(tenant), self._directory.name_tag(tenant, name)
+        return self.directory.tenant_tag(tenant), self.directory.name_tag(tenant, name)
 
     def _expired(self, created_ns: int) -> bool:
-        return time.time_ns() - created_ns > self._settings.max_age_s * 1e9
+        return time.time_ns() - created_ns > self.settings.max_age_s * 1e9
 
     def _expire_in_host(self, key: tuple[str, str]) -> None:
         found = self._host.peek(key)
@@ -247,7 +247,7 @@ class SessionStore:
         tenant_tag, tag = self._tags(tenant, name)
         for attempt in range(REPLACED_AT_MOST):
             with _disk("unreadable", f"cannot read session {name}"):
-                entries = self._directory.entries(tenant_tag, tag)
+                entries = self.directory.entries(tenant_tag, tag)
                 save = newest(entries)
                 if (save is None or save.missing) and attempt == 0:
                     continue  # a listing may show neither of two files when one replaces the other meanwhile
@@ -271,7 +271,7 @@ class SessionStore:
     @contextmanager
     def _open(self, entry: Entry, tenant_tag: str, name: str) -> Iterator[SessionFile]:
         """A file that is what its name says, of the session `name`, and made under our fingerprint."""
-        with SessionFile(entry.path, tenant_tag, self._directory.seal) as file:
+        with SessionFile(entry.path, tenant_tag, self.directory.seal) as file:
             header, made = file.header, file.header.fingerprint
             said = (name, entry.created_ns, entry.save_id, entry.rank, entry.size)
             if said != (header.name, header.created_ns, header.save_id, made.tp_rank, made.tp_size):
@@ -281,22 +281,22 @@ class SessionStore:
             yield file
 
     def _headers(self, tenant_tag: str) -> Iterator[Header]:
-        for entries in self._directory.sessions(tenant_tag).values():
+        for entries in self.directory.sessions(tenant_tag).values():
             with suppress(SessionRefused, FileNotFoundError):
                 save = newest(entries)
                 if not save.missing:
-                    with SessionFile(save.entries[0].path, tenant_tag, self._directory.seal) as file:
+                    with SessionFile(save.entries[0].path, tenant_tag, self.directory.seal) as file:
                         yield file.header
 
     def _wipe(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            self._directory.wipe(entry.path)
+            self.directory.wipe(entry.path)
 
     def _sweep(self, keep: tuple[str, str] | None = None) -> None:
         usages, files = [], {}
-        for tenant_tag in self._directory.tenants() if self._directory else ():
-            self._directory.wipe_abandoned(tenant_tag)
-            for tag, entries in self._directory.sessions(tenant_tag).items():
+        for tenant_tag in self.directory.tenants() if self.directory else ():
+            self.directory.wipe_abandoned(tenant_tag)
+            for tag, entries in self.directory.sessions(tenant_tag).items():
                 save = newest(entries)
                 gone = entries if self._expired(save.created_ns) else superseded(entries, save)
                 self._wipe(gone)
@@ -305,11 +305,11 @@ class SessionStore:
                 if n_bytes:
                     usages.append(Usage(tag, tenant_tag, n_bytes, used_ns))
         kept = self._tags(*keep)[1] if keep else None
-        for tag in victims(usages, self._settings.max_sessions, self._settings.max_bytes, kept):
+        for tag in victims(usages, self.settings.max_sessions, self.settings.max_bytes, kept):
             self._wipe(files.pop(tag))
         live = {(tag, entry.save_id) for tag, left in files.items() for entry in left}
         for key, header in self._host.headers().items():
-            filed = self._directory is None or (self._tags(*key)[1], header.save_id) in live
+            filed = self.directory is None or (self._tags(*key)[1], header.save_id) in live
             if self._expired(header.created_ns) or not filed:
                 self._host.drop(key)
 
