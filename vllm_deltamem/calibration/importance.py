@@ -7,37 +7,42 @@ from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.kernels.reference import importance
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-BATCH = 1024  # tokens of every head per step
+BATCH = 768  # tokens of every head per step
+SPREAD = 8.0  # standard deviations that are one unit of a standardised feature
 KEYDIFF_SCALE = 4.0  # of the starting point; its scores then spread over about as many nats as the target
 
 
-def fit(observations: list[Observation], seed: int, units: int = 16, steps: int = 200, device: str = "cpu") -> Weights:
+def fit(observations: list[Observation], seed: int, units: int = 16, steps: int = 150, device: str = "cpu") -> Weights:
     """Fit w1 [L, G, 2D, U], b1 and w2 [L, G, U], b2 [L, G]: exp(score) is the expected influence.
 
     The loss is Poisson's, whose minimum is the conditional mean however heavy the tail: keeping the tokens of
-    highest expected influence loses the least. Heads start as KeyDiff with a fixed mean key.
+    highest expected influence loses the least. Heads start as KeyDiff with a fixed mean key. Features are
+    standardised while fitting, as key biases hide what differs, and the weights turned back at the end.
     """
-    layers, heads, _, size = observations[0].key.shape
+    layers, heads = observations[0].key.shape[:2]
     features = torch.cat([torch.cat([o.key, o.value], -1) for o in observations], 2).flatten(0, 1).to(device)
     target = torch.cat([o.influence.abs() for o in observations], 2).flatten(0, 1).to(device)
     target = target / target.mean(1, keepdim=True).clamp_min(1e-12)
+    centre = features.float().mean(1)  # [H, 2D]
+    spread = SPREAD * torch.stack([x.float().std(0) for x in features]).clamp_min(1e-3)
     torch.manual_seed(seed)
-    mean = torch.nn.functional.normalize(features[..., :size].float().mean(1), dim=-1)
-    weights = _start(mean, units)
-    for w in weights:
-        w.requires_grad_()
-    optimizer = torch.optim.AdamW(weights, lr=3e-3, weight_decay=1e-2)
+    weights = [w.to(device).requires_grad_() for w in _start(centre.cpu(), spread.cpu(), units)]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in tqdm(range(steps), "importance heads fitted"):
         batch = torch.randint(0, features.shape[1], (BATCH,)).to(device)
-        score = _score(features[:, batch], weights).clamp(max=8)
+        standard = (features[:, batch].float() - centre[:, None]) / spread[:, None]
+        score = _score(standard, weights).clamp(max=8)
         loss = (score.exp() - target[:, batch] * score).mean(1).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 10.0)
         optimizer.step()
         schedule.step()
-    return tuple(w.detach().cpu().unflatten(0, (layers, heads)) for w in weights)
+    w1, b1, w2, b2 = (w.detach() for w in weights)
+    w1 = w1 / spread[..., None]
+    b1 = b1 - torch.bmm(centre[:, None], w1)[:, 0]
+    return tuple(w.cpu().unflatten(0, (layers, heads)) for w in (w1, b1, w2, b2))
 
 
 def scores(observation: Observation, weights: Weights | None) -> torch.Tensor:
@@ -49,18 +54,22 @@ def scores(observation: Observation, weights: Weights | None) -> torch.Tensor:
     return importance(key, value, None, flat).unflatten(0, observation.key.shape[:2])
 
 
-def _start(mean: torch.Tensor, units: int) -> list[torch.Tensor]:
-    """Weights that score as KeyDiff against the mean key [H, D]: gelu(x) - gelu(-x) = x."""
-    count, size = mean.shape
-    w1 = torch.randn(count, 2 * size, units, device=mean.device) / size**0.5
-    w1[:, :size, 0], w1[:, :size, 1] = -mean, mean
+def _start(centre: torch.Tensor, spread: torch.Tensor, units: int) -> list[torch.Tensor]:
+    """Weights on standardised features that score as KeyDiff against the mean key: gelu(x) - gelu(-x) = x.
+
+    centre and spread [H, 2D]: a feature is centre + spread times its standardised value.
+    """
+    count, size = centre.shape[0], centre.shape[1] // 2
+    mean = torch.nn.functional.normalize(centre[:, :size], dim=-1)
+    w1, b1, w2 = torch.randn(count, 2 * size, units) / size**0.5, torch.zeros(count, units), torch.zeros(count, units)
     w1[:, size:, :2] = 0
-    w2 = torch.zeros(count, units, device=mean.device)
+    w1[:, :size, 0], b1[:, 0] = -mean * spread[:, :size], -(mean * centre[:, :size]).sum(-1)
+    w1[:, :size, 1], b1[:, 1] = -w1[:, :size, 0], -b1[:, 0]
     w2[:, 0], w2[:, 1] = KEYDIFF_SCALE, -KEYDIFF_SCALE
-    return [w1, torch.zeros(count, units, device=mean.device), w2, torch.zeros(count, device=mean.device)]
+    return [w1, b1, w2, torch.zeros(count)]
 
 
 def _score(features, weights):
     w1, b1, w2, b2 = weights
-    hidden = torch.nn.functional.gelu(torch.bmm(features.float(), w1) + b1[:, None], approximate="tanh")
+    hidden = torch.nn.functional.gelu(torch.bmm(features, w1) + b1[:, None], approximate="tanh")
     return (hidden * w2[:, None]).sum(-1) + b2[:, None]
