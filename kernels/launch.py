@@ -127,13 +127,13 @@ def _sizes(start: torch.Tensor) -> tuple[int, ...]:
 def _slot_stride(slots: LayerSlots) -> int:
     """Distance of two slots in units of 16 bytes, the same for every field of the slab."""
     fields = [f for f in slots if isinstance(f, torch.Tensor) and f.dim() > 1 and f.numel()]
-    strides = {f.stride(0) * f.element_size() for f in fields}
-    if len(strides) > 1 or strides.pop() % 16 or not all(f[0].is_contiguous() for f in fields):
+    strides = {f.stride(0) * f.element_size() for f in fields} if len(slots.ring_k) > 1 else {0}
+    if len(strides) > 1 or min(strides) % 16 or not all(f[0].is_contiguous() for f in fields):
         raise ValueError(
             "The fields of LayerSlots must be contiguous inside a slot and views of one slab whose rows are "
             "a multiple of 16 bytes; make them with Layout.views."
         )
-    return slots.ring_k.stride(0) * slots.ring_k.element_size() // 16
+    return strides.pop() // 16
 
 
 def _cut_sizes(longest: int, tile: int) -> list[int]:
