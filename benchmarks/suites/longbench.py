@@ -16,7 +16,7 @@ PUNCTUATION = string.punctuation + "，。！？、；：“”‘’（）《�
 
 def words(text: str) -> list[str]:
     """Lower case, no punctuation, no articles; every Chinese character is a word of its own."""
-    text = "".join(" " if c in PUNCTUATION else c for c in text.lower())
+    text = "".join(c for c in text.lower() if c not in PUNCTUATION)
     text = re.sub(r"\b(a|an|the)\b", " ", text)
     return re.sub(r"([\u4e00-\u9fff])", r" \1 ", text).split()
 
