@@ -46,8 +46,15 @@ class Work(NamedTuple):
     losing: torch.Tensor  # [S, G, 2, C] int32, exact and coarse entries that lose, worst first
 
 
-def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy) -> None:
-    """See reference.merge."""
+def merge(
+    slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy,
+    max_seq_len: int | None = None,
+) -> None:  # fmt: skip
+    """See reference.merge.
+
+    max_seq_len: an upper bound of the sequences' lengths, if the host knows one; while no head overflows it saves
+    the search for the nearest entries.
+    """
     kv_heads, _, size = slots.ring_k.shape[1:]
     rows, heads, device = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots), slots.ring_k.device
     held, programs = slots.exact_rank.shape[1] + slots.coarse_rank.shape[1], processors(device)
@@ -59,7 +66,6 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     bits = dict(KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits)
     common = (slots, heads.stride, work, *rows)
     entries = heads.tiles(tuple(heads.held), ENTRIES)
-    targets = heads.tiles(heads.coarse, TARGETS)
 
     if policy.importance is not None:
         weights = [w.contiguous() for w in policy.importance]
@@ -78,6 +84,9 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     exchange[(4 * programs,)](
         *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **turn, **bits, num_warps=4
     )
+    if max_seq_len is not None and max_seq_len - slots.window <= min(heads.held):
+        return
+    targets = heads.tiles(heads.coarse, TARGETS)
     nearest[(2 * programs,)](
         *common, cos, sin, kv_heads, targets, len(targets), TARGETS=TARGETS, LOSERS=max(16, min(LOSERS, slots.segment)),
         KEY_BITS=bits["KEY_BITS"], **shape, **turn, num_warps=8,

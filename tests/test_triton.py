@@ -116,7 +116,8 @@ def test_a_sequence_from_its_first_token():
         for module, slots, target in ((reference, expected, expected_out), (cuda, actual, out)):
             module.write(k[piece], v[piece], slots, *batch)
             module.attend(q[piece], slots, *batch, 0.2, target[piece])
-            module.merge(slots, *batch, rope, policy)
+            hints = {} if module is reference else dict(max_seq_len=done)
+            module.merge(slots, *batch, rope, policy, **hints)
     torch.testing.assert_close(out, expected_out, atol=1e-3, rtol=1e-3)
     assert (slab_of_actual[0] == 255).all()
     slab_of_actual[0] = 0
