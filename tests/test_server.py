@@ -16,10 +16,7 @@ ANN, BOB = "key-of-ann", "key-of-bob"
 STORY = "It was a bright cold day in April, and the clocks were striking thirteen. " * 10
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    sessions = {"directory": str(folder / "sessions")}
+def start_server(folder, sessions):
     settings = {"memory": 160, "segment": 16, "window": 32, "pinned": 16, "sessions": sessions}
     options = [
         "--max-num-seqs",
@@ -31,7 +28,13 @@ def server(tmp_path_factory):
     ]
     options += ["--additional-config", json.dumps({"deltamem": settings}), "--served-model-name", "tiny"]
     options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log"]
-    server = VllmServer(save_tiny_llama(folder / "model"), options, folder / "log").start()
+    return VllmServer(save_tiny_llama(folder / "model"), options, folder / "log").start()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    server = start_server(folder, {"directory": str(folder / "sessions")})
     server.sessions = folder / "sessions"
     yield server
     server.stop()
@@ -245,8 +248,9 @@ def killed_during_saves(server, turns: float):
         assert said["history"] == "restored" and answer == answers[name]
     for i in range(6):
         assert chat(server, [user("Hello")], f"saving-{turns}-{i}")[1]["history"] in ("new", "other history")
-    assert not list(server.sessions.rglob("*.tmp"))
     assert_serves(server)
+    listed(server, ANN, f"saving-{turns}-5")
+    assert not list(server.sessions.rglob("*.tmp")), "what was being written is wiped"
 
 
 def test_kill_during_saves(server):
@@ -257,3 +261,26 @@ def test_kill_during_saves(server):
 def test_kill_during_saves_again_and_again(server):
     for turns in (0.05, 0.2, 0.4, 0.8, 1.6, 3.2):
         killed_during_saves(server, turns)
+
+
+def test_sessions_in_host_memory_alone(server, tmp_path):
+    """Without a directory the API server, the scheduler and the worker are three processes."""
+    server.stop()
+    server = start_server(tmp_path, {})
+    try:
+        messages = two_turns(server, "held")
+        fresh, _ = chat(server, messages)
+        assert list(listed(server, ANN, "held")) == ["held"]
+        answer, said = chat(server, messages, "held")
+        assert answer == fresh and said["history"] == "restored"
+        assert server.call("DELETE", "/v1/deltamem/sessions/held", BOB).status_code == 404
+        assert server.call("DELETE", "/v1/deltamem/sessions/held", ANN).ok
+        assert not server.call("GET", "/v1/deltamem/sessions", ANN).json()["data"]
+        before = server.metrics()["tokens_written"]
+        messages += [{"role": "assistant", "content": answer}, user("And then?")]
+        fresh, _ = chat(server, messages)
+        answer, _ = chat(server, messages, "held")
+        assert answer == fresh and server.metrics()["tokens_written"] - before > 700, "computed anew, twice"
+        assert_serves(server)
+    finally:
+        server.stop()

@@ -45,7 +45,7 @@ class VllmServer:
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [*command, "--attention-backend", "deltamem", "--enforce-eager", *self.options],
-                stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True,
+                stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=self.log.parent, start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + patience
         while time.monotonic() < end and self.process.poll() is None:

@@ -118,6 +118,7 @@ class HostSessions:
     def _drop(self, key: tuple[str, str]) -> bool:
         copy = self._copies.pop(key, None)
         if copy is not None:
-            copy.tokens.zero_()
-            copy.slab.zero_()
+            with torch.inference_mode():  # vLLM's workers save in it, and such tensors change only in it
+                copy.tokens.zero_()
+                copy.slab.zero_()
         return copy is not None
