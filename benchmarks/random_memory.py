@@ -64,12 +64,12 @@ class Memory(NamedTuple):
 def make_memory(scale: Scale, memory: int, fidelity: str, ragged: bool, batch: int) -> Memory:
     """Slots as if scale.context tokens had streamed through: the ranks of the best, masses, codes.
 
-    ragged: the first head holds eight times as much as each of the others.
+    ragged: the first head holds eight times as much as each of the others, or every token if that is less.
     """
     shape = Shape(1, scale.kv_heads, scale.size, scale.dtype, 2 * scale.context)
     layout = plan_layout(shape, DeltaMemConfig(memory=memory, fidelity=fidelity, **scale.settings))
     if ragged:
-        layout = _with_a_large_head(layout)
+        layout = _with_a_large_head(layout, scale.context - layout.ring)
     copies = max(1, -(-scale.cache // (batch * layout.slot_bytes)))
     slab = torch.zeros(batch * copies, layout.slot_bytes, dtype=torch.uint8, device=scale.device)
     slots = layout.views(slab, 0)
@@ -83,21 +83,25 @@ def make_memory(scale: Scale, memory: int, fidelity: str, ragged: bool, batch: i
     return Memory(name, slab, slots, rope, Policy(None, gate), batch, copies)
 
 
-def _with_a_large_head(layout: Layout) -> Layout:
-    weights = [8] + [1] * (layout.shape.kv_heads - 1)
-    exact, coarse = (
-        tuple(sum(heads) * weight // sum(weights) for weight in weights)
-        for heads in (layout.exact[0], layout.coarse[0])
-    )
+def _with_a_large_head(layout: Layout, most: int) -> Layout:
+    """The same entries, the first head with eight times as many as each of the others, or `most` if that is less."""
+    others = layout.shape.kv_heads - 1
+
+    def share(total: int, most: int) -> tuple[int, ...]:
+        large = min(8 * total // (8 + others), most)
+        return large, *[(total - large) // others] * others
+
+    exact = share(sum(layout.exact[0]), most)
+    coarse = share(sum(layout.coarse[0]), most - exact[0])
     return Layout(
         layout.shape, layout.codec, layout.window, layout.segment, layout.sinks, layout.pinned, (exact,), (coarse,)
     )
 
 
 def _fill(slots: LayerSlots, slot: int, length: int, rope: Rope) -> None:
-    """A memory of `length` tokens whose keys share a direction before RoPE, so that scores are near -0.89."""
+    """A slot at `length` tokens, not yet merged, whose keys share a direction before RoPE: scores are near -0.89."""
     (kv_heads, ring, size), device = slots.ring_k.shape[1:], slots.ring_k.device
-    gone = length - slots.window
+    gone = length - slots.window - slots.segment  # tokens that the memory has taken in
     position = torch.arange(length - ring, length, device=device)
     direction = 2 * torch.randn(kv_heads, 1, size, device=device)
     keys = torch.randn(kv_heads, ring, size, device=device) + direction
