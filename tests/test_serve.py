@@ -7,9 +7,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray.serve")
 
@@ -285,15 +287,28 @@ class Server:
             "extra_body": {"vllm_xargs": {"deltamem_session": session}, "ignore_eos": True},
         }
 
-    def ask(self, session: str, tokens: int = 8) -> tuple[str, str]:
+    def ask(self, session: str, tokens: int = 8, **options) -> tuple[str, str]:
         """The answer, and the replica that gave it."""
-        answer = self.client.chat.completions.with_raw_response.create(**self.request(session, tokens))
+        request = self.request(session, tokens)
+        answer = self.client.chat.completions.with_raw_response.create(**request, **options)
         return answer.parse().choices[0].message.content, answer.headers["x-deltamem-replica"]
 
     def ask_all(self, tokens: int, sessions: list[str] = SESSIONS) -> list[tuple[str, str]]:
         """The same of several sessions at once."""
         with ThreadPoolExecutor(len(sessions)) as threads:
             return list(threads.map(lambda session: self.ask(session, tokens), sessions))
+
+    def generated(self, replica: str) -> float:
+        """Tokens that a replica has generated so far."""
+        while True:
+            with urlopen(f"{self.client.base_url.join('/metrics')}") as response:
+                if response.headers["x-deltamem-replica"] == replica:
+                    return sum(
+                        sample.value
+                        for family in text_string_to_metric_families(response.read().decode())
+                        for sample in family.samples
+                        if sample.name == "vllm:generation_tokens_total"
+                    )
 
 
 def wait_for(condition, seconds: float = 240) -> None:
@@ -321,6 +336,26 @@ def test_vllm_reports_a_bad_request(served):
 
     with pytest.raises(BadRequestError, match="1024"):
         served.ask("long", 5000)
+
+
+@pytest.mark.slow
+def test_the_answer_to_a_client_that_left_is_not_finished(served):
+    from openai import APITimeoutError
+
+    _, replica = served.ask("leaves", 1)
+    before = served.generated(replica)
+    with pytest.raises(APITimeoutError):
+        served.ask("leaves", 900, timeout=0.5)
+    with served.client.chat.completions.create(**served.request("leaves", 900), stream=True) as stream:
+        next(iter(stream))
+
+    def at_rest():
+        count = served.generated(replica)
+        time.sleep(1)
+        return served.generated(replica) == count
+
+    wait_for(at_rest)
+    assert served.generated(replica) - before < 900
 
 
 @pytest.mark.slow

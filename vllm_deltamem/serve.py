@@ -152,6 +152,9 @@ class Gateway:
                 first = await anext(answer, b"")
             except RayActorError:
                 continue
+            except asyncio.CancelledError:
+                answer.cancel()
+                raise
             response = StreamingResponse(self._stream(first, answer, headers), status_code=status)
             response.raw_headers = headers
             return response
