@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "VLLM_PLUGINS": "deltamem,deltamem_sessions",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",  # whatever an earlier test has set
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
