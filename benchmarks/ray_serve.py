@@ -11,16 +11,18 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import openai
+from openai.types import CompletionUsage
 
 from . import common
 from .ray_application import Application
 
-REPLICA = "x-deltamem-replica"  # the header that names who answered
+WITH_USAGE = {"include_usage": True}
 TOPICS = (
     "rain bread glass salt maps clocks bees iron chess paper bridges soap tea snow silk coal ink rope wax ice"
 ).split()
@@ -38,11 +40,11 @@ class Turn:
 
     client: int
     began: float
+    heard: float  # the first token where the answer was streamed, else all of it
     ended: float
     answer: str
     replica: str
-    prompt_tokens: int
-    tokens: int
+    usage: CompletionUsage
     sent: int  # times
 
 
@@ -84,31 +86,38 @@ class Conversations:
             "temperature": 0,
             "extra_body": {"vllm_xargs": {"deltamem_session": f"{self.name}-{client}"}},
         }
-        ask = self._streamed if client % 2 == 0 else self._whole
-        began = time.monotonic()
-        answer, replica, usage, sent = await ask(api.chat.completions.with_raw_response, request)
-        sizes = usage.prompt_tokens, usage.completion_tokens
-        return Turn(client, began, time.monotonic(), answer, replica, *sizes, sent)
-
-    async def _whole(self, completions, request: dict) -> tuple:
-        response = await completions.create(**request)
-        completion = response.parse()
-        return completion.choices[0].message.content, response.headers[REPLICA], completion.usage, 1
-
-    async def _streamed(self, completions, request: dict) -> tuple:
-        request = request | {"stream": True, "stream_options": {"include_usage": True}}
-        sent = 0
+        completions = api.chat.completions.with_raw_response
+        began, sent = time.monotonic(), 0
         while True:
-            sent, words = sent + 1, []
-            response = await completions.create(**request)
+            sent += 1
             try:
-                async for chunk in response.parse():
-                    words += [choice.delta.content or "" for choice in chunk.choices]
-                    usage = chunk.usage
+                if client % 2:
+                    response = await completions.create(**request)
+                    completion, heard = response.parse(), time.monotonic()
+                    answer, usage = completion.choices[0].message.content, completion.usage
+                else:
+                    response = await completions.create(**request, stream=True, stream_options=WITH_USAGE)
+                    answer, usage, heard = await self._listen(response.parse())
             except openai.APIError as error:
-                print(f"  sent again: {error}", flush=True)
+                if client % 2:
+                    raise
+                print(f"{self.name:12} sent again: {error}", flush=True)
                 continue
-            return "".join(words), response.headers[REPLICA], usage, sent
+            replica = response.headers["x-deltamem-replica"]
+            return Turn(client, began, heard, time.monotonic(), answer, replica, usage, sent)
+
+    async def _listen(self, stream) -> tuple[str, CompletionUsage, float]:
+        """The answer, its usage, and when the first of it was heard."""
+        heard, words = None, []
+        async for chunk in stream:
+            heard = heard or time.monotonic()
+            words += [choice.delta.content or "" for choice in chunk.choices]
+            usage = chunk.usage
+        return "".join(words), usage, heard
+
+    def tokens(self) -> int:
+        """Of all answers."""
+        return sum(turn.usage.completion_tokens for turn in self.turns)
 
     def answers(self) -> list[list[str]]:
         """The answers of every client, in order."""
@@ -133,19 +142,24 @@ async def disturbed(application: Application, conversations: Conversations) -> t
     names = {turn.replica for turn in before}
     (dead,) = names - {turn.replica for turn in after}
     orphans = {turn.client for turn in before if turn.replica == dead}
-    waits = {}
-    for turn in after:
-        waits.setdefault(turn.client, turn.ended - killed)
+    next_turns = {turn.client: turn for turn in reversed(after) if turn.client in orphans}.values()
     while application.ask_for_a_replica() in names:
         await asyncio.sleep(0.2)
     return seconds, {
-        "recovery_s": max(waits[client] for client in orphans & waits.keys()),
-        "recovery_median_s": median(waits[client] for client in orphans & waits.keys()),
-        "undisturbed_wait_s": max(waits[client] for client in waits.keys() - orphans),
+        "orphaned_conversations": len(orphans),
+        "recovery_s": max(turn.heard for turn in next_turns) - killed,
+        "recovery_median_s": median(turn.heard for turn in next_turns) - killed,
+        "recovery_restored_share": restored_share(next_turns),
         "replacement_s": time.monotonic() - killed,
         "sent_again": sum(turn.sent - 1 for turn in conversations.turns),
-        "orphaned_conversations": len(orphans),
     }
+
+
+def restored_share(turns: Iterable[Turn]) -> float:
+    """Which share of the prompts' tokens was not computed: it came from a session, or vLLM's prefix cache."""
+    usages = [turn.usage for turn in turns]
+    cached = sum(usage.prompt_tokens_details.cached_tokens for usage in usages if usage.prompt_tokens_details)
+    return cached / sum(usage.prompt_tokens for usage in usages)
 
 
 def serve(arguments: argparse.Namespace, sessions: str, replicas: int) -> Application:
@@ -158,6 +172,7 @@ def serve(arguments: argparse.Namespace, sessions: str, replicas: int) -> Applic
         "max-num-seqs": arguments.clients,
         "kv-cache-memory-bytes": "2G",
         "enforce-eager": True,
+        "enable-prompt-tokens-details": True,
     }
     if arguments.backend == "DELTAMEM":
         settings = {"memory": arguments.memory, "sessions": {"directory": sessions}}
@@ -184,11 +199,15 @@ def main() -> None:
     rows, reference = [], None
 
     def measured(replicas: int, talk: Conversations, values: dict[str, float]) -> None:
-        values["conversations_unchanged"] = sum(map(list.__eq__, talk.answers(), reference))
+        values |= {
+            "first_heard_median_s": median(turn.heard - turn.began for turn in talk.turns),
+            "restored_share": restored_share(talk.turns),
+            "conversations_unchanged": sum(map(list.__eq__, talk.answers(), reference)),
+        }
         shape = {
             "model": arguments.model.name,
             "backend": arguments.backend,
-            "context": max(turn.prompt_tokens + turn.tokens for turn in talk.turns),
+            "context": max(turn.usage.total_tokens for turn in talk.turns),
             "batch": arguments.clients,
             "memory_tokens": arguments.memory if arguments.backend == "DELTAMEM" else None,
             "replicas": replicas,
@@ -209,11 +228,11 @@ def main() -> None:
                 talk = conversations(f"undisturbed-{replicas}")
                 seconds = asyncio.run(talk.run())
                 reference = reference or talk.answers()
-                measured(replicas, talk, {"tokens_per_s": sum(t.tokens for t in talk.turns) / seconds})
+                measured(replicas, talk, {"tokens_per_s": talk.tokens() / seconds})
                 if replicas == 2:
                     talk = conversations("killed")
                     seconds, costs = asyncio.run(disturbed(application, talk))
-                    costs["tokens_per_s"] = sum(turn.tokens for turn in talk.turns) / seconds
+                    costs["tokens_per_s"] = talk.tokens() / seconds
                     measured(replicas, talk, costs)
     common.append(rows, "ray")
 
