@@ -22,6 +22,7 @@ from openai.types import CompletionUsage
 from . import common
 from .ray_application import Application
 
+REPLICA = "x-deltamem-replica"  # the header that names who answered
 WITH_USAGE = {"include_usage": True}
 TOPICS = (
     "rain bread glass salt maps clocks bees iron chess paper bridges soap tea snow silk coal ink rope wax ice"
@@ -40,12 +41,10 @@ class Turn:
 
     client: int
     began: float
-    heard: float  # the first token where the answer was streamed, else all of it
     ended: float
     answer: str
     replica: str
     usage: CompletionUsage
-    sent: int  # times
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Conversations:
     rounds: int
     max_tokens: int
     turns: list[Turn] = field(default_factory=list)
+    broken: list[float] = field(default_factory=list)  # when a stream broke off
     half_done: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> float:
@@ -87,33 +87,22 @@ class Conversations:
             "extra_body": {"vllm_xargs": {"deltamem_session": f"{self.name}-{client}"}},
         }
         completions = api.chat.completions.with_raw_response
-        began, sent = time.monotonic(), 0
+        began = time.monotonic()
         while True:
-            sent += 1
             try:
                 if client % 2:
                     response = await completions.create(**request)
-                    completion, heard = response.parse(), time.monotonic()
+                    completion = response.parse()
                     answer, usage = completion.choices[0].message.content, completion.usage
                 else:
                     response = await completions.create(**request, stream=True, stream_options=WITH_USAGE)
-                    answer, usage, heard = await self._listen(response.parse())
-            except openai.APIError as error:
+                    answer, usage = await read(response.parse())
+            except openai.APIError:
                 if client % 2:
                     raise
-                print(f"{self.name:12} sent again: {error}", flush=True)
+                self.broken.append(time.monotonic())
                 continue
-            replica = response.headers["x-deltamem-replica"]
-            return Turn(client, began, heard, time.monotonic(), answer, replica, usage, sent)
-
-    async def _listen(self, stream) -> tuple[str, CompletionUsage, float]:
-        """The answer, its usage, and when the first of it was heard."""
-        heard, words = None, []
-        async for chunk in stream:
-            heard = heard or time.monotonic()
-            words += [choice.delta.content or "" for choice in chunk.choices]
-            usage = chunk.usage
-        return "".join(words), usage, heard
+            return Turn(client, began, time.monotonic(), answer, response.headers[REPLICA], usage)
 
     def tokens(self) -> int:
         """Of all answers."""
@@ -122,6 +111,15 @@ class Conversations:
     def answers(self) -> list[list[str]]:
         """The answers of every client, in order."""
         return [[turn.answer for turn in self.turns if turn.client == c] for c in range(self.clients)]
+
+
+async def read(stream) -> tuple[str, CompletionUsage]:
+    """A streamed answer and its usage."""
+    words = []
+    async for chunk in stream:
+        words += [choice.delta.content or "" for choice in chunk.choices]
+        usage = chunk.usage
+    return "".join(words), usage
 
 
 async def kill_at_half(application: Application, conversations: Conversations) -> float:
@@ -147,11 +145,11 @@ async def disturbed(application: Application, conversations: Conversations) -> t
         await asyncio.sleep(0.2)
     return seconds, {
         "orphaned_conversations": len(orphans),
-        "recovery_s": max(turn.heard for turn in next_turns) - killed,
-        "recovery_median_s": median(turn.heard for turn in next_turns) - killed,
+        "streams_broken": len(conversations.broken),
+        "noticed_s": max(conversations.broken, default=killed) - killed,
+        "recovery_s": max(turn.ended for turn in next_turns) - killed,
         "recovery_restored_share": restored_share(next_turns),
         "replacement_s": time.monotonic() - killed,
-        "sent_again": sum(turn.sent - 1 for turn in conversations.turns),
     }
 
 
@@ -200,7 +198,7 @@ def main() -> None:
 
     def measured(replicas: int, talk: Conversations, values: dict[str, float]) -> None:
         values |= {
-            "first_heard_median_s": median(turn.heard - turn.began for turn in talk.turns),
+            "turn_median_s": median(turn.ended - turn.began for turn in talk.turns),
             "restored_share": restored_share(talk.turns),
             "conversations_unchanged": sum(map(list.__eq__, talk.answers(), reference)),
         }

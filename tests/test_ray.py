@@ -24,12 +24,13 @@ import ray
 from vllm import LLM, SamplingParams
 from vllm_deltamem.patches import ray_cpu
 
-model, executor, workers, output = sys.argv[1:]
+model, backend, executor, workers, output = sys.argv[1:]
 ray_cpu.apply()
 if executor == "ray":
     ray.init(num_cpus=int(workers), include_dashboard=False)
 llm = LLM(model, distributed_executor_backend=executor, tensor_parallel_size=int(workers), enforce_eager=True,
-          dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=64 << 20)
+          dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=64 << 20,
+          attention_backend=backend, additional_config={"deltamem": {"sessions": {"directory": model}}})
 prompts = ["Once upon a time", "x", "The quick brown fox " * 20]
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
 with open(output, "w") as file:
@@ -77,9 +78,9 @@ def test_unknown_vllm_is_refused(cpu_platform, monkeypatch):
     assert platform.ray_device_key == ""
 
 
-def generate(model: Path, executor: str, workers: int) -> list[list[int]]:
-    """Token ids that a new engine answers to three prompts."""
-    output = model / f"{executor}-{workers}.json"
+def generate(model: Path, backend: str, executor: str, workers: int) -> list[list[int]]:
+    """Token ids that a new engine answers to three prompts, of which one is longer than deltamem's memory."""
+    output = model / f"{executor}.json"
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
@@ -87,13 +88,14 @@ def generate(model: Path, executor: str, workers: int) -> list[list[int]]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    command = [sys.executable, "-c", GENERATE, str(model), executor, str(workers), str(output)]
+    command = [sys.executable, "-c", GENERATE, model, backend, executor, str(workers), output]
     subprocess.run(command, check=True, env=environment, timeout=400)
     return json.loads(output.read_text())
 
 
 @pytest.mark.slow
-def test_two_ray_workers_answer_as_one(tmp_path):
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "DELTAMEM"])
+def test_two_ray_workers_answer_as_one(backend, tmp_path):
     model = save_tiny_llama(tmp_path)
-    alone = generate(model, "uni", 1)
-    assert generate(model, "ray", 2) == alone
+    alone = generate(model, backend, "uni", 1)
+    assert generate(model, backend, "ray", 2) == alone
