@@ -1,26 +1,20 @@
-"""The application on Ray Serve: its parts alone, and, marked slow, two replicas of which one is killed."""
+"""The parts of the application on Ray Serve, without a cluster or an engine; test_serve_run.py has the whole."""
 
 import asyncio
 import json
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from urllib.request import urlopen
 
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray.serve")
 
 from ray.exceptions import ActorDiedError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
-from tiny_llama import save_tiny_llama
 
-from benchmarks.ray_application import Application
 from vllm_deltamem.serve import ATTEMPTS, Gateway, SlotScaling, app, command_line, run_app, session_of
 
 
@@ -237,152 +231,3 @@ def test_a_stream_that_breaks_off_says_so():
     first, error = body.decode().split("\n\n")[:2]
     assert (status, first) == (200, "data: 1")
     assert "died" in json.loads(error.removeprefix("data: "))["error"]["message"]
-
-
-SESSIONS = [f"chat-{number}" for number in range(12)]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`serve run` on the repository's serve.yaml, with a tiny model and two to three replicas."""
-    options = {
-        "model": str(save_tiny_llama(tmp_path_factory.mktemp("model"))),
-        "served-model-name": "tiny",
-        "dtype": "float32",
-        "max-model-len": 1024,
-        "max-num-seqs": 16,
-        "enforce-eager": True,
-        "kv-cache-memory-bytes": "64M",
-    }
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    engine = {
-        "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}},
-        "autoscaling_config": {
-            "min_replicas": 2,
-            "max_replicas": 3,
-            "upscale_delay_s": 1,
-            "look_back_period_s": 2,
-            "policy": {"policy_function": "vllm_deltamem.serve:SlotScaling"},
-        },
-    }
-    with Application(options, engine) as application:
-        yield Server(application)
-
-
-class Server:
-    """A running application and a client of it."""
-
-    def __init__(self, application: Application):
-        from openai import OpenAI
-
-        self.engines = application.engines
-        self.client = OpenAI(base_url=application.url, api_key="none", max_retries=0, timeout=300)
-
-    def request(self, session: str, tokens: int) -> dict:
-        return {
-            "model": "tiny",
-            "messages": [{"role": "user", "content": f"Tell {session} a story."}],
-            "max_tokens": tokens,
-            "temperature": 0,
-            "extra_body": {"vllm_xargs": {"deltamem_session": session}, "ignore_eos": True},
-        }
-
-    def ask(self, session: str, tokens: int = 8, **options) -> tuple[str, str]:
-        """The answer, and the replica that gave it."""
-        request = self.request(session, tokens)
-        answer = self.client.chat.completions.with_raw_response.create(**request, **options)
-        return answer.parse().choices[0].message.content, answer.headers["x-deltamem-replica"]
-
-    def ask_all(self, tokens: int, sessions: list[str] = SESSIONS) -> list[tuple[str, str]]:
-        """The same of several sessions at once."""
-        with ThreadPoolExecutor(len(sessions)) as threads:
-            return list(threads.map(lambda session: self.ask(session, tokens), sessions))
-
-    def generated(self, replica: str) -> float:
-        """Tokens that a replica has generated so far."""
-        while True:
-            with urlopen(f"{self.client.base_url.join('/metrics')}") as response:
-                if response.headers["x-deltamem-replica"] == replica:
-                    return sum(
-                        sample.value
-                        for family in text_string_to_metric_families(response.read().decode())
-                        for sample in family.samples
-                        if sample.name == "vllm:generation_tokens_total"
-                    )
-
-
-def wait_for(condition, seconds: float = 240) -> None:
-    """Until the condition is true; fails when time is up."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
-
-
-@pytest.mark.slow
-def test_an_openai_client_is_served(served):
-    assert [model.id for model in served.client.models.list()] == ["tiny"]
-    request = served.request("stream", 16)
-    chunks = list(served.client.chat.completions.create(**request, stream=True))
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert streamed == served.ask("stream", 16)[0] and len(streamed) == 16
-    completion = served.client.completions.create(model="tiny", prompt="Once", max_tokens=4)
-    assert completion.usage.completion_tokens == 4
-
-
-@pytest.mark.slow
-def test_vllm_reports_a_bad_request(served):
-    from openai import BadRequestError
-
-    with pytest.raises(BadRequestError, match="1024"):
-        served.ask("long", 5000)
-
-
-@pytest.mark.slow
-def test_the_answer_to_a_client_that_left_is_not_finished(served):
-    from openai import APITimeoutError
-
-    _, replica = served.ask("leaves", 1)
-    before = served.generated(replica)
-    with pytest.raises(APITimeoutError):
-        served.ask("leaves", 900, timeout=0.5)
-    with served.client.chat.completions.create(**served.request("leaves", 900), stream=True) as stream:
-        next(iter(stream))
-
-    def at_rest():
-        count = served.generated(replica)
-        time.sleep(1)
-        return served.generated(replica) == count
-
-    wait_for(at_rest)
-    assert served.generated(replica) - before < 900
-
-
-@pytest.mark.slow
-def test_a_session_stays_with_its_replica(served):
-    before = served.ask_all(4)
-    assert len({replica for _, replica in before}) == 2
-    assert served.ask_all(4) == before
-
-
-@pytest.mark.slow
-def test_a_killed_replica_loses_no_request(served):
-    expected = served.ask_all(300)
-    first, *_ = served.engines()
-    family = [first, *first.children(recursive=True)]
-    with ThreadPoolExecutor(1) as thread:
-        answers = thread.submit(served.ask_all, 300)
-        time.sleep(1)
-        assert not answers.done(), "too fast to be disturbed"
-        first.kill()
-        answers = answers.result()
-    assert [text for text, _ in answers] == [text for text, _ in expected]
-    replicas = {replica for _, replica in answers}
-    assert len(replicas) == 1, "the survivor answers all"
-    assert not psutil.wait_procs(family, timeout=30)[1], "the engine of a dead replica lives on"
-    wait_for(lambda: len({replica for _, replica in served.ask_all(1)}) == 2)
-
-
-@pytest.mark.slow
-def test_slots_in_use_start_another_replica(served):
-    wait_for(lambda: served.ask_all(300, SESSIONS * 3) and len(served.engines()) == 3)
