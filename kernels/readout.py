@@ -1,112 +1,132 @@
-"""The memory of some slots in one layer as attention reads it, dequantised, for the CPU path."""
+"""The memory of one slot in one layer as attention and merging read it, dequantised, for the CPU path."""
 
 import torch
 
-from .slot import EMPTY, LayerSlots, Rope, decode, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Rope, decode, encode, rank_position, rotate
 
 KEY_BLOCK = 512  # keys per block of PyTorch's CPU flash attention: sums are split at its multiples
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
+TAKEN = torch.iinfo(torch.int64).max  # order of a column that no token may take: nothing outranks it
 
 
 class Readout:
-    """Keys, values and logit bias of slots [n], heads padded to the same width.
+    """Entries of all heads side by side: entry e of head g is column e of row g, exact ones first.
 
-    Entry e of head g sits in column e, exact ones first; the width is a whole number of key blocks, so that
-    trailing empty columns never change how sums round. A sequence keeps its readout from step to step and
-    refreshes only what a merge wrote.
+    The width is a whole number of key blocks, so that trailing empty columns never change how sums round.
+    A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
+    replace_exact and store, which change both. What only merging reads is made by its first merge.
+
+    k, v [G, E, D] model dtype; bias [G, E] fp32, the log of the mass, MASKED where there is no entry.
     """
 
-    def __init__(self, slots: LayerSlots, slot: torch.Tensor, gone: int):
+    def __init__(self, slots: LayerSlots, slot: int, gone: int):
         self.slots, self.slot = slots, slot
-        self.exact, self.coarse = slots.exact_start.tolist(), slots.coarse_start.tolist()
-        exact, coarse = torch.tensor(self.exact), torch.tensor(self.coarse)
-        self.exact_count, self.coarse_count = exact.diff(), coarse.diff()
-        self.capacity = self.exact_count + self.coarse_count
-        self.width = blocks(min(int(self.capacity.max()), gone))
-        n, (kv_heads, _, size), dtype = len(slot), slots.ring_k.shape[1:], slots.ring_k.dtype
-        self.k = torch.zeros(n, kv_heads, self.width, size, dtype=dtype)
-        self.v = torch.zeros(n, kv_heads, self.width, size, dtype=dtype)
-        self.bias = torch.zeros(n, kv_heads, self.width)
-        rows = slice(int(slot), int(slot) + 1) if n == 1 else slot
-        self._copy_exact(rows)
-        if bool((gone > self.exact_count).any()):
-            self._copy_coarse(rows)
-        self.plain: torch.Tensor | None = None  # [G, Y, D] fp32, see plain_keys
+        self.exact_count, self.coarse_count = slots.exact_start.diff(), slots.coarse_start.diff()
+        self.capacity = int((self.exact_count + self.coarse_count).max())
+        self.width = blocks(min(self.capacity, gone))
+        (kv_heads, _, size), dtype = slots.ring_k.shape[1:], slots.ring_k.dtype
+        self.k = torch.zeros(kv_heads, self.width, size, dtype=dtype)
+        self.v = torch.zeros(kv_heads, self.width, size, dtype=dtype)
+        self.mass = torch.zeros(kv_heads, self.width)  # of coarse entries
+        self.rank = torch.zeros(kv_heads, self.width, dtype=torch.int64)
+        self._read()
+        self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
+        self.plain: torch.Tensor | None = None
 
-    def part(self, gone: torch.Tensor):
-        """k, v [n, G, E, D] and bias [n, G, E] for memories that have seen gone [n] tokens."""
-        width = blocks(min(int(self.capacity.max()), int(gone.max())))
-        empty = torch.arange(width) >= torch.minimum(gone[:, None], self.capacity)[..., None]
-        return self.k[:, :, :width], self.v[:, :, :width], self.bias[..., :width].masked_fill(empty, MASKED)
+    @property
+    def nbytes(self) -> int:
+        """With what merging needs."""
+        return self.k.numel() * (2 * self.k.element_size() + 4) + self.mass.numel() * 36
 
-    def plain_keys(self, table: torch.Tensor, rank: torch.Tensor, rope: Rope | None):
-        """Coarse keys [G, Y, D] fp32 before RoPE and their squared norms [G, Y], kept between merges.
+    def part(self, gone: int):
+        """k, v [G, E, D] and bias [G, E] of a memory that has seen `gone` tokens."""
+        width = blocks(min(self.capacity, gone))
+        return self.k[:, :width], self.v[:, :width], self.bias[:, :width]
 
-        table: padded table [G, Y] of flat entries; rank: theirs.
+    def prepare_merge(self, rope: Rope | None) -> None:
+        """Make what only merging needs: keys before RoPE and the order in which entries give way.
+
+        plain [G, E, D] fp32; exact_order and coarse_order [G, E] int64, the
+        rank of each entry of that tier, below 0 for empty ones, the first the lowest, TAKEN for other columns.
         """
-        if self.plain is None:
-            keys = decode_keys(self.slots, int(self.slot), slice(None))[table]
-            self.plain = rotate(keys, known_position(rank, rope), rope, inverse=True)
-            self.square = self.plain.square().sum(-1)
-        return self.plain, self.square
-
-    def refresh_exact(self, head: torch.Tensor, entry: torch.Tensor) -> None:
-        """Read exact entries again: flat indices entry [W] of heads [W]."""
-        column = entry - self.slots.exact_start[head]
-        slot = int(self.slot)
-        self.k[0, head, column] = self.slots.exact_k[slot, entry]
-        self.v[0, head, column] = self.slots.exact_v[slot, entry]
-
-    def refresh_coarse(self, head: torch.Tensor, entry: torch.Tensor, rope: Rope | None) -> None:
-        """Read coarse entries again."""
-        row, slot = entry - self.slots.coarse_start[head], int(self.slot)
-        column = row + self.exact_count[head]
-        keys = decode_keys(self.slots, slot, entry)
-        self.k[0, head, column] = keys.to(self.k.dtype)
-        self.v[0, head, column] = decode_values(self.slots, slot, entry).to(self.v.dtype)
-        self.bias[0, head, column] = self.slots.coarse_mass[slot, entry].log()
         if self.plain is not None:
-            position = known_position(self.slots.coarse_rank[slot, entry], rope)
-            plain = rotate(keys, position, rope, inverse=True)
-            self.plain[head, row] = plain
-            self.square[head, row] = plain.square().sum(-1)
+            return
+        self.rope = rope
+        position = torch.where(self.rank == EMPTY, 0, rank_position(self.rank))
+        self.plain = rotate(self.k.float(), position, rope, inverse=True)
+        column = torch.arange(self.width)
+        order = torch.where(self.rank == EMPTY, column - self.width, self.rank)
+        is_exact = column < self.exact_count[:, None]
+        inside = column < (self.exact_count + self.coarse_count)[:, None]
+        widest = min(int(self.exact_count.max()), self.width)
+        self.exact_order = torch.where(is_exact, order, TAKEN)[:, :widest].contiguous()
+        self.coarse_order = torch.where(~is_exact & inside, order, TAKEN)
 
-    def _copy_exact(self, rows):
-        for g in range(len(self.exact) - 1):
-            begin, count = self.exact[g], min(self.exact[g + 1] - self.exact[g], self.width)
-            self.k[:, g, :count] = self.slots.exact_k[rows, begin : begin + count]
-            self.v[:, g, :count] = self.slots.exact_v[rows, begin : begin + count]
+    def replace_exact(self, head, column, k, v, plain, rank) -> tuple[torch.Tensor, ...]:
+        """Put tokens [W] into exact entries of heads [W]; returns k, v, plain and rank of what was there."""
+        place, entry = head * self.width + column, self.slots.exact_start[head] + column
+        flat = self.k.flatten(0, 1), self.v.flatten(0, 1), self.plain.flatten(0, 1), self.rank.flatten()
+        given_up = tuple(field.index_select(0, place) for field in flat)
+        for field, new in zip(flat, (k, v, plain, rank), strict=True):
+            field.index_copy_(0, place, new)
+        slots, slot = self.slots, self.slot
+        for field, new in ((slots.exact_k, k), (slots.exact_v, v), (slots.exact_rank, rank)):
+            field[slot].index_copy_(0, entry, new)
+        self.exact_order[head, column] = rank
+        self.bias.view(-1).index_fill_(0, place, 0.0)
+        return given_up
 
-    def _copy_coarse(self, rows):
-        keys, values = decode_keys(self.slots, rows, slice(None)), decode_values(self.slots, rows, slice(None))
-        bias = self.slots.coarse_mass[rows].log()
-        for g in range(len(self.coarse) - 1):
-            first = int(self.exact_count[g])
-            count = min(self.coarse[g + 1] - self.coarse[g], self.width - first)
+    def store(self, place, k, v, mass, rank) -> None:
+        """Write coarse entries: k, v [W, D] fp32, mass [W] fp32, rank [W]; place [W] = head * width + column."""
+        slots, slot, dtype = self.slots, self.slot, self.slots.ring_k.dtype
+        head = place // self.width
+        column = place - head * self.width
+        entry = (slots.coarse_start[:-1] - self.exact_count).index_select(0, head) + column
+        for x, (field, bits, codes, affine) in zip((k, v), self._coded(), strict=True):
+            code, scales = encode(x, bits, dtype)
+            codes.index_copy_(0, entry, code)
+            if bits < 16:
+                affine.index_copy_(0, entry, scales)
+            field.flatten(0, 1).index_copy_(0, place, decode(code, scales, bits, dtype))
+        slots.coarse_mass[slot].index_copy_(0, entry, mass)
+        slots.coarse_rank[slot].index_copy_(0, entry, rank)
+        keys = self.k.flatten(0, 1).index_select(0, place).float()
+        plain = rotate(keys, rank_position(rank), self.rope, inverse=True)
+        self.plain.flatten(0, 1).index_copy_(0, place, plain)
+        for field, new in (
+            (self.mass, mass),
+            (self.bias, mass.log()),
+            (self.rank, rank),
+            (self.coarse_order, rank),
+        ):
+            field.view(-1).index_copy_(0, place, new)
+
+    def _read(self):
+        slots, slot = self.slots, self.slot
+        first = slots.exact_start.tolist()
+        for g, count in enumerate(self.exact_count.tolist()):
+            rows = slice(first[g], first[g] + min(count, self.width))
+            for field, source in ((self.k, slots.exact_k), (self.v, slots.exact_v), (self.rank, slots.exact_rank)):
+                field[g, : rows.stop - rows.start] = source[slot, rows]
+        first, exact = slots.coarse_start.tolist(), self.exact_count.tolist()
+        for g, count in enumerate(self.coarse_count.tolist()):
+            count = min(count, self.width - exact[g])
             if count > 0:
-                source = slice(self.coarse[g], self.coarse[g] + count)
-                self.k[:, g, first : first + count] = keys[:, source]
-                self.v[:, g, first : first + count] = values[:, source]
-                self.bias[:, g, first : first + count] = bias[:, source]
+                rows, columns = slice(first[g], first[g] + count), slice(exact[g], exact[g] + count)
+                for field, bits, codes, affine in self._coded():
+                    field[g, columns] = decode(codes[rows], affine[rows], bits, field.dtype)
+                self.mass[g, columns] = slots.coarse_mass[slot, rows]
+                self.rank[g, columns] = slots.coarse_rank[slot, rows]
+
+    def _coded(self):
+        """(readout, bits, codes, affine) of the coarse keys and values."""
+        slots, slot = self.slots, self.slot
+        return (
+            (self.k, slots.codec.key_bits, slots.coarse_k[slot], slots.coarse_k_affine[slot]),
+            (self.v, slots.codec.value_bits, slots.coarse_v[slot], slots.coarse_v_affine[slot]),
+        )
 
 
 def blocks(count: int) -> int:
     """Round up to whole key blocks, at least one."""
     return -(-max(count, 1) // KEY_BLOCK) * KEY_BLOCK
-
-
-def decode_keys(slots: LayerSlots, slot, entries) -> torch.Tensor:
-    """Coarse keys fp32, as attention reads them: rounded to the model's dtype."""
-    codes, affine = slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries]
-    return decode(codes, affine, slots.codec.key_bits, slots.ring_k.dtype).float()
-
-
-def decode_values(slots: LayerSlots, slot, entries) -> torch.Tensor:
-    """Coarse values fp32, likewise."""
-    codes, affine = slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries]
-    return decode(codes, affine, slots.codec.value_bits, slots.ring_v.dtype).float()
-
-
-def known_position(rank: torch.Tensor, rope: Rope | None) -> torch.Tensor:
-    """Positions of entries, 0 for empty ones, which have none."""
-    return torch.where(rank == EMPTY, 0, rank_position(rank))

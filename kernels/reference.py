@@ -58,7 +58,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     lets it. All merges of a segment read the coarse entries as they stand after the replacements.
     """
     length = slots.segment
-    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+    for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window  # tokens that have left the ring once this segment has
         if seq_len % length or gone <= 0:
             continue

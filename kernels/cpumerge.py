@@ -1,0 +1,106 @@
+"""Merging on the CPU, all heads at once: see reference.merge. Its cost is the number of PyTorch calls."""
+
+import torch
+
+from .readout import MASKED, Readout
+from .reference import gate, importance, is_pinned
+from .slot import EMPTY, LayerSlots, Policy, pack_rank, rank_position, rotate
+
+
+def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
+    """Move the tokens k, v [G, C, D] at positions up to `gone` from the ring of one slot into its memory.
+
+    readout: of that slot, prepared for merging.
+    """
+    size, first = k.shape[2], gone - k.shape[1]
+    plain = rotate(k.float(), slice(first, gone), readout.rope, inverse=True)
+    slots.key_sum[slot] += plain.sum(1)
+    mean = slots.key_sum[slot] / gone
+    position = torch.arange(first, gone)
+    score = importance(plain, v.float(), mean, policy.importance)
+    if first < slots.sinks or slots.pins[slot].any():
+        score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
+    rank = pack_rank(score, position)
+    # Every newcomer's row below ends as what it is, or what it drove out: the losers, EMPTY where nobody lost.
+    k, v, plain, mass = k.reshape(-1, size).clone(), v.reshape(-1, size).clone(), plain.view(-1, size), None
+    _keep_exact(k, v, plain, rank, readout)
+    v, mass = _keep_coarse(k, v, plain, rank, readout)
+    _merge_rest(v, plain, rank, mass, mean, policy.gate, readout)
+
+
+def _duels(order, rank):
+    """See reference._duels, over all heads: (head, column, newcomer) of the winners, [W] each.
+
+    order [G, E], see Readout.prepare_merge; rank [G, C].
+    """
+    pairs = min(order.shape[1], rank.shape[1])
+    worst, column = order.topk(pairs, largest=False, sorted=True)
+    best, newcomer = rank.sort(descending=True, stable=True)
+    head, pair = (best[:, :pairs] > worst.clamp(min=EMPTY)).nonzero(as_tuple=True)
+    return head, column[head, pair], newcomer[head, pair]
+
+
+def _keep_exact(k, v, plain, rank, readout):
+    if not readout.exact_order.shape[1]:
+        return
+    head, column, newcomer = _duels(readout.exact_order, rank)
+    if not len(head):
+        return
+    loser, fields = head * rank.shape[1] + newcomer, (k, v, plain, rank.view(-1))
+    given_up = readout.replace_exact(head, column, *(field.index_select(0, loser) for field in fields))
+    for field, old in zip(fields, given_up, strict=True):
+        field.index_copy_(0, loser, old)
+
+
+def _keep_coarse(k, v, plain, rank, readout):
+    """Returns v fp32 and mass of the losers; changes plain and rank to theirs."""
+    v, mass = v.float(), torch.ones(rank.numel())
+    head, column, newcomer = _duels(readout.coarse_order, rank)
+    if not len(head):
+        return v, mass
+    loser, place = head * rank.shape[1] + newcomer, head * readout.width + column
+    new_k, new_v, new_rank = (field.index_select(0, loser) for field in (k, v, rank.view(-1)))
+    mine = v, mass, plain, rank.view(-1)
+    theirs = readout.v.flatten(0, 1), readout.mass.view(-1), readout.plain.flatten(0, 1), readout.rank.view(-1)
+    for field, source in zip(mine, theirs, strict=True):
+        field.index_copy_(0, loser, source.index_select(0, place).to(field.dtype))
+    readout.store(place, new_k.float(), new_v, torch.ones(len(place)), new_rank)
+    return v, mass
+
+
+def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout):
+    """Every loser into the coarse entry nearest to it, as far as the gate lets it."""
+    (kv_heads, count), width = rank.shape, readout.width
+    cosines = _cosines(plain.view(kv_heads, count, -1), readout, mean)
+    best = cosines.amax(-1)
+    # Finding out which entry it is costs more than all the products: only for losers that some mass would let in.
+    heaviest = torch.where(gate_weights[:, 2] > 0, readout.mass.amax(-1).clamp(min=1.0), 1.0)
+    could = gate(best, heaviest[:, None].expand_as(best), gate_weights) > 0
+    loser = (could & (rank != EMPTY) & (best > MASKED / 2)).view(-1).nonzero().squeeze(1)
+    head = loser // count
+    place = cosines.flatten(0, 1).index_select(0, loser).argmax(-1) + head * width
+    entry_mass = readout.mass.view(-1).index_select(0, place)
+    opened = gate(best.view(-1)[loser][:, None], entry_mass[:, None], gate_weights.index_select(0, head))
+    weight = mass.index_select(0, loser) * opened.squeeze(1)
+    let_in = weight > 0
+    loser, weight = loser[let_in], weight[let_in]
+    target, group = place[let_in].unique(return_inverse=True)
+    plain, v = plain.index_select(0, loser), v.index_select(0, loser)
+    total = readout.mass.view(-1).index_select(0, target).index_add_(0, group, weight)
+    entry_rank = readout.rank.view(-1).index_select(0, target)
+    turned = rotate(plain, rank_position(entry_rank).index_select(0, group), readout.rope)
+    merged = []
+    for field, new in ((readout.k, turned), (readout.v, v)):
+        old = field.flatten(0, 1).index_select(0, target).float()
+        delta = new.sub_(old.index_select(0, group)).mul_(weight[:, None])
+        merged.append(old + torch.zeros_like(old).index_add_(0, group, delta).div_(total[:, None]))
+    readout.store(target, *merged, total, entry_rank)
+
+
+def _cosines(plain, readout, mean):
+    """Cosines [G, C, E] of the losers' centred keys to those of coarse entries, near MASKED for other columns."""
+    centred = torch.nn.functional.normalize(plain - mean[:, None], dim=-1)
+    entries = readout.plain - mean[:, None]
+    entries.mul_(entries.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
+    hidden = torch.where(readout.mass > 0, 0.0, MASKED)
+    return torch.bmm(centred, entries.transpose(1, 2)).add_(hidden[:, None])
