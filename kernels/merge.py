@@ -26,7 +26,7 @@ PARTS = 8  # programs that order the picked entries of one tier of one head
 ORDERED, COMPARED = 32, 128  # picked entries of a tile, and those it is compared with at a time
 CELLS = 16  # of a program that exchanges
 TARGETS, LOSERS = 128, 64  # entries and losers of a tile of the nearest search
-SCORED = 64  # tokens of a tile of the learned score
+SCORED = 16  # tokens of a tile of the learned score
 
 
 class Work(NamedTuple):

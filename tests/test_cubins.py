@@ -1,0 +1,118 @@
+"""The Triton kernels compiled for GPUs that need not be there: no error, hardly a spilled register, shared memory that fits.
+
+python -m tests.test_cubins 90        # a table of every kernel, for compute capability 9.0
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SPILLED = 64  # bytes per thread that cost nothing one could measure
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
+SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment
+    ("k8v4", 128, 4, "neox", True, 512),
+    ("bf16", 64, 3, "interleaved", False, 64),
+    ("k4v4", 96, 7, "partial", False, 16),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}")
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_compile(capability, shape):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.test_cubins", str(capability), json.dumps(shape)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    names = set("_write _reset _attend _combine _rank count pick order exchange nearest apply".split())
+    assert {kernel["name"] for kernel in kernels} == names | ({"_score"} if shape[4] else set())
+    for kernel in kernels:
+        assert kernel["spilled_bytes"] <= SPILLED and kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
+
+
+class Absent:
+    """In place of Triton's driver: a CUDA device of this capability that nothing is launched on."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_for(capability: int) -> None:
+    """From here on a launch only compiles, and prints what came of it as a line of JSON."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Absent(capability))
+    run, seen = JITFunction.run, set()
+
+    def only_compile(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            registers, spilled = assemble(kernel.asm["ptx"])
+            found = {"name": self.fn.__name__, "registers": registers, "spilled_bytes": spilled}
+            found |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            print(json.dumps(found), flush=True)
+        return kernel
+
+    JITFunction.run = only_compile
+
+
+def assemble(ptx: str) -> tuple[int, int]:
+    """Registers per thread and bytes of them spilled to memory, as Triton's own assembler says."""
+    import triton
+
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = said.stdout + said.stderr
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def launch_all(fidelity, size, group, kind, learned, segment) -> None:
+    """Every kernel as decoding and a prompt call them."""
+    import torch
+
+    from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
+    from vllm_deltamem.kernels import cuda
+
+    sizes = dict(exact=(4, 0, 60), coarse=(200, 0, 1600), window=segment // 2, segment=segment)
+    slab, view = make_layer(fidelity, size, dtype=torch.bfloat16, **sizes)
+    slots = view(slab)
+    rope, policy = make_rope(kind, size), make_policy(3, size, learned)
+    for batch, longest in (([(2, 1, 150), (0, 1, 9)], 1), ([(2, segment, 4 * segment)], segment)):
+        rows = make_batch(batch)
+        k, v, q = make_tokens(sum(count for _, count, _ in batch), 3, size, group, torch.bfloat16)
+        cuda.reset(slab, *rows)
+        cuda.write(k, v, slots, *rows, max_query_len=longest)
+        cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), max_query_len=longest)
+        cuda.merge(slots, *rows, rope, policy)
+
+
+if __name__ == "__main__":
+    compile_for(int(sys.argv[1]))
+    for shape in [json.loads(sys.argv[2])] if len(sys.argv) > 2 else SHAPES:
+        launch_all(*shape)
