@@ -52,11 +52,18 @@ class LayerSlots(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm."""
+    """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm.
+
+    trained: tokens of context that the model was made for, at least window + 2 segments: no query sees a key
+        from farther away (README.md, 3). 0 where no sequence gets that long.
+    limit: of one sequence at one time, see reference.far_limit.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool  # GPT-J pairs (2i, 2i+1) instead of NeoX halves
+    trained: int = 0
+    limit: int = 0
 
 
 class Policy(NamedTuple):
@@ -96,6 +103,13 @@ def pack_rank(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 def rank_position(rank: torch.Tensor) -> torch.Tensor:
     """Position [int64] of the token that a rank was packed with; meaningless for EMPTY."""
     return MAX_POSITION - (rank & MAX_POSITION)
+
+
+def key_position(rank: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """Position [int64] that an entry's key is turned to: its token's, 0 if that is far or the entry empty."""
+    position = rank_position(rank)
+    far = position < (rope.limit if rope is not None else 0)
+    return torch.where(far | (rank == EMPTY), 0, position)
 
 
 def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
