@@ -18,12 +18,15 @@ from .suites.language import TOP
 from .suites.source import Source
 
 
-def start(plan: dict, length: int):
-    """The engine for `length` tokens of prompt and answer; full attention ends at the trained positions."""
+def start(plan: dict, length: int, **options):
+    """The engine for `length` tokens of prompt and answer; full attention ends at the trained positions.
+
+    options: further ones of vLLM's engine.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
     trained = AutoConfig.from_pretrained(plan["model"]).max_position_embeddings
-    options = {"model": plan["model"], "seed": 0, "max_logprobs": TOP}
+    options |= {"model": plan["model"], "seed": 0, "max_logprobs": TOP}
     if plan["settings"] is None:
         length = min(length, trained)
     else:

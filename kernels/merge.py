@@ -1,6 +1,6 @@
 """Merging in Triton: the oldest segment leaves the ring, as reference.merge defines it (README.md, 4 to 6).
 
-Seven launches (eight with a learned score), each over (sequence, head) and, where it pays, over entries. The
+Seven launches (one more with a learned score, one more past the trained context), each over (sequence, head) and, where it pays, over entries. The
 number of programs is fixed; they share the sequences that complete a segment, and end at once when there is none.
 
 The ring cells of the outgoing segment serve as the list of tokens that look for a place: whatever an entry
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .demote import demote
 from .duels import count, held_ranks, order, pick, sizes
 from .exchange import exchange
 from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
@@ -25,6 +26,7 @@ ENTRIES = 1024  # entries of a program that counts or picks
 PARTS = 8  # programs that order the picked entries of one tier of one head
 ORDERED, COMPARED = 32, 128  # picked entries of a tile, and those it is compared with at a time
 CELLS = 16  # of a program that exchanges
+TURNED = 64  # entries of a program that turns what becomes far
 TARGETS, LOSERS = 128, 64  # entries and losers of a tile of the nearest search
 SCORED = 16  # tokens of a tile of the learned score
 
@@ -61,12 +63,19 @@ def merge(
     work = _work(len(slots.ring_k), kv_heads, slots.segment, size, held, slots.ring_k.dtype, device)
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
     turn = dict(ROTARY=2 * rope.cos.shape[1] if rope else 0, INTERLEAVED=bool(rope and rope.interleaved))
+    lies = dict(TRAINED=rope.trained if rope else 0, **turn)
     segment = dict(WINDOW=slots.window, SEGMENT=slots.segment, ROWS=rows_width(slot_indices))
     shape = dict(D=size, HALF=half_width(size), **segment)
     bits = dict(KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits)
     common = (slots, heads.stride, work, *rows)
     entries = heads.tiles(tuple(heads.held), ENTRIES)
 
+    if lies["TRAINED"]:
+        turned = heads.tiles(tuple(heads.held), TURNED)
+        demote[(4 * programs,)](
+            slots, heads.stride, *rows, cos, sin, turned, len(turned),
+            ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=4,
+        )  # fmt: skip
     if policy.importance is not None:
         weights = [w.contiguous() for w in policy.importance]
         units = weights[0].shape[2]
@@ -82,16 +91,16 @@ def merge(
     pick[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
     order[(4 * programs,)](*common, kv_heads, PARTS=PARTS, ORDERED=ORDERED, COMPARED=COMPARED, **segment, num_warps=4)
     exchange[(4 * programs,)](
-        *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **turn, **bits, num_warps=4
+        *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **lies, **bits, num_warps=4
     )
     if max_seq_len is not None and max_seq_len - slots.window <= min(heads.held):
         return
     targets = heads.tiles(heads.coarse, TARGETS)
     nearest[(2 * programs,)](
         *common, cos, sin, kv_heads, targets, len(targets), TARGETS=TARGETS, LOSERS=max(16, min(LOSERS, slots.segment)),
-        KEY_BITS=bits["KEY_BITS"], **shape, **turn, num_warps=8,
+        KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8,
     )  # fmt: skip
-    apply[(16 * programs,)](*common, cos, sin, policy.gate.contiguous(), kv_heads, **shape, **turn, **bits, num_warps=1)
+    apply[(16 * programs,)](*common, cos, sin, policy.gate.contiguous(), kv_heads, **shape, **lies, **bits, num_warps=1)
 
 
 @cache
