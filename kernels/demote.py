@@ -1,4 +1,4 @@
-"""Turning the keys of entries that become far to position 0, before a merge (README.md, 3)."""
+"""Turning the keys of entries that become far to position 0, before a merge (README.md, 7)."""
 
 import triton
 import triton.language as tl

@@ -55,7 +55,7 @@ class Rope(NamedTuple):
     """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm.
 
     trained: tokens of context that the model was made for, at least window + 2 segments: no query sees a key
-        from farther away (README.md, 3). 0 where no sequence gets that long.
+        from farther away (README.md, 7). 0 where no sequence gets that long.
     limit: of one sequence at one time, see reference.far_limit.
     """
 

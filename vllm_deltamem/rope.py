@@ -15,7 +15,7 @@ def extend(model_config, least: int) -> None:
     """Let the model count to a max_model_len past the context that it was made for.
 
     vLLM makes a model's rotary tables as long as the config says: the config gets the new length, and keeps the
-    old one, from which on distances stand still (kernels/README.md, 3). least: tokens that it must have.
+    old one, from which on distances stand still (kernels/README.md, 7). least: tokens that it must have.
 
     Raises ValueError for a model whose positions cannot be continued.
     """
