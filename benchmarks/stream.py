@@ -97,7 +97,7 @@ class Reader:
             return []
         rows = self._run({name: (tokens, 1)}, 0, f"{name}, scored")[name].prompt_logprobs
         found = [-rows[i][tokens[i]].logprob for i in range(len(tokens) - scored + 1, len(tokens))]
-        print(f"{name}: perplexity {math.exp(fmean(found)):.3f} up to token {len(tokens):,}", flush=True)
+        print(f"{name}: perplexity {perplexity(found):.3f} up to token {len(tokens):,}", flush=True)
         return found
 
     def ask(self, tokens: list[int], questions: list[list[int]], name: str) -> list[str]:
@@ -156,6 +156,10 @@ def memory(plan: dict, stream: Stream, trained: int, ends: list[int]):
     return likelihoods, reader.ask(stream.tokens, stream.questions, "stream"), fresh
 
 
+def perplexity(likelihoods: list[float]) -> float:
+    return math.exp(fmean(likelihoods))
+
+
 def apart(function, *arguments):
     """The function's result from a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -177,8 +181,8 @@ def main() -> None:
     theirs, wanted = apart(full_attention, plan | {"settings": None}, stream, trained, ends)
 
     rows = [
-        {"metric": "perplexity", "context": end, "n": len(a), "value": math.exp(fmean(a)), "full_value": math.exp(fmean(b)),
-         "ci95": common.paired_interval(a, b, lambda values: math.exp(fmean(values)))}
+        {"metric": "perplexity", "context": end, "n": len(a), "value": perplexity(a), "full_value": perplexity(b),
+         "ci95": common.paired_interval(a, b, perplexity)}
         for end, a, b in zip(ends, ours, theirs, strict=True)
     ]  # fmt: skip
     right = [[exact(*pair) for pair in zip(a, stream.numbers.values(), strict=True)] for a in (answers, fresh, wanted)]

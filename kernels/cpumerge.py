@@ -3,7 +3,7 @@
 import torch
 
 from .readout import MASKED, Readout
-from .reference import gate, importance, is_pinned
+from .reference import freshness, gate, importance, is_pinned
 from .slot import EMPTY, LayerSlots, Policy, key_position, pack_rank, rotate
 
 
@@ -17,7 +17,7 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     slots.key_sum[slot] += plain.sum(1)
     mean = slots.key_sum[slot] / gone
     position = torch.arange(first, gone)
-    score = importance(plain, v.float(), mean, policy.importance)
+    score = importance(plain, v.float(), mean, policy.importance) + freshness(position, readout.rope, policy)
     if first < slots.sinks or slots.pins[slot].any():
         score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
     rank = pack_rank(score, position)

@@ -1,7 +1,8 @@
 """Merging in Triton: the oldest segment leaves the ring, as reference.merge defines it (README.md, 4 to 6).
 
-Seven launches (one more with a learned score, one more past the trained context), each over (sequence, head) and, where it pays, over entries. The
-number of programs is fixed; they share the sequences that complete a segment, and end at once when there is none.
+Seven launches, one more with a learned score and one more past the trained context, each over (sequence, head)
+and, where it pays, over entries. The number of programs is fixed; they share the sequences that complete a segment,
+and end at once when there is none.
 
 The ring cells of the outgoing segment serve as the list of tokens that look for a place: whatever an entry
 gives up takes the cell of the token that won it. After a merge they hold no tokens of the ring.
@@ -19,7 +20,7 @@ from .duels import count, held_ranks, order, pick, sizes
 from .exchange import exchange
 from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
 from .nearest import apply, nearest
-from .slot import LayerSlots, Policy, Rope
+from .slot import LayerSlots, Policy, Rope, forgetting
 from .tiles import angles, at, due_row, due_rows, halves, mates, outgoing, pack_rank, rank_position, unit
 
 ENTRIES = 1024  # entries of a program that counts or picks
@@ -84,8 +85,8 @@ def merge(
             TOKENS=max(16, min(SCORED, slots.segment)), **shape, **turn, num_warps=4, num_stages=1,
         )  # fmt: skip
     _rank[(programs,)](
-        *common, cos, sin, kv_heads, D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)),
-        SPANS=slots.pins.shape[1], LEARNED=policy.importance is not None, **segment, **turn, num_warps=8,
+        *common, cos, sin, kv_heads, forgetting(rope, policy), D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)),
+        SPANS=slots.pins.shape[1], LEARNED=policy.importance is not None, **segment, **lies, num_warps=8,
     )  # fmt: skip
     count[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
     pick[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
@@ -197,9 +198,9 @@ def _pair(pair, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
 def _rank(
     slots, stride, work,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
+    cos, sin, kv_heads, forgetting, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
     LEARNED: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TRAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the outgoing keys to key_sum, rank the tokens, and choose the pivots of the duels: one program per head.
 
@@ -248,6 +249,8 @@ def _rank(
             score = tl.load(work.score + base * SEGMENT + c)
         else:
             score = -dot / (tl.maximum(tl.sqrt(norm), 1e-12) * tl.maximum(tl.sqrt(mean_norm), 1e-12))
+        if TRAINED > 0:
+            score += tl.maximum(position - TRAINED, 0) * forgetting
         score = tl.where(score == score, score, float("-inf"))
         span = at(slots.pins, slot, stride) + 2 * tl.arange(0, SPANS)[None, :]
         spanned = (position[:, None] >= tl.load(span)) & (position[:, None] < tl.load(span + 1))

@@ -7,7 +7,19 @@ seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range m
 
 import torch
 
-from .slot import EMPTY, LayerSlots, Policy, Rope, decode, encode, key_position, pack_rank, rank_position, rotate
+from .slot import (
+    EMPTY,
+    LayerSlots,
+    Policy,
+    Rope,
+    decode,
+    encode,
+    forgetting,
+    key_position,
+    pack_rank,
+    rank_position,
+    rotate,
+)
 
 
 def left_ring(seq_len: int, slots: LayerSlots) -> int:
@@ -99,6 +111,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             slots.key_sum[slot, g] += plain[live].sum(0)
             mean = slots.key_sum[slot, g] / gone
             score = importance(plain[None], v[None], mean[None], _head(policy, g))[0]
+            score = score + freshness(position, rope, policy)
             rank = pack_rank(score.masked_fill(pinned, torch.inf), position).masked_fill(~live, EMPTY)
             k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
             k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
@@ -120,6 +133,12 @@ def importance(plain, v, mean, weights):
     features = torch.cat([unit(plain, dim=-1), unit(v, dim=-1)], -1)
     hidden = torch.nn.functional.gelu(torch.bmm(features, w1) + b1[:, None], approximate="tanh")
     return (hidden * w2[:, None]).sum(-1) + b2[:, None]
+
+
+def freshness(position, rope: Rope | None, policy: Policy):
+    """What tokens at positions [C] score above older ones of the same importance: 0 inside the trained context."""
+    trained = rope.trained if rope is not None else 0
+    return (position - trained).clamp(min=0) * forgetting(rope, policy)
 
 
 def gate(cosine, mass, weights):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
+KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about
 EMPTY = 0  # rank of an entry that holds nothing: a slot full of zero bytes is an empty memory
 POSITION_BITS = 31
 MAX_POSITION = (1 << POSITION_BITS) - 1
@@ -77,6 +79,16 @@ class Policy(NamedTuple):
 
     importance: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     gate: torch.Tensor
+
+
+def forgetting(rope: Rope | None, policy: Policy) -> float:
+    """What the score of a token gains with every position past the trained context.
+
+    Instead of old tokens sinking, new ones rise. Only at a constant rate does the order of two never change.
+    """
+    if rope is None or not rope.trained:
+        return 0.0
+    return FORGETTING / rope.trained / (KEYDIFF_NATS if policy.importance is None else 1)
 
 
 def group_size(head_size: int, bits: int) -> int:
