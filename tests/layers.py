@@ -59,9 +59,7 @@ def advance(slots: LayerSlots, slot, k, v, rope, policy) -> None:
             reference.merge(slots, *batch, rope, policy)
 
 
-def assert_same_memory(
-    actual: LayerSlots, expected: LayerSlots, tolerance=1e-4, flipped=0.0, turned=False
-) -> None:
+def assert_same_memory(actual: LayerSlots, expected: LayerSlots, tolerance=1e-4, flipped=0.0, turned=False) -> None:
     """Entries, masses and key sums agree: the same tokens in the same entries, contents to rounding.
 
     flipped: share of coarse entries whose contents may differ, because a loser was as near to another entry.

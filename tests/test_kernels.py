@@ -169,6 +169,21 @@ def test_pinned_tokens_stay_exact_to_the_bit():
             assert torch.equal(slots.exact_k[0, entry], k[p, g]) and torch.equal(slots.exact_v[0, entry], v[p, g])
 
 
+def test_importance_fades_past_the_trained_context():
+    """Old entries make room for new ones, sinks and pinned tokens stay."""
+    k, v, q = make_tokens(500)
+    old = {}
+    for trained in (0, 64):
+        slots, _ = make_slots(dict(fidelity="k8v4", pinned=5))
+        slots.pins[0, 0] = torch.tensor([3, 6])
+        run(cpu, slots, k, v, q, 0, [500], make_rope("neox", 32, trained), make_policy())
+        old[trained] = (rank_position(slots.coarse_rank[0]) < 150).float().mean()
+        for g in range(3):
+            held = rank_position(slots.exact_rank[0, slots.exact_start[g] : slots.exact_start[g + 1]])
+            assert {0, 1, 3, 4, 5} <= set(held.tolist())
+    assert old[0] > 0.1 and old[64] < 0.01
+
+
 def test_rank_orders_by_score_then_position():
     score = torch.tensor([-torch.inf, -3.0, -0.0, 0.0, 1e-30, 2.0, torch.inf])
     rank = pack_rank(score, torch.full((7,), 9))
