@@ -125,8 +125,9 @@ class Reader:
             extra = {"deltamem_session": name} if self.sessions else None
             sampling = SamplingParams(
                 temperature=0, max_tokens=count, prompt_logprobs=prompt_logprobs,
-                # the rows of restored tokens hold nothing that could be decoded
-                flat_logprobs=prompt_logprobs is not None, detokenize=prompt_logprobs is None, extra_args=extra,
+                flat_logprobs=prompt_logprobs is not None, extra_args=extra,
+                # start from the session even so: the rows of its tokens hold nothing, and cannot be decoded
+                skip_reading_prefix_cache=False if self.sessions else None, detokenize=prompt_logprobs is None,
             )  # fmt: skip
             self.engine.add_request(name, {"prompt_token_ids": tokens}, sampling)
         scheduler, done = self.engine.engine_core.engine_core.scheduler, {}
