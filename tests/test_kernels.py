@@ -109,7 +109,7 @@ def test_batch_rows_do_not_touch_each_other(trained):
     indices, cu = torch.tensor([2, -1, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 3])
     for step in range(40):
         at = [starts[2] + step, starts[0] + step, starts[1] + step]
-        k, v, q = (torch.stack([tokens[s][i][p] for s, p in zip((2, 0, 1), at)]) for i in range(3))
+        k, v, q = (torch.stack([tokens[s][i][p] for s, p in zip((2, 0, 1), at, strict=True)]) for i in range(3))
         lens = torch.tensor([at[0] + 1, 0, at[1] + 1, at[2] + 1])
         out = torch.zeros_like(q)
         cpu.write(k, v, together, indices, cu, lens)
