@@ -20,6 +20,15 @@ FAMILIES = {  # name: (transformers model type, what its config adds)
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3-norms": ("qwen3", {}),
 }
+MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+SLIDING = {"num_hidden_layers": len(MIXED), "layer_types": MIXED, "sliding_window": 48}
+MIXED_FAMILIES = {  # sliding windows of 48 tokens in some layers
+    "gemma3-mixed": ("gemma3_text", {"tie_word_embeddings": True}),
+    "mistral-mixed": ("mistral", {}),
+    "cohere2-mixed": ("cohere2", {}),  # no RoPE in full layers
+    "exaone4-mixed": ("exaone4", {}),
+}
+FAMILIES |= {name: (model_type, SLIDING | extra) for name, (model_type, extra) in MIXED_FAMILIES.items()}
 
 
 def save_model(folder, family: str):
