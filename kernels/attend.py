@@ -59,8 +59,8 @@ def attend(
     _attend[(blocks, len(pieces.table))](
         q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        WINDOW=slots.window, SEGMENT=slots.segment, SLIDING=slots.sliding, HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys,
-        KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
+        WINDOW=slots.window, SEGMENT=slots.segment, SLIDING=slots.sliding, HALF=half_width(size), TILE=tile.rows,
+        KEYS=tile.keys, KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces.parts:

@@ -67,12 +67,13 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     assert difference < 2e-4
 
 
-def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders):
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, family):
     """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes."""
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
-        with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+        with engine(folders(family), settings=SMALL, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
             alone = slab_of(llm, prompt, name="alone")
             expected = expected or alone
             assert alone[0] == expected[0] and torch.equal(alone[1], expected[1]), f"chunks of {chunk}"
@@ -93,12 +94,13 @@ def crowded_slab(llm, prompt, others):
 
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
-def test_slot_does_not_depend_on_preemption(folders, after):
+@pytest.mark.parametrize("family", ["qwen2-bias", "mistral-mixed"])
+def test_slot_does_not_depend_on_preemption(folders, family, after):
     from vllm_deltamem.connector import open_store
     from vllm_deltamem.sessions import tenant_of
 
     prompt = tokens(333)
-    with engine(folders("qwen2-bias"), settings=SMALL, max_num_batched_tokens=100) as llm:
+    with engine(folders(family), settings=SMALL, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
         core = llm.llm_engine
         core.add_request("p", {"prompt_token_ids": prompt}, greedy(40, extra_args={"deltamem_session": "p"}))

@@ -96,7 +96,8 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         self.plan = DeltaMemBackend.serving
         self.pool: SlotPool | None = None
         shape = self.plan.layout.shape
-        check_windows(shape.windows, self._layers(), shape.max_model_len)
+        given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
+        check_windows(shape.windows, given, shape.max_model_len)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         if self.pool is None:

@@ -184,11 +184,14 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
     Raises ValueError when the memory is too small for what every head must hold.
     """
     layers, full = shape.full_layers, shape.full_token_bytes
-    if config.memory_bytes is not None:
-        memory = max(config.memory_bytes - shape.sliding_bytes(0), 0) // full
-    else:
+    if config.memory_bytes is None:
         memory = config.memory or max(256, round(DEFAULT_SHARE * shape.max_model_len))
-    segment = config.segment or _default_segment(memory)
+        segment = config.segment or _default_segment(memory)
+        total = memory * full
+    else:
+        segment = config.segment or _default_segment((config.memory_bytes - shape.sliding_bytes(0)) // full)
+        total = config.memory_bytes - shape.sliding_bytes(segment)
+        memory = max(total, 0) // full
     window = config.window or segment // 2
     pinned = config.pinned if config.pinned is not None else memory // 16
     codec = FIDELITIES[config.fidelity]
@@ -197,7 +200,6 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
     coarse_bytes = _coarse_entry_bytes(shape, codec)
     fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
     least = fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * coarse_bytes
-    total = memory * full if config.memory_bytes is None else config.memory_bytes - shape.sliding_bytes(segment)
     heads = len(layers) * shape.kv_heads
     if total < least * heads:
         beside = f", beside {shape.sliding_bytes(segment):,} bytes for the sliding layers" if any(shape.windows) else ""

@@ -1,9 +1,7 @@
 """Which layers of a model see a sliding window only, and how wide it is."""
 
-from vllm.model_executor.models.utils import extract_layer_index
-
 FULL, SLIDING = "full_attention", "sliding_attention"
-INCLUSIVE = ("cohere2", "cohere2_moe")  # families that count the tokens before the query
+BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
 
 
 def find_windows(hf_config, max_model_len: int) -> tuple[int | None, ...]:
@@ -16,26 +14,26 @@ def find_windows(hf_config, max_model_len: int) -> tuple[int | None, ...]:
     kinds = kinds[:layers]
     for kind in kinds:
         if kind not in (FULL, SLIDING):
-            raise ValueError(f"--attention-backend deltamem does not support layers of the kind {kind!r}.")
+            raise ValueError(f"--attention-backend deltamem does not support layers of {kind.replace('_', ' ')}.")
     if width is None or SLIDING not in kinds:
         return (None,) * layers
-    width += hf_config.model_type in INCLUSIVE
+    width += hf_config.model_type in BEFORE
     if FULL in kinds:
         return tuple(min(width, max_model_len) if kind == SLIDING else None for kind in kinds)
     if width >= max_model_len:
         return (None,) * layers  # no window ever slides
     raise ValueError(
-        f"Every layer of this model sees the last {width} tokens only: there is nothing that --attention-backend "
-        "deltamem could compress. Serve it with another backend."
+        f"Every layer of this model sees the last {width:,} tokens only: --attention-backend deltamem has nothing to "
+        "compress. Serve it with another backend."
     )
 
 
-def check_windows(windows: tuple[int | None, ...], attention: dict, max_model_len: int) -> None:
-    """Raise ValueError unless vLLM's attention layers, by name, have the windows that were planned."""
-    for name, layer in attention.items():
-        planned = windows[extract_layer_index(name)] or max_model_len
-        if min(layer.sliding_window or max_model_len, max_model_len) != planned:
+def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None], max_model_len: int) -> None:
+    """Raise ValueError unless vLLM gave the layers, by their place in the model, the windows that were planned."""
+    for layer, window in given.items():
+        expected = planned[layer] or max_model_len
+        if min(window or max_model_len, max_model_len) != expected:
             raise ValueError(
-                f"--attention-backend deltamem does not support this model: its config says that {name} sees "
-                f"{planned} tokens, but vLLM made it with a window of {layer.sliding_window}."
+                f"--attention-backend deltamem does not support this model: its layer {layer} should see the last "
+                f"{expected:,} tokens by its config, but vLLM gives it a window of {window}."
             )
