@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -159,12 +159,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
 
     def _make_pool(self) -> SlotPool:
         shape = self.plan.layout.shape
-        rope = find_rope(
-            self.vllm_config.model_config.hf_text_config,
-            shape.head_size,
-            self.vllm_config.model_config.dtype,
-            shape.max_model_len,
-        )
+        model = self.vllm_config.model_config
+        with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
+            rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
         pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
         logger.info_once(
             "deltamem: %s bytes per sequence on this worker at any length; full attention would hold %s at "

@@ -75,7 +75,7 @@ def calibrate(
             raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
     model = FrozenModel(model_folder, device)
     if any(find_windows(model.config.get_text_config(), length)):
-        raise ValueError("Models with sliding-window layers cannot be calibrated yet, and are served without a profile.")
+        raise ValueError("Models with sliding-window layers cannot be calibrated yet: serve them without a profile.")
     shape = model.fingerprint
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)

@@ -117,9 +117,7 @@ class Layout:
     def placed(self, before: int, after: int) -> dict[str, float]:
         """Where the tokens went that left the ring while a sequence grew, mean of all heads with full attention."""
         gone = [max(n // self.segment * self.segment - self.window, 0) for n in (before, after)]
-        heads = [
-            (x, y) for i in self.shape.full_layers for x, y in zip(self.exact[i], self.coarse[i], strict=True)
-        ]
+        heads = [(x, y) for i in self.shape.full_layers for x, y in zip(self.exact[i], self.coarse[i], strict=True)]
         held = [
             (sum(min(n, x) for x, _ in heads) / len(heads), sum(min(n, x + y) for x, y in heads) / len(heads), n)
             for n in gone

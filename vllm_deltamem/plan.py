@@ -70,4 +70,3 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
     )
-
