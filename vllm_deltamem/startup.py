@@ -80,6 +80,7 @@ def _refuse_unsupported(vllm_config) -> None:
         "hybrid models with recurrent layers": model.is_hybrid,
         "attention-free models": model.is_attention_free,
         "encoder-decoder models": model.is_encoder_decoder,
+        "soft-capped attention logits": bool(getattr(model.hf_text_config, "attn_logit_softcapping", None)),
         "pooling models": model.runner_type == "pooling",
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
