@@ -74,6 +74,13 @@ def test_sliding_layers_hold_their_window_and_nothing_else():
         assert (slots.exact_rank.shape[1] == 0) == slots.sliding
 
 
+def test_a_worker_of_two_has_the_same_windows():
+    whole = plan_layout(SHAPE, DeltaMemConfig(memory=128, segment=16, window=8))
+    part = whole.of_worker(1, 2)
+    assert part.shape.windows == MIXED and part.coarse == tuple(row[1:] for row in whole.coarse)
+    assert part.views(torch.zeros(1, part.slot_bytes, dtype=torch.uint8), 1).ring_k.shape == (1, 1, 40 + 16, 32)
+
+
 @pytest.mark.parametrize("settings", [dict(memory=128), dict(memory_bytes=100_000)], ids=str)
 def test_bytes_of_sliding_layers_come_on_top_of_the_memory(settings):
     config = DeltaMemConfig(segment=16, window=8, **settings)
