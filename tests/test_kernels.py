@@ -10,11 +10,13 @@ from vllm_deltamem.memory import Shape, plan_layout
 
 SETTINGS = [
     pytest.param(dict(fidelity=f, pinned=p), r, id=f"{f}-pinned{p}-{r}")
-    for f, p, r in (("bf16", 3, "neox"), ("k8v8", 0, "neox"), ("k8v4", 5, "interleaved"), ("k4v4", 2, "partial"))
+    for f, p, r in (("bf16", 3, "neox"), ("k8v8", 0, "neox"), ("k8v4", 5, "interleaved"), ("k4v4", 2, "partial"), ("k8v8", 2, "none"))
 ]
 
 
 def make_rope(kind, size, positions=512):
+    if kind == "none":
+        return None
     rotary = size // 2 if kind == "partial" else size
     angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(rotary // 2) / (rotary // 2))
     return Rope(angle.cos(), angle.sin(), interleaved=kind == "interleaved")
