@@ -59,8 +59,8 @@ def attend(
     _attend[(blocks, len(pieces.table))](
         q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys,
-        KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
+        WINDOW=slots.window, SEGMENT=slots.segment, SLIDING=slots.sliding, HALF=half_width(size), TILE=tile.rows,
+        KEYS=tile.keys, KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces.parts:
@@ -85,7 +85,7 @@ def _attend(
     q, out, partial, lse, slots, stride, table, size,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     scale, q_token, q_head, out_token, out_head,
-    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,10 @@ def _attend(
         inside = (at_key + key < RING) & (seen <= newest)
         k_low, k_high = halves(ring_k, seen % RING, inside, D, HALF)
         v_low, v_high = halves(ring_v, seen % RING, inside, D, HALF)
-        mass = tl.where(seen[None, :] <= position[:, None], 1.0, 0.0)
+        sees = seen[None, :] <= position[:, None]
+        if SLIDING:
+            sees &= seen[None, :] > position[:, None] - WINDOW
+        mass = tl.where(sees, 1.0, 0.0)
         top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
 
     exact_k = at(slots.exact_k, slot, stride)

@@ -51,6 +51,8 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
     """See reference.merge."""
+    if slots.sliding:
+        return
     scratch = {} if scratch is None else scratch
     for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window
@@ -80,12 +82,13 @@ def _readout(slots, slot, gone, scratch):
     return readout
 
 
-@lru_cache(maxsize=8)  # the layers of a step ask for the same one
-def _local_mask(first, last, window, segment):
+@lru_cache(maxsize=16)  # the layers of a step ask for the same one, or two
+def _local_mask(first, last, window, segment, sliding):
     """0 or MASKED for queries at positions first..last of one sequence over the ring cells, [T, L]."""
     ring, position = window + segment, torch.arange(first, last + 1)[:, None]
     held = last - (last - torch.arange(ring)) % ring  # the newest token that each cell can hold
-    begin = (position // segment * segment - window).clamp(min=0)
+    begin = position - window + 1 if sliding else position // segment * segment - window
+    begin = begin.clamp(min=0)
     return torch.zeros(len(position), ring).masked_fill_((held > position) | (held < begin), MASKED)
 
 
@@ -94,12 +97,13 @@ def _attend_single(q, slots, single, scale, out, scratch):
     (heads, size), kv_heads = q.shape[1:], slots.ring_k.shape[1]
     slot, rows, seq_lens = zip(*single, strict=True)
     query = q[list(rows)].view(len(rows), kv_heads, heads // kv_heads, size)
-    mask = torch.stack([_local_mask(n - 1, n - 1, slots.window, slots.segment) for n in seq_lens])[:, None]
+    shape = slots.window, slots.segment, slots.sliding
+    mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
     joined, lse = _flash(query, slots.ring_k[list(slot)], slots.ring_v[list(slot)], mask, scale)
     joined = joined.float()
     for i, seq_len in enumerate(seq_lens):
         gone = left_ring(seq_len, slots)
-        if gone:
+        if gone and not slots.sliding:
             k, v, bias = _readout(slots, slot[i], gone, scratch).part(gone)
             memory = _flash(query[i : i + 1], k[None], v[None], bias[None, :, None], scale)
             joined[i] = _combine((joined[i], lse[i]), (memory[0][0], memory[1][0]))
@@ -110,11 +114,12 @@ def _attend_piece(q, slots, slot, seq_len, scale, out, scratch):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
     (count, heads, size), kv_heads = q.shape, slots.ring_k.shape[1]
     query = q.view(count, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)  # [G, R, T, D]
-    mask = _local_mask(seq_len - count, seq_len - 1, slots.window, slots.segment)[None, None]  # [1, 1, T, L]
+    mask = _local_mask(seq_len - count, seq_len - 1, slots.window, slots.segment, slots.sliding)
+    mask = mask[None, None]  # [1, 1, T, L]
     gone = left_ring(seq_len, slots)
     part = _flash(query, slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
     joined = part[0]
-    if gone:
+    if gone and not slots.sliding:
         k, v, bias = _readout(slots, slot, gone, scratch).part(gone)
         rows = query.reshape(kv_heads, 1, -1, size)  # the query heads of a group see the same keys: one product
         memory, lse = _flash(rows, k[:, None], v[:, None], bias[:, None, None], scale)

@@ -29,6 +29,7 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
 
     A token sees every memory entry with log(mass) added to its logit (Bolya & Hoffman 2023, arXiv
     2303.17604, "proportional attention"), and the ring cells of the window and of its own segment up to itself.
+    In a sliding layer it sees the last `window` tokens, itself among them, and no memory.
     """
     kv_heads, ring = slots.ring_k.shape[1:3]
     group = q.shape[1] // kv_heads
@@ -37,6 +38,8 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
         position = torch.arange(gone, seq_len)
         query = torch.arange(seq_len - (end - begin), seq_len)
         hidden = position[None] > query[:, None]  # [T, K]
+        if slots.sliding:
+            hidden |= position[None] <= query[:, None] - slots.window
         for g in range(kv_heads):
             mem_k, mem_v, mass, rank = _entries(slots, slot, g)
             held = rank != EMPTY
@@ -55,8 +58,11 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
 
     Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
     the next best; whatever loses its place is merged into the nearest coarse entry as far as the gate
-    lets it. All merges of a segment read the coarse entries as they stand after the replacements.
+    lets it. All merges of a segment read the coarse entries as they stand after the replacements. A sliding
+    layer keeps nothing of what leaves its ring.
     """
+    if slots.sliding:
+        return
     length = slots.segment
     for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window  # tokens that have left the ring once this segment has

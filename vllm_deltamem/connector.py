@@ -239,7 +239,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             workers = self._vllm_config.parallel_config.tensor_parallel_size
             self._stats.data |= {
                 "bytes_per_sequence": self._plan.layout.slot_bytes * workers,
-                "full_attention_bytes": layout.shape.full_attention_bytes * longest,
+                "full_attention_bytes": layout.shape.full_attention_bytes(longest),
                 "longest_sequence_tokens": longest,
             }
 

@@ -9,6 +9,7 @@ from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.memory import Layout, Shape, plan_layout, worker_heads
+from vllm_deltamem.windows import find_windows
 
 logger = init_logger(__name__)
 
@@ -37,7 +38,7 @@ class MemoryPlan:
 
 
 def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:
-    """The plan for worker `rank`. Raises ValueError as plan_layout and profile.choose do."""
+    """The plan for worker `rank`. Raises ValueError as plan_layout, find_windows and profile.choose do."""
     settings = settings or DeltaMemConfig.from_vllm(vllm_config)
     model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     hf = model.hf_text_config
@@ -47,6 +48,7 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         head_size=model.get_head_size(),
         dtype=model.dtype,
         max_model_len=model.max_model_len,
+        windows=find_windows(hf, model.max_model_len),
     )
     profile = profiles.choose(settings.profile, model.hf_config)
     budgets = None
@@ -56,7 +58,7 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
             "`deltamem calibrate MODEL -o PROFILE` makes one; heads then get what they need."
         )
     elif profile is not None:
-        memory = plan_layout(shape, settings).slot_bytes / shape.full_attention_bytes
+        memory = plan_layout(shape, settings).memory_tokens
         budgets = profile.budgets_for(memory, shape.max_model_len)
     whole = plan_layout(shape, settings, budgets)
     parts = [whole.of_worker(i, workers) for i in range(workers)]
@@ -68,4 +70,3 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
     )
-

@@ -24,6 +24,7 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes
     ("bf16", 128, 8, "neox", True, WIDE),
     ("k4v4", 256, 16, "neox", False, RAGGED),
 ]
+SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segment=64, sliding=300))
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -54,7 +55,9 @@ def on_cuda(batch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ["decode", "pieces"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}")
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, SLIDING], ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}"
+)
 def test_attend(shape, rows, dtype):
     slab, view, _, _, (long, short, middle) = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)])
     slots = view(slab)
