@@ -70,8 +70,6 @@ def test_a_restarted_store_restores_what_was_saved(tmp_path, key_env, n_bytes):
     assert peeked.header == restored.header == saved
     assert peeked.tokens.tolist() == restored.tokens.tolist() == tokens
     assert peeked.slab is None and torch.equal(restored.slab, slab)
-    assert restored.prefix_of(tokens + [5]) and restored.prefix_of(tokens)
-    assert not restored.prefix_of(tokens[:2]) and not restored.prefix_of([1, 7, 2**31 - 1])
 
 
 def test_the_caller_can_give_the_buffer(tmp_path, key_env):

@@ -8,9 +8,12 @@ when it is admitted, and the last to finish is the one that stays. A turn begins
 erasure that comes later is final for it (one in host memory alone, once a step has told the worker).
 """
 
+import hashlib
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -47,7 +50,25 @@ class Transfer:
     request_id: str
     slot: int
     turn: Turn
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)  # of a save
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell whether it fits."""
+
+    save_id: str
+    n_tokens: int
+    digest: bytes  # of the tokens
+
+    @classmethod
+    def of(cls, save_id: str, tokens: Sequence[int]) -> "Note":
+        ids = np.asarray(tokens, dtype=np.int32)
+        return cls(save_id, len(ids), hashlib.blake2b(ids.tobytes(), digest_size=32).digest())
+
+    def prefix_of(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt begins with the saved tokens, and goes on."""
+        return self.n_tokens < len(prompt) and self == Note.of(self.save_id, prompt[: self.n_tokens])
 
 
 @dataclass
@@ -70,10 +91,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self.store.sweeper.start()
         self._requests = {}  # scheduler: running requests by id
         self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
-        self._matched: dict[str, tuple[Turn, list[int]]] = {}  # scheduler: restores that wait for a slot
+        self._matched: dict[str, tuple[Turn, int]] = {}  # scheduler: what to restore once there is a slot; its tokens
         self._step = StepMetadata()  # scheduler: being put together
         self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
-        self._saves: dict[tuple[str, str], Transfer] = {}  # scheduler: what the workers keep in host memory
+        self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
         self._outcome: dict[str, str] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._saved: set[str] = set()  # worker: requests whose save is done
@@ -107,31 +128,30 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         name, tenant = self._session_of(request)
         if name is None or num_computed_tokens or request.request_id in self._matched:
-            _, tokens = self._matched.get(request.request_id, (None, []))
-            return (0 if num_computed_tokens else len(tokens)), False
+            _, reused = self._matched.get(request.request_id, (None, 0))
+            return (0 if num_computed_tokens else reused), False
         if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
-        outcome, tokens = "new", []
+        outcome, last = "new", None
         try:
-            save_id, saved = self._last_save(tenant, name)
-            if save_id is not None:
-                fits = len(saved) < request.num_tokens and saved == list(request.all_token_ids[: len(saved)])
-                outcome, tokens = ("restored", saved) if fits else ("other history", [])
+            last = self._last_save(tenant, name)
+            if last is not None:
+                outcome = "restored" if last.prefix_of(request.all_token_ids) else "other history"
         except SessionRefused as refused:
             outcome = refused.reason
             logger.warning("deltamem computes a prompt anew: %s", refused)
         self._outcome[request.request_id] = outcome
-        if not tokens:
+        if outcome != "restored":
             self._count("sessions_refused", outcome != "new")
             return 0, False
-        self._matched[request.request_id] = Turn(tenant, name, save_id), tokens
-        return len(tokens), False
+        self._matched[request.request_id] = Turn(tenant, name, last.save_id), last.n_tokens
+        return last.n_tokens, False
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
-            self._step.restores.append(Transfer(request.request_id, slot, *matched))
+            self._step.restores.append(Transfer(request.request_id, slot, matched[0]))
             self._count("sessions_restored", 1)
             self._count("session_tokens_reused", num_external_tokens)
 
@@ -201,10 +221,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._end(save.turn)
         if self.store.directory is None:
             session = save.turn.tenant, save.turn.name
-            self._saves.pop(session, None)
-            self._saves[session] = save
-            if len(self._saves) > self.store.settings.max_sessions:
-                del self._saves[next(iter(self._saves))]
+            self._notes.pop(session, None)
+            self._notes[session] = Note.of(save.turn.save_id, save.tokens)
+            if len(self._notes) > self.store.settings.max_sessions:
+                del self._notes[next(iter(self._notes))]
 
     def _end(self, turn: Turn) -> None:
         if self.store.directory is None:
@@ -215,16 +235,15 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         except SessionRefused as refused:
             logger.warning("deltamem: %s", refused)
 
-    def _last_save(self, tenant: str, name: str) -> tuple[str | None, list[int]]:
-        """Save id and tokens of a session. The directory tells; host memory is the worker's, so notes are kept.
+    def _last_save(self, tenant: str, name: str) -> Note | None:
+        """The last save of a session. The directory tells; host memory is the worker's, so notes are kept.
 
         A note may outlive its session: the worker then reports that it could not load it. Raises SessionRefused.
         """
         if self.store.directory is None:
-            save = self._saves.get((tenant, name))
-            return (save.turn.save_id, save.tokens) if save else (None, [])
+            return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
-        return (session.header.save_id, session.tokens.tolist()) if session else (None, [])
+        return session and Note.of(session.header.save_id, session.tokens)
 
     def _session_of(self, request) -> tuple[str | None, str | None]:
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}

@@ -4,7 +4,7 @@
     save_id = store.begin(tenant, name)     # a turn begins
     store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
     store.end(tenant, name, save_id)
-    session = store.peek(tenant, name)      # header and tokens only: session.prefix_of(prompt)?
+    session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)
 
 A save goes to the directory, if there is one, and a copy stays in host memory while it fits. The directory is
@@ -50,10 +50,6 @@ class Session:
     header: Header
     tokens: torch.Tensor  # int32 [N]
     slab: torch.Tensor | None = None  # uint8 [n_bytes]
-
-    def prefix_of(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt begins with the tokens of this session."""
-        return list(prompt[: len(self.tokens)]) == self.tokens.tolist()
 
 
 class SessionStore:
