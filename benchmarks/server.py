@@ -26,7 +26,7 @@ class VllmServer:
         self.model, self.options, self.log = str(model), options, log
         self.environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | ENVIRONMENT | (environment or {})
 
-    def start(self, patience: float = 240) -> "VllmServer":
+    def start(self, patience: float = 400) -> "VllmServer":
         """Returns once it answers. Raises RuntimeError with the end of its log if it ends or takes long."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
