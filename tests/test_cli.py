@@ -7,7 +7,8 @@ import torch
 from model_configs import MIXED, save_config
 
 from vllm_deltamem.cli import main
-from vllm_deltamem.sessions import Fingerprint, SessionStore, tenant_of
+from vllm_deltamem.sessionname import tenant_of
+from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
 
 FULL = 4 * 2 * 2 * 32 * 2 * 4096  # layers, kv heads, key and value, head size, bytes, positions

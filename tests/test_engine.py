@@ -1,6 +1,8 @@
 """The invariant and exactness through the real engine, on tiny models of every family."""
 
 import os
+import threading
+import time
 
 import pytest
 
@@ -33,14 +35,13 @@ def greedy(count, **extra):
 
 def generate(llm, prompts, params):
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    llm.llm_engine.step()  # an engine in this process saves sessions in its next step
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
 def slab_of(llm, prompt, count=40, name="slot"):
     """State of the slot after a prompt and `count` generated tokens, as its session keeps it."""
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     session = {"deltamem_session": name}
     text = generate(llm, [prompt], greedy(count, extra_args=session))[0]
@@ -86,8 +87,8 @@ def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, family):
 
 
 def crowded_slab(llm, prompt, others):
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     params = [greedy(40, extra_args={"deltamem_session": "crowd"})] + [greedy(25 + i) for i in range(len(others))]
     generate(llm, [prompt, *others], params)
@@ -97,8 +98,8 @@ def crowded_slab(llm, prompt, others):
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
 @pytest.mark.parametrize("family", ["qwen2-bias", "mistral-mixed"])
 def test_slot_does_not_depend_on_preemption(folders, family, after):
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     prompt = tokens(333)
     with engine(folders(family), settings=SMALL, max_num_batched_tokens=100) as llm:
@@ -114,7 +115,6 @@ def test_slot_does_not_depend_on_preemption(folders, family, after):
         finished = []
         while core.has_unfinished_requests():
             finished += [o for o in core.step() if o.finished]
-        core.step()
         assert list(finished[0].outputs[0].token_ids) == expected[0]
         slab = open_store(core.vllm_config, 0).restore(tenant_of(None), "p").slab
     assert torch.equal(slab, expected[1])
@@ -141,3 +141,20 @@ def test_slots_come_back_and_bytes_stay_constant(folders):
         results = generate(llm, [tokens(n, seed=n) for n in range(20, 420, 40)], greedy(10))
         assert [len(r) for r in results] == [10] * 10
         assert pool.get_num_free_blocks() == free
+
+
+def test_sessions_of_an_idle_engine_expire(folders):
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
+
+    settings = SMALL | {"sessions": {"max_age_s": 2}}
+    with engine(folders("llama"), settings=settings) as llm:
+        store = open_store(llm.llm_engine.vllm_config, 0)
+        generate(llm, [tokens(50)], greedy(5, extra_args={"deltamem_session": "idle"}))
+        (header,) = store.list(tenant_of(None))
+        assert header.n_tokens >= 54, "saved without another step"
+        end = time.monotonic() + 20
+        while store._host.headers() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not store._host.headers()
+    assert all(thread.name != "deltamem-sweep" for thread in threading.enumerate())

@@ -6,10 +6,10 @@ from vllm_deltamem.kernels.slot import FIDELITIES
 from vllm_deltamem.plan import MemoryPlan
 
 
-def report(plan: MemoryPlan, workers: int) -> str:
-    """What a sequence holds under this plan, on `workers` tensor-parallel workers together."""
+def report(plan: MemoryPlan) -> str:
+    """What a sequence holds under this plan, on all tensor-parallel workers together."""
     layout, shape = plan.whole, plan.whole.shape
-    held = plan.layout.slot_bytes * workers
+    held, workers = plan.bytes_per_sequence, plan.workers
     full = shape.full_attention_bytes(shape.max_model_len)
     compressed = shape.full_layers
     fidelity = next(name for name, codec in FIDELITIES.items() if codec == layout.codec)

@@ -25,6 +25,12 @@ class MemoryPlan:
     profile: profiles.Profile | None
     merge: bool
     heads: slice  # kv heads of this worker
+    workers: int
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Of one slot on all workers."""
+        return self.layout.slot_bytes * self.workers
 
     def policy(self, layer: int, device) -> Policy:
         """Importance and gate of one layer."""
@@ -69,4 +75,5 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         profile=profile,
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
+        workers=workers,
     )
