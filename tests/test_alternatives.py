@@ -271,9 +271,9 @@ def test_full_attention_answers_as_the_stock_backend_of_vllm(tmp_path, monkeypat
     questions = ("\n\nThe narrator left Munich at", "\n\nIn this text, the town of Bistritz is")
     prompts = [model.tokenizer(text + question).input_ids for question in questions]
     reader = Reader(model, ALTERNATIVES["everything"], 0, 64)
-    ours = [answer(reader, Sample(0, ask(prompt), None, 1000, 12), prompt)["text"] for prompt in prompts]
+    ours = [answer(reader, Sample(0, ask(prompt), None, 1000, 8), prompt)["text"] for prompt in prompts]
     with engine(model.model.config._name_or_path, "CPU_ATTN") as llm:
-        params = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)  # further on, roundings decide ties
         found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     theirs = [model.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True) for output in found]
     assert ours == theirs
