@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, Shape, plan_layout, worker_heads
+from vllm_deltamem.memory import Layout, Shape, worker_heads
 from vllm_deltamem.windows import find_windows
 
 logger = init_logger(__name__)
@@ -57,16 +57,12 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         windows=find_windows(hf, model.max_model_len),
     )
     profile = profiles.choose(settings.profile, model.hf_config)
-    budgets = None
     if profile is None and settings.profile is None:
         logger.warning_once(
             "deltamem has no profile for this model: every head gets the same memory and training-free scores. "
             "`deltamem calibrate MODEL -o PROFILE` makes one; heads then get what they need."
         )
-    elif profile is not None:
-        memory = plan_layout(shape, settings).memory_tokens
-        budgets = profile.budgets_for(memory, shape.max_model_len)
-    whole = plan_layout(shape, settings, budgets)
+    whole = profiles.divide(shape, settings, profile)
     parts = [whole.of_worker(i, workers) for i in range(workers)]
     page = max(part.page_bytes for part in parts)
     return MemoryPlan(
