@@ -182,7 +182,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         scale: float,
         num_kv_heads: int | None = None,
         alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
+        sliding_window: int | None = None,  # the metadata builder compares it with the plan
         kv_cache_dtype: str = "auto",
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,

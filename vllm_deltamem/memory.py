@@ -53,14 +53,10 @@ class Shape:
         held = sum(min(tokens, self.sliding(i) or tokens) for i in range(self.layers))
         return held * self.kv_heads * self.token_bytes
 
-    def ring_bytes(self, window: int, segment: int) -> int:
-        """What a layer holds besides its entries: the ring, and the sum of what left it."""
-        ring = _align(self.kv_heads * (window + segment) * self.token_bytes // 2)
-        return 2 * ring + _align(4 * self.kv_heads * self.head_size)
-
     def sliding_bytes(self, segment: int) -> int:
-        """What all sliding layers hold."""
-        return sum(self.ring_bytes(window, segment) for window in self.windows if window)
+        """What all sliding layers hold of a sequence in a slot: rings, and sums of keys that stay zero."""
+        rings = [_align(self.kv_heads * (w + segment) * self.token_bytes // 2) for w in self.windows if w]
+        return 2 * sum(rings) + len(rings) * _align(4 * self.kv_heads * self.head_size)
 
 
 @dataclass(frozen=True)
