@@ -7,14 +7,15 @@ from transformers import AutoConfig
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.memory import Layout, Shape
+from vllm_deltamem.windows import find_windows
 
 
 def shape_of(model: Path, length: int) -> Shape:
     """The attention of a model folder, for sequences of up to `length` tokens."""
     config = AutoConfig.from_pretrained(model)
-    known = profiles.fingerprint_of(config)
-    dtype = config.get_text_config().dtype
-    return Shape(known["layers"], known["kv_heads"], known["head_size"], dtype, length)
+    known, text = profiles.fingerprint_of(config), config.get_text_config()
+    windows = find_windows(text, length)
+    return Shape(known["layers"], known["kv_heads"], known["head_size"], text.dtype, length, windows)
 
 
 def layout_of(model: Path, length: int, settings: dict) -> Layout:
