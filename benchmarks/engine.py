@@ -11,17 +11,19 @@ from .suites import Sample
 from .suites.language import TOP
 
 
-def start(plan: Plan):
-    """The engine for the longest prompt and answer; full attention ends at the trained positions."""
+def start(model: str, settings: dict | None, length: int, **options):
+    """The engine for `length` tokens of prompt and answer; full attention ends at the trained positions.
+
+    settings: deltamem's, or None for full attention by vLLM's own backend; options: further ones of vLLM's engine.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
-    trained = AutoConfig.from_pretrained(plan.model).max_position_embeddings
-    length = plan.length
-    options = {"model": plan.model, "seed": 0, "max_logprobs": TOP}
-    if plan.settings is None:
+    trained = AutoConfig.from_pretrained(model).max_position_embeddings
+    options |= {"model": model, "seed": 0, "max_logprobs": TOP}
+    if settings is None:
         length = min(length, trained)
     else:
-        options |= {"attention_backend": "DELTAMEM", "additional_config": {"deltamem": plan.settings}}
+        options |= {"attention_backend": "DELTAMEM", "additional_config": {"deltamem": settings}}
         if length > trained:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     from vllm import LLM
@@ -98,7 +100,7 @@ def main() -> None:
     plan = Plan.read()
     waiting = plan.waiting()
     if waiting:
-        run(start(plan), plan, waiting)
+        run(start(plan.model, plan.settings, plan.length), plan, waiting)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
-from .slot import LayerSlots
-from .tiles import at, decode, halves, locate, row_at
+from .slot import LayerSlots, Rope
+from .tiles import angles, at, decode, far_limit, halves, locate, mate, rank_position, row_at, turn
 
 INTERPRETED_KEYS = 16
 
@@ -34,7 +34,7 @@ PIECE = Tile(64, 64, 4, 3, 2), Tile(128, 64, 8, 3, 1)
 
 
 def attend(
-    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out,
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope: Rope | None = None,
     max_query_len: int | None = None, live_tokens: int | None = None,
 ) -> None:  # fmt: skip
     """See reference.attend. q, out [T, H, D] may be strided in their first two dimensions.
@@ -56,9 +56,14 @@ def attend(
     partial = buffer("partial", (*shape, size), torch.float32, device)
     lse = buffer("lse", shape, torch.float32, device)
     common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=rows_width(slot_indices))
+    if rope is None or not rope.trained:
+        cos, sin, turned = q, q, dict(TRAINED=0, ROTARY=0, INTERLEAVED=False)
+    else:
+        cos, sin = rope.cos, rope.sin
+        turned = dict(TRAINED=rope.trained, ROTARY=2 * cos.shape[1], INTERLEAVED=rope.interleaved)
     _attend[(blocks, len(pieces.table))](
         q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), cos, sin, **turned,
         WINDOW=slots.window, SEGMENT=slots.segment, SLIDING=slots.sliding, HALF=half_width(size), TILE=tile.rows,
         KEYS=tile.keys, KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -84,7 +89,8 @@ def _tile(q, group: int, longest: int) -> Tile:
 def _attend(
     q, out, partial, lse, slots, stride, table, size,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    scale, q_token, q_head, out_token, out_head,
+    scale, q_token, q_head, out_token, out_head, cos, sin,
+    TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -116,6 +122,14 @@ def _attend(
     query = q + ((begin + token).to(tl.int64) * q_token + query_head * q_head)[:, None] + i[None, :]
     q_low = tl.load(query, mask=mask, other=0.0)
     q_high = tl.load(query + D // 2, mask=mask, other=0.0)
+    far_low = q_low
+    far_high = q_high
+    limit = far_limit(seq_len, SEGMENT, TRAINED)
+    if TRAINED > 0:
+        if limit > 0:
+            far_low, far_high = _far_query(
+                query, mask, q_low, q_high, cos, sin, position, valid, D, HALF, TRAINED, ROTARY, INTERLEAVED
+            )
 
     gone = tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)  # left_ring: how many tokens memory holds
     exact_first = tl.load(slots.exact_start + head)
@@ -140,10 +154,12 @@ def _attend(
         if SLIDING:
             sees &= seen[None, :] > position[:, None] - WINDOW
         mass = tl.where(sees, 1.0, 0.0)
-        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
+        logits = _logits(q_low, q_high, k_low, k_high)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     exact_k = at(slots.exact_k, slot, stride)
     exact_v = at(slots.exact_v, slot, stride)
+    ranks = at(slots.exact_rank, slot, stride)
     end = tl.minimum(tl.minimum(start + size - RING, exact), gone)
     for at_key in range(tl.maximum(start - RING, 0), end, KEYS):
         inside = at_key + key < end
@@ -151,13 +167,19 @@ def _attend(
         k_low, k_high = halves(exact_k, entry, inside, D, HALF)
         v_low, v_high = halves(exact_v, entry, inside, D, HALF)
         mass = tl.where(inside, 1.0, 0.0)[None, :]
-        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
+        logits = _logits(q_low, q_high, k_low, k_high)
+        if TRAINED > 0:
+            if limit > 0:
+                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
+                logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     coarse_k = at(slots.coarse_k, slot, stride)
     coarse_v = at(slots.coarse_v, slot, stride)
     k_affine = at(slots.coarse_k_affine, slot, stride)
     v_affine = at(slots.coarse_v_affine, slot, stride)
     masses = at(slots.coarse_mass, slot, stride)
+    ranks = at(slots.coarse_rank, slot, stride)
     end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
     for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
         inside = at_key + key < end
@@ -165,7 +187,12 @@ def _attend(
         k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
         v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
         mass = tl.load(masses + entry, mask=inside, other=0.0)[None, :]
-        top, total, low, high = _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high)
+        logits = _logits(q_low, q_high, k_low, k_high)
+        if TRAINED > 0:
+            if limit > 0:
+                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
+                logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     some = total > 0
     share = tl.where(some, 1.0 / total, 0.0)[:, None]
@@ -182,10 +209,32 @@ def _attend(
 
 
 @triton.jit
-def _absorb(q_low, q_high, k_low, k_high, v_low, v_high, mass, scale, top, total, low, high):
-    """Add a tile of keys to a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
+def _far_query(
+    query, mask, low, high, cos, sin, position, valid, D: tl.constexpr, HALF: tl.constexpr,
+    TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """See reference.far_query: two [TILE, HALF] in the queries' dtype; query [TILE, HALF] points to their halves."""
+    if ROTARY == D and not INTERLEAVED:
+        mate_low, mate_high = high, low
+    else:
+        i = tl.arange(0, HALF)
+        mate_low = tl.load(query + (mate(i, ROTARY, INTERLEAVED) - i)[None, :], mask=mask, other=0.0)
+        mate_high = tl.load(query + (mate(i + D // 2, ROTARY, INTERLEAVED) - i)[None, :], mask=mask, other=0.0)
+    here = angles(cos, sin, position, valid, D, HALF, ROTARY, INTERLEAVED)
+    there = angles(cos, sin, position * 0 + (TRAINED - 1), valid, D, HALF, ROTARY, INTERLEAVED)
+    far_low, far_high = turn(low, high, mate_low.to(tl.float32), mate_high.to(tl.float32), here, there)
+    return far_low.to(low.dtype), far_high.to(high.dtype)
+
+
+@triton.jit
+def _logits(q_low, q_high, k_low, k_high):
     logits = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
-    logits = tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee")
+    return tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee")
+
+
+@triton.jit
+def _absorb(logits, v_low, v_high, mass, scale, top, total, low, high):
+    """Add a tile of keys to a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
     new_top = tl.maximum(top, tl.max(tl.where(mass > 0, logits, float("-inf")), 1) * scale)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
     weight = mass * tl.exp2(logits * scale - base[:, None])

@@ -6,13 +6,13 @@ row's own position, or is padded with masked keys up to a multiple of the attent
 go. Whoever changes a slot other than by merge() takes it out.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 
 from .cpumerge import merge_slot
 from .readout import MASKED, Readout, blocks
-from .reference import _rows, left_ring
+from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
@@ -37,16 +37,18 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
         slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
-def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, scratch=None) -> None:
+def attend(
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, scratch=None
+) -> None:
     """See reference.attend. The rings of single-token rows go through in one call, longer rows in a call each."""
     scratch = {} if scratch is None else scratch
     rows = list(_rows(slot_indices, cu_seqlens, seq_lens))
     single = [(slot, begin, seq_len) for slot, begin, end, seq_len in rows if end - begin == 1]
     if single:
-        _attend_single(q, slots, single, scale, out, scratch)
+        _attend_single(q, slots, single, scale, out, rope, scratch)
     for slot, begin, end, seq_len in rows:
         if end - begin > 1:
-            _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], scratch)
+            _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, scratch)
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
@@ -61,7 +63,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         cells = _cells(first, gone - first, slots.ring_k.shape[2])
         readout = _readout(slots, slot, gone, scratch)
-        readout.prepare_merge(rope)
+        readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
         merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
 
 
@@ -92,39 +94,55 @@ def _local_mask(first, last, window, segment, sliding):
     return torch.zeros(len(position), ring).masked_fill_((held > position) | (held < begin), MASKED)
 
 
-def _attend_single(q, slots, single, scale, out, scratch):
+def _attend_single(q, slots, single, scale, out, rope, scratch):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
-    (heads, size), kv_heads = q.shape[1:], slots.ring_k.shape[1]
+    kv_heads = slots.ring_k.shape[1]
     slot, rows, seq_lens = zip(*single, strict=True)
-    query = q[list(rows)].view(len(rows), kv_heads, heads // kv_heads, size)
+    q = q[list(rows)]
+    query = q.view(len(rows), kv_heads, -1, q.shape[2])
     shape = slots.window, slots.segment, slots.sliding
     mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
     joined, lse = _flash(query, slots.ring_k[list(slot)], slots.ring_v[list(slot)], mask, scale)
     joined = joined.float()
     for i, seq_len in enumerate(seq_lens):
-        gone = left_ring(seq_len, slots)
-        if gone and not slots.sliding:
-            k, v, bias = _readout(slots, slot[i], gone, scratch).part(gone)
-            memory = _flash(query[i : i + 1], k[None], v[None], bias[None, :, None], scale)
-            joined[i] = _combine((joined[i], lse[i]), (memory[0][0], memory[1][0]))
-    out[list(rows)] = joined.to(out.dtype).reshape(len(rows), heads, size)
+        ring = joined[i, :, :, None], lse[i, :, :, None]
+        joined[i] = _combine([ring, *_memory(q[i : i + 1], slots, slot[i], seq_len, scale, rope, scratch)])[:, :, 0]
+    out[list(rows)] = joined.to(out.dtype).reshape(q.shape)
 
 
-def _attend_piece(q, slots, slot, seq_len, scale, out, scratch):
+def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
-    (count, heads, size), kv_heads = q.shape, slots.ring_k.shape[1]
-    query = q.view(count, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)  # [G, R, T, D]
-    mask = _local_mask(seq_len - count, seq_len - 1, slots.window, slots.segment, slots.sliding)
-    mask = mask[None, None]  # [1, 1, T, L]
-    gone = left_ring(seq_len, slots)
-    part = _flash(query, slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
-    joined = part[0]
-    if gone and not slots.sliding:
-        k, v, bias = _readout(slots, slot, gone, scratch).part(gone)
-        rows = query.reshape(kv_heads, 1, -1, size)  # the query heads of a group see the same keys: one product
-        memory, lse = _flash(rows, k[:, None], v[:, None], bias[:, None, None], scale)
-        joined = _combine(part, (memory.view(query.shape), lse.view(query.shape[:3])))
-    out.view(count, kv_heads, heads // kv_heads, size).copy_(joined.permute(2, 0, 1, 3))
+    mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
+    kv_heads = slots.ring_k.shape[1]
+    ring = _flash(_by_head(q, kv_heads), slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
+    joined = _combine([ring, *_memory(q, slots, slot, seq_len, scale, rope, scratch)])
+    _by_head(out, kv_heads).copy_(joined)
+
+
+def _by_head(q, kv_heads):
+    """[T, H, D] seen as [G, R, T, D]."""
+    return q.view(len(q), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
+
+
+def _memory(q, slots, slot, seq_len, scale, rope, scratch):
+    """Parts of the attention of queries [T, H, D] at the end of a sequence: to near and to far memory entries."""
+    gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
+    if not gone or slots.sliding:
+        return []
+    readout = _readout(slots, slot, gone, scratch)
+    k, v, bias = readout.part(gone)
+    passes = [(q, bias)]
+    if limit:
+        far = readout.far(limit)[:, : bias.shape[1]]
+        turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
+        passes = [(q, bias.masked_fill(far, MASKED)), (turned, bias.masked_fill(~far, MASKED))]
+    parts = []
+    for rows, bias in passes:
+        query = _by_head(rows, len(k))
+        together = query.reshape(len(k), 1, -1, q.shape[2])  # the query heads of a group see the same keys
+        out, lse = _flash(together, k[:, None], v[:, None], bias[:, None, None], scale)
+        parts.append((out.view(query.shape), lse.view(query.shape[:3])))
+    return parts
 
 
 def _flash(q, k, v, mask, scale):
@@ -141,9 +159,12 @@ def _flash(q, k, v, mask, scale):
     return out[:, :, :rows], lse[:, :, :rows]
 
 
-def _combine(a, b):
-    """Join two partial attentions [..., D] by their log-sum-exp [...] (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    # torch.sigmoid rounds by a value's place in the tensor, exp does not
-    share = (1 + torch.exp(lse_a.contiguous() - lse_b.contiguous())).reciprocal().unsqueeze(-1)
-    return out_a.float().mul(1 - share).add_(out_b.float().mul(share))  # no fma, whatever the strides
+def _combine(parts):
+    """Join partial attentions [..., D] by their log-sum-exp [...] (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+    if len(parts) == 1:
+        return parts[0][0]
+    top = reduce(torch.maximum, [lse for _, lse in parts])
+    # torch.sigmoid and logaddexp round by a value's place in the tensor, exp does not
+    shares = [(lse - top).contiguous().exp().unsqueeze(-1) for _, lse in parts]
+    joined = [out.float().mul(share) for (out, _), share in zip(parts, shares, strict=True)]  # no fma
+    return reduce(torch.add, joined).div_(reduce(torch.add, shares))

@@ -3,8 +3,8 @@
 import torch
 
 from .readout import MASKED, Readout
-from .reference import gate, importance, is_pinned
-from .slot import EMPTY, LayerSlots, Policy, pack_rank, rank_position, rotate
+from .reference import freshness, gate, importance, is_pinned
+from .slot import EMPTY, LayerSlots, Policy, key_position, pack_rank, rotate
 
 
 def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
@@ -18,7 +18,7 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     slots.key_sum[slot] += plain.sum(1)
     mean = slots.key_sum[slot] / gone
     position = torch.arange(first, gone)
-    score = importance(plain, v.float(), mean, policy.importance)
+    score = importance(plain, v.float(), mean, policy.importance) + freshness(position, readout.rope, policy)
     if first < slots.sinks or slots.pins[slot].any():
         score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
     rank = pack_rank(score, position)
@@ -89,7 +89,7 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout):
     plain, v = plain.index_select(0, loser), v.index_select(0, loser)
     total = readout.mass.view(-1).index_select(0, target).index_add_(0, group, weight)
     entry_rank = readout.rank.view(-1).index_select(0, target)
-    turned = rotate(plain, rank_position(entry_rank).index_select(0, group), readout.rope)
+    turned = rotate(plain, key_position(entry_rank, readout.rope).index_select(0, group), readout.rope)
     merged = []
     for field, new in ((readout.k, turned), (readout.v, v)):
         old = field.flatten(0, 1).index_select(0, target).float()

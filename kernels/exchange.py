@@ -12,10 +12,11 @@ from .tiles import (
     decode,
     due_row,
     due_rows,
+    far_limit,
     halves,
+    key_position,
     mates,
     outgoing,
-    rank_position,
     store_encoded,
     store_halves,
 )
@@ -27,7 +28,7 @@ def exchange(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     cos, sin, kv_heads, CELLS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    TRAINED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """The duels of a tile of outgoing tokens, against exact and then coarse entries. No two tokens share an entry.
 
@@ -135,9 +136,8 @@ def exchange(
                 mate_low, mate_high = mates(
                     ring_k, k_affine, cell, loses, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
                 )
-                cos_low, sin_low, cos_high, sin_high = angles(
-                    cos, sin, rank_position(rank), loses, D, HALF, ROTARY, INTERLEAVED
-                )
+                lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
+                cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, loses, D, HALF, ROTARY, INTERLEAVED)
                 low = low * cos_low - mate_low * sin_low
                 high = high * cos_high - mate_high * sin_high
             low, high = centred_unit(

@@ -1,7 +1,8 @@
 """Merging in Triton: the oldest segment leaves the ring, as reference.merge defines it (README.md, 4 to 6).
 
-Seven launches (eight with a learned score), each over (sequence, head) and, where it pays, over entries. The
-number of programs is fixed; they share the sequences that complete a segment, and end at once when there is none.
+Seven launches, one more with a learned score and one more past the trained context, each over (sequence, head)
+and, where it pays, over entries. The number of programs is fixed; they share the sequences that complete a segment,
+and end at once when there is none.
 
 The ring cells of the outgoing segment serve as the list of tokens that look for a place: whatever an entry
 gives up takes the cell of the token that won it. After a merge they hold no tokens of the ring.
@@ -14,17 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
+from .demote import demote
 from .duels import count, held_ranks, order, pick, sizes
 from .exchange import exchange
 from .launch import ROW_ARGUMENTS, buffer, half_width, heads_of, processors, rows_of, rows_width
 from .nearest import apply, nearest
-from .slot import LayerSlots, Policy, Rope
+from .slot import LayerSlots, Policy, Rope, forgetting
 from .tiles import angles, at, due_row, due_rows, halves, mates, outgoing, pack_rank, rank_position, unit
 
 ENTRIES = 1024  # entries of a program that counts or picks
 PARTS = 8  # programs that order the picked entries of one tier of one head
 ORDERED, COMPARED = 32, 128  # picked entries of a tile, and those it is compared with at a time
 CELLS = 16  # of a program that exchanges
+TURNED = 64  # entries of a program that turns what becomes far
 TARGETS, LOSERS = 128, 64  # entries and losers of a tile of the nearest search
 SCORED = 16  # tokens of a tile of the learned score
 
@@ -63,12 +66,19 @@ def merge(
     work = _work(len(slots.ring_k), kv_heads, slots.segment, size, held, slots.ring_k.dtype, device)
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
     turn = dict(ROTARY=2 * rope.cos.shape[1] if rope else 0, INTERLEAVED=bool(rope and rope.interleaved))
+    lies = dict(TRAINED=rope.trained if rope else 0, **turn)
     segment = dict(WINDOW=slots.window, SEGMENT=slots.segment, ROWS=rows_width(slot_indices))
     shape = dict(D=size, HALF=half_width(size), **segment)
     bits = dict(KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits)
     common = (slots, heads.stride, work, *rows)
     entries = heads.tiles(tuple(heads.held), ENTRIES)
 
+    if lies["TRAINED"]:
+        turned = heads.tiles(tuple(heads.held), TURNED)
+        demote[(4 * programs,)](
+            slots, heads.stride, *rows, cos, sin, turned, len(turned),
+            ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=4,
+        )  # fmt: skip
     if policy.importance is not None:
         weights = [w.contiguous() for w in policy.importance]
         units = weights[0].shape[2]
@@ -77,23 +87,23 @@ def merge(
             TOKENS=max(16, min(SCORED, slots.segment)), **shape, **turn, num_warps=4, num_stages=1,
         )  # fmt: skip
     _rank[(programs,)](
-        *common, cos, sin, kv_heads, D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)),
-        SPANS=slots.pins.shape[1], LEARNED=policy.importance is not None, **segment, **turn, num_warps=8,
+        *common, cos, sin, kv_heads, forgetting(rope, policy), D=size, PAIRS=min(16, triton.next_power_of_2(size // 2)),
+        SPANS=slots.pins.shape[1], LEARNED=policy.importance is not None, **segment, **lies, num_warps=8,
     )  # fmt: skip
     count[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
     pick[(4 * programs,)](*common, kv_heads, entries, len(entries), ENTRIES=ENTRIES, **segment, num_warps=4)
     order[(4 * programs,)](*common, kv_heads, PARTS=PARTS, ORDERED=ORDERED, COMPARED=COMPARED, **segment, num_warps=4)
     exchange[(4 * programs,)](
-        *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **turn, **bits, num_warps=4
+        *common, cos, sin, kv_heads, CELLS=min(CELLS, slots.segment), **shape, **lies, **bits, num_warps=4
     )
     if max_seq_len is not None and max_seq_len - slots.window <= min(heads.held):
         return
     targets = heads.tiles(heads.coarse, TARGETS)
     nearest[(2 * programs,)](
         *common, cos, sin, kv_heads, targets, len(targets), TARGETS=TARGETS, LOSERS=max(16, min(LOSERS, slots.segment)),
-        KEY_BITS=bits["KEY_BITS"], **shape, **turn, num_warps=8,
+        KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8,
     )  # fmt: skip
-    apply[(16 * programs,)](*common, cos, sin, policy.gate.contiguous(), kv_heads, **shape, **turn, **bits, num_warps=1)
+    apply[(16 * programs,)](*common, cos, sin, policy.gate.contiguous(), kv_heads, **shape, **lies, **bits, num_warps=1)
 
 
 @cache
@@ -190,9 +200,9 @@ def _pair(pair, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
 def _rank(
     slots, stride, work,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    cos, sin, kv_heads, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
+    cos, sin, kv_heads, forgetting, D: tl.constexpr, PAIRS: tl.constexpr, SPANS: tl.constexpr,
     LEARNED: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TRAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the outgoing keys to key_sum, rank the tokens, and choose the pivots of the duels: one program per head.
 
@@ -241,6 +251,8 @@ def _rank(
             score = tl.load(work.score + base * SEGMENT + c)
         else:
             score = -dot / (tl.maximum(tl.sqrt(norm), 1e-12) * tl.maximum(tl.sqrt(mean_norm), 1e-12))
+        if TRAINED > 0:
+            score += tl.maximum(position - TRAINED, 0) * forgetting
         score = tl.where(score == score, score, float("-inf"))
         span = at(slots.pins, slot, stride) + 2 * tl.arange(0, SPANS)[None, :]
         spanned = (position[:, None] >= tl.load(span)) & (position[:, None] < tl.load(span + 1))

@@ -11,13 +11,16 @@ from .tiles import (
     decode,
     due_row,
     due_rows,
+    far_limit,
     halves,
+    key_position,
     mates,
     outgoing,
     pack_rank,
     rank_position,
     rank_score,
     store_encoded,
+    turn,
 )
 
 
@@ -27,7 +30,7 @@ def nearest(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     cos, sin, kv_heads, table, tiles, TARGETS: tl.constexpr, LOSERS: tl.constexpr,
     KEY_BITS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TRAINED: tl.constexpr,
 ):  # fmt: skip
     """The nearest coarse entry of every loser by cosine of centred pre-RoPE keys: a tile of entries at a time."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
@@ -54,9 +57,8 @@ def nearest(
                 mate_low, mate_high = mates(
                     codes, affine, row, inside, low, high, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
                 )
-                cos_low, sin_low, cos_high, sin_high = angles(
-                    cos, sin, rank_position(rank), inside, D, HALF, ROTARY, INTERLEAVED
-                )
+                lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
+                cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, inside, D, HALF, ROTARY, INTERLEAVED)
                 low = low * cos_low - mate_low * sin_low
                 high = high * cos_high - mate_high * sin_high
             key_sum = at(slots.key_sum, slot, stride) + head * D
@@ -82,7 +84,7 @@ def apply(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     cos, sin, gate, kv_heads, D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    TRAINED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Merge losers into entries: the first loser of an entry does it for all of that entry's."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
@@ -108,7 +110,7 @@ def apply(
                 if tl.sum(share) > 0:
                     _merge_into(
                         slots, stride, work.rank + base, cos, sin, slot, head, gone, row, mass, share,
-                        D, HALF, WINDOW, SEGMENT, ROTARY, INTERLEAVED, KEY_BITS, VALUE_BITS,
+                        D, HALF, WINDOW, SEGMENT, ROTARY, INTERLEAVED, TRAINED, KEY_BITS, VALUE_BITS,
                     )  # fmt: skip
 
 
@@ -116,7 +118,8 @@ def apply(
 def _merge_into(
     slots, stride, ranks, cos, sin, slot, head, gone, entry, mass, share,
     D: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TRAINED: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Move a coarse entry of that mass towards the losers with a share above 0 [C] (README.md, eq. 10)."""
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
@@ -132,8 +135,9 @@ def _merge_into(
     k_low, k_high = decode(codes_k, affine_k, row, whole, D, HALF, KEY_BITS, DTYPE)
     v_low, v_high = decode(codes_v, affine_v, row, whole, D, HALF, VALUE_BITS, DTYPE)
     if ROTARY > 0:
-        there = rank_position(tl.load(at(slots.coarse_rank, slot, stride) + row))
-        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, there, whole, D, HALF, ROTARY, INTERLEAVED)
+        limit = far_limit(gone + WINDOW + 1, SEGMENT, TRAINED)
+        lies = key_position(tl.load(at(slots.coarse_rank, slot, stride) + row), limit)
+        there = angles(cos, sin, lies, whole, D, HALF, ROTARY, INTERLEAVED)
     cells = tl.arange(0, SEGMENT)
     add_k_low = tl.zeros([1, HALF], tl.float32)
     add_k_high = tl.zeros([1, HALF], tl.float32)
@@ -146,16 +150,12 @@ def _merge_into(
         _, _, source = outgoing(head, gone, cell + one, WINDOW, SEGMENT)
         low, high = halves(ring_k, source, whole, D, HALF)
         if ROTARY > 0:
-            # from its own position to the entry's: turned by the difference of the angles
-            here = rank_position(tl.load(ranks + cell + one))
             mate_low, mate_high = mates(
                 ring_k, affine_k, source, whole, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
             )
-            c_low, s_low, c_high, s_high = angles(cos, sin, here, whole, D, HALF, ROTARY, INTERLEAVED)
-            turn = sin_low * c_low - cos_low * s_low
-            low = low * (c_low * cos_low + s_low * sin_low) + mate_low * turn
-            turn = sin_high * c_high - cos_high * s_high
-            high = high * (c_high * cos_high + s_high * sin_high) + mate_high * turn
+            lies = key_position(tl.load(ranks + cell + one), limit)
+            here = angles(cos, sin, lies, whole, D, HALF, ROTARY, INTERLEAVED)
+            low, high = turn(low, high, mate_low, mate_high, here, there)
         add_k_low += weight * (low.to(tl.float32) - k_low.to(tl.float32))
         add_k_high += weight * (high.to(tl.float32) - k_high.to(tl.float32))
         low, high = halves(ring_v, source, whole, D, HALF)

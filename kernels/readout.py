@@ -2,7 +2,7 @@
 
 import torch
 
-from .slot import EMPTY, LayerSlots, Rope, decode, encode, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Rope, decode, encode, key_position, rank_position, rotate
 
 KEY_BLOCK = 512  # keys per block of PyTorch's CPU flash attention: sums are split at its multiples
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
@@ -32,6 +32,7 @@ class Readout:
         self._read()
         self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
         self.plain: torch.Tensor | None = None
+        self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
 
     @property
     def nbytes(self) -> int:
@@ -43,17 +44,24 @@ class Readout:
         width = blocks(min(self.capacity, gone))
         return self.k[:, :width], self.v[:, :width], self.bias[:, :width]
 
+    def far(self, limit: int) -> torch.Tensor:
+        """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
+        if self._far[0] != limit:
+            self._far = limit, (self.rank != EMPTY) & (rank_position(self.rank) < limit)
+        return self._far[1]
+
     def prepare_merge(self, rope: Rope | None) -> None:
-        """Make what only merging needs: keys before RoPE and the order in which entries give way.
+        """Turn keys that become far, and make what only merging needs: plain keys, and how entries give way.
 
         plain [G, E, D] fp32; exact_order and coarse_order [G, E] int64, the
         rank of each entry of that tier, below 0 for empty ones, the first the lowest, TAKEN for other columns.
         """
+        self.rope = rope
+        if rope is not None and rope.limit:
+            self._turn_far()
         if self.plain is not None:
             return
-        self.rope = rope
-        position = torch.where(self.rank == EMPTY, 0, rank_position(self.rank))
-        self.plain = rotate(self.k.float(), position, rope, inverse=True)
+        self.plain = rotate(self.k.float(), key_position(self.rank, rope), rope, inverse=True)
         column = torch.arange(self.width)
         order = torch.where(self.rank == EMPTY, column - self.width, self.rank)
         is_exact = column < self.exact_count[:, None]
@@ -91,7 +99,7 @@ class Readout:
         slots.coarse_mass[slot].index_copy_(0, entry, mass)
         slots.coarse_rank[slot].index_copy_(0, entry, rank)
         keys = self.k.flatten(0, 1).index_select(0, place).float()
-        plain = rotate(keys, rank_position(rank), self.rope, inverse=True)
+        plain = rotate(keys, key_position(rank, self.rope), self.rope, inverse=True)
         self.plain.flatten(0, 1).index_copy_(0, place, plain)
         for field, new in (
             (self.mass, mass),
@@ -100,6 +108,23 @@ class Readout:
             (self.coarse_order, rank),
         ):
             field.view(-1).index_copy_(0, place, new)
+
+    def _turn_far(self):
+        """See reference._turn_far, over all heads."""
+        slots, slot, rope = self.slots, self.slot, self.rope
+        position = rank_position(self.rank)
+        due = (self.rank != EMPTY) & (position < rope.limit) & (position >= rope.limit - slots.segment)
+        head, column = due.nonzero(as_tuple=True)
+        turned = rotate(self.k[head, column].float(), position[head, column], rope, inverse=True)
+        keys, exact = turned.to(self.k.dtype), column < self.exact_count[head]
+        slots.exact_k[slot, (slots.exact_start[head] + column)[exact]] = keys[exact]
+        entry = (slots.coarse_start[head] + column - self.exact_count[head])[~exact]
+        _, bits, codes, affine = self._coded()[0]
+        codes[entry], affine[entry] = code, scales = encode(turned[~exact], bits, keys.dtype)
+        keys[~exact] = decode(code, scales, bits, keys.dtype)
+        self.k[head, column] = keys
+        if self.plain is not None:
+            self.plain[head, column] = rotate(keys.float(), torch.zeros_like(column), rope, inverse=True)
 
     def _read(self):
         slots, slot = self.slots, self.slot

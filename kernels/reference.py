@@ -7,13 +7,44 @@ seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range m
 
 import torch
 
-from .slot import EMPTY, LayerSlots, Policy, Rope, decode, encode, pack_rank, rank_position, rotate
+from .slot import (
+    EMPTY,
+    LayerSlots,
+    Policy,
+    Rope,
+    decode,
+    encode,
+    forgetting,
+    key_position,
+    pack_rank,
+    rank_position,
+    rotate,
+)
 
 
 def left_ring(seq_len: int, slots: LayerSlots) -> int:
     """Tokens that the memory holds when the last query is token seq_len - 1: a function of position alone."""
     start = (seq_len - 1) // slots.segment * slots.segment
     return max(start - slots.window, 0)
+
+
+def far_limit(seq_len: int, slots: LayerSlots, rope: Rope | None) -> int:
+    """Tokens before this position are far from the segment of token seq_len - 1: a function of position alone.
+
+    A far entry's key lies at position 0, and queries see it from position trained - 1. All others are at most
+    that far away from every query of the segment.
+    """
+    if rope is None or not rope.trained or slots.sliding:
+        return 0
+    end = ((seq_len - 1) // slots.segment + 1) * slots.segment
+    return max(end - rope.trained, 0)
+
+
+def far_query(q, position, rope: Rope):
+    """Queries [T, ..., D] at positions [T], turned to where they see far entries from; same dtype."""
+    position = position.view(-1, *[1] * (q.dim() - 2)).expand(q.shape[:-1])
+    plain = rotate(q.float(), position, rope, inverse=True)
+    return rotate(plain, torch.full_like(position, rope.trained - 1), rope).to(q.dtype)
 
 
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
@@ -24,22 +55,25 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
         slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
-def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out) -> None:
+def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None) -> None:
     """Attention of q [T, H, D] over memory, window and segment; writes out [T, H, D].
 
     A token sees every memory entry with log(mass) added to its logit (Bolya & Hoffman 2023, arXiv
     2303.17604, "proportional attention"), and the ring cells of the window and of its own segment up to itself.
     In a sliding layer it sees the last `window` tokens, itself among them, and no memory.
+    Entries past the trained distance are seen from that distance (as in Xiao et al. 2024, arXiv 2402.04617);
+    rope: may be None where no sequence gets that long.
     """
     kv_heads, ring = slots.ring_k.shape[1:3]
     group = q.shape[1] // kv_heads
     for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
-        gone = left_ring(seq_len, slots)
+        gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
         position = torch.arange(gone, seq_len)
         query = torch.arange(seq_len - (end - begin), seq_len)
         hidden = position[None] > query[:, None]  # [T, K]
         if slots.sliding:
             hidden |= position[None] <= query[:, None] - slots.window
+        seen_from_afar = far_query(q[begin:end], query, rope) if limit else q[begin:end]
         for g in range(kv_heads):
             mem_k, mem_v, mass, rank = _entries(slots, slot, g)
             held = rank != EMPTY
@@ -48,8 +82,10 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
             bias = torch.zeros(len(query), len(keys))
             bias[:, : held.sum()] = mass[held].log()
             bias[:, held.sum() :].masked_fill_(hidden, -torch.inf)
+            far = torch.cat([rank_position(rank[held]), position]) < limit
             for h in range(g * group, (g + 1) * group):
-                logits = q[begin:end, h].float() @ keys.T * scale + bias
+                near, afar = (x.float() @ keys.T * scale for x in (q[begin:end, h], seen_from_afar[:, h]))
+                logits = torch.where(far, afar, near) + bias
                 out[begin:end, h] = (logits.softmax(-1) @ values).to(out.dtype)
 
 
@@ -58,8 +94,8 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
 
     Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
     the next best; whatever loses its place is merged into the nearest coarse entry as far as the gate
-    lets it. All merges of a segment read the coarse entries as they stand after the replacements. A sliding
-    layer keeps nothing of what leaves its ring.
+    lets it. All merges of a segment read the coarse entries as they stand after the replacements. Before all
+    that, keys that become far are turned to position 0. A sliding layer keeps nothing of what leaves its ring.
     """
     if slots.sliding:
         return
@@ -72,12 +108,15 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         live = position >= 0  # the first segment to leave is a shorter one if the window is no multiple
         cells = position % slots.ring_k.shape[2]
         pinned = is_pinned(slots, slot, position)
+        rope = rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope))
         for g in range(slots.ring_k.shape[1]):
+            _turn_far(slots, slot, g, rope)
             k, v = slots.ring_k[slot, g, cells].float(), slots.ring_v[slot, g, cells].float()
             plain = rotate(k, position.clamp(min=0), rope, inverse=True)
             slots.key_sum[slot, g] += plain[live].sum(0)
             mean = slots.key_sum[slot, g] / gone
             score = importance(plain[None], v[None], mean[None], _head(policy, g))[0]
+            score = score + freshness(position, rope, policy)
             rank = pack_rank(score.masked_fill(pinned, torch.inf), position).masked_fill(~live, EMPTY)
             k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
             k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
@@ -99,6 +138,12 @@ def importance(plain, v, mean, weights):
     features = torch.cat([unit(plain, dim=-1), unit(v, dim=-1)], -1)
     hidden = torch.nn.functional.gelu(torch.bmm(features, w1) + b1[:, None], approximate="tanh")
     return (hidden * w2[:, None]).sum(-1) + b2[:, None]
+
+
+def freshness(position, rope: Rope | None, policy: Policy):
+    """What tokens at positions [C] score above older ones of the same importance: 0 inside the trained context."""
+    trained = rope.trained if rope is not None else 0
+    return (position - trained).clamp(min=0) * forgetting(rope, policy)
 
 
 def gate(cosine, mass, weights):
@@ -131,6 +176,27 @@ def _entries(slots: LayerSlots, slot: int, g: int):
     mass = torch.cat([torch.ones(x.stop - x.start), slots.coarse_mass[slot, y]])
     rank = torch.cat([slots.exact_rank[slot, x], slots.coarse_rank[slot, y]])
     return torch.cat([slots.exact_k[slot, x], coarse_k]), torch.cat([slots.exact_v[slot, x], coarse_v]), mass, rank
+
+
+def _turn_far(slots, slot, g, rope):
+    """Turn the keys of entries that have become far with this segment to position 0."""
+    x = slice(slots.exact_start[g], slots.exact_start[g + 1])
+    y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
+    entry, position = _new_far(slots.exact_rank[slot, x], slots.segment, rope)
+    exact_k = slots.exact_k[slot, x]
+    exact_k[entry] = rotate(exact_k[entry].float(), position, rope, inverse=True).to(exact_k.dtype)
+    entry, position = _new_far(slots.coarse_rank[slot, y], slots.segment, rope)
+    entry = entry + y.start
+    turned = rotate(_coarse(slots, slot, entry)[0], position, rope, inverse=True)
+    codes = encode(turned, slots.codec.key_bits, slots.ring_k.dtype)
+    slots.coarse_k[slot, entry], slots.coarse_k_affine[slot, entry] = codes
+
+
+def _new_far(rank, segment, rope):
+    """Entries [F] of ranks [E] that became far when the limit last rose, by a segment, and their positions."""
+    position, limit = rank_position(rank), rope.limit if rope is not None else 0
+    entry = ((rank != EMPTY) & (position < limit) & (position >= limit - segment)).nonzero().squeeze(1)
+    return entry, position[entry]
 
 
 def _duels(entry_rank, rank):
@@ -171,18 +237,18 @@ def _keep_coarse(slots, slot, g, k, v, rank):
 
 
 def _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, gate_weights):
-    """entry += gate * mass * delta / (sum of masses), the loser's key turned to the entry's position."""
+    """entry += gate * mass * delta / (sum of masses), the loser's key turned to where the entry's lies."""
     y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
     losers, held = rank != EMPTY, slots.coarse_rank[slot, y] != EMPTY
     if not losers.any() or not held.any():
         return
     unit = torch.nn.functional.normalize
     k, v, mass = k[losers], v[losers], mass[losers]
-    plain = rotate(k, rank_position(rank[losers]), rope, inverse=True)
+    plain = rotate(k, key_position(rank[losers], rope), rope, inverse=True)
     entries = y.start + held.nonzero().squeeze(1)
     entry_k, entry_v = _coarse(slots, slot, entries)
     entry_rank, entry_mass = slots.coarse_rank[slot, entries], slots.coarse_mass[slot, entries]
-    entry_plain = rotate(entry_k, rank_position(entry_rank), rope, inverse=True)
+    entry_plain = rotate(entry_k, key_position(entry_rank, rope), rope, inverse=True)
     cosine, nearest = (unit(plain - mean, dim=-1) @ unit(entry_plain - mean, dim=-1).T).max(-1)
     weight = mass * gate(cosine[None], entry_mass[nearest][None], gate_weights[None])[0]
     for e in nearest.unique():
@@ -190,7 +256,7 @@ def _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, gate_weights):
         if not mine.any():
             continue
         w, total = weight[mine], entry_mass[e] + weight[mine].sum()
-        turned = rotate(plain[mine], rank_position(entry_rank[e]).expand(len(w)), rope)
+        turned = rotate(plain[mine], key_position(entry_rank[e], rope).expand(len(w)), rope)
         new_k = entry_k[e] + (w[:, None] * (turned - entry_k[e])).sum(0) / total
         new_v = entry_v[e] + (w[:, None] * (v[mine] - entry_v[e])).sum(0) / total
         _store(slots, slot, entries[e : e + 1], new_k[None], new_v[None], total[None], entry_rank[e : e + 1])

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
+KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about
 EMPTY = 0  # rank of an entry that holds nothing: a slot full of zero bytes is an empty memory
 POSITION_BITS = 31
 MAX_POSITION = (1 << POSITION_BITS) - 1
@@ -55,11 +57,18 @@ class LayerSlots(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm."""
+    """Rotary embedding as tables of angles; cos and sin are [P, rotary / 2] fp32 with unit norm.
+
+    trained: tokens of context that the model was made for, at least window + 2 segments: no query sees a key
+        from farther away (README.md, 7). 0 where no sequence gets that long.
+    limit: of one sequence at one time, see reference.far_limit.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool  # GPT-J pairs (2i, 2i+1) instead of NeoX halves
+    trained: int = 0
+    limit: int = 0
 
 
 class Policy(NamedTuple):
@@ -73,6 +82,16 @@ class Policy(NamedTuple):
 
     importance: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     gate: torch.Tensor
+
+
+def forgetting(rope: Rope | None, policy: Policy) -> float:
+    """What the score of a token gains with every position past the trained context.
+
+    Instead of old tokens sinking, new ones rise. Only at a constant rate does the order of two never change.
+    """
+    if rope is None or not rope.trained:
+        return 0.0
+    return FORGETTING / rope.trained / (KEYDIFF_NATS if policy.importance is None else 1)
 
 
 def group_size(head_size: int, bits: int) -> int:
@@ -99,6 +118,13 @@ def pack_rank(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 def rank_position(rank: torch.Tensor) -> torch.Tensor:
     """Position [int64] of the token that a rank was packed with; meaningless for EMPTY."""
     return MAX_POSITION - (rank & MAX_POSITION)
+
+
+def key_position(rank: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """Position [int64] that an entry's key is turned to: its token's, 0 if that is far or the entry empty."""
+    position = rank_position(rank)
+    far = position < (rope.limit if rope is not None else 0)
+    return torch.where(far | (rank == EMPTY), 0, position)
 
 
 def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

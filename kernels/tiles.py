@@ -97,6 +97,22 @@ def rank_position(rank):
 
 
 @triton.jit
+def far_limit(seq_len, SEGMENT: tl.constexpr, TRAINED: tl.constexpr):
+    """See reference.far_limit; int32."""
+    limit = seq_len * 0
+    if TRAINED > 0:
+        limit = tl.maximum(((seq_len - 1) // SEGMENT + 1) * SEGMENT - TRAINED, 0)
+    return limit
+
+
+@triton.jit
+def key_position(rank, limit):
+    """See slot.key_position, of entries that hold something; int32."""
+    position = rank_position(rank)
+    return tl.where(position < limit, 0, position)
+
+
+@triton.jit
 def rank_score(rank):
     """The score that a rank was packed with, fp32."""
     ordered = rank >> _POSITION_BITS
@@ -210,7 +226,7 @@ def _decode_columns(codes, affine, row, mask, column, D: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def _mate(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+def mate(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The column that RoPE turns together with each column."""
     if INTERLEAVED:
         other = column ^ 1
@@ -231,9 +247,9 @@ def mates(
     else:
         i = tl.arange(0, HALF)
         mask = inside[:, None] & (i < D // 2)[None, :]
-        column = _mate(i, ROTARY, INTERLEAVED)
+        column = mate(i, ROTARY, INTERLEAVED)
         mate_low = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
-        column = _mate(i + D // 2, ROTARY, INTERLEAVED)
+        column = mate(i + D // 2, ROTARY, INTERLEAVED)
         mate_high = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
     return mate_low.to(tl.float32), mate_high.to(tl.float32)
 
@@ -273,6 +289,19 @@ def angles(
         cos_low, sin_low = _angles(cos, sin, position, inside, i, ROTARY, INTERLEAVED)
         cos_high, sin_high = _angles(cos, sin, position, inside, i + D // 2, ROTARY, INTERLEAVED)
     return cos_low, sin_low, cos_high, sin_high
+
+
+@triton.jit
+def turn(low, high, mate_low, mate_high, here, there):
+    """Halves [B, HALF] turned from one position to another, fp32, by the difference of their angles().
+
+    The angles of a position come from `angles`, the mates from `mates`.
+    """
+    cos, sin, cos_there, sin_there = here[0], here[1], there[0], there[1]
+    low = low * (cos * cos_there + sin * sin_there) + mate_low * (sin_there * cos - cos_there * sin)
+    cos, sin, cos_there, sin_there = here[2], here[3], there[2], there[3]
+    high = high * (cos * cos_there + sin * sin_there) + mate_high * (sin_there * cos - cos_there * sin)
+    return low, high
 
 
 @triton.jit

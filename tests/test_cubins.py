@@ -16,15 +16,16 @@ import pytest
 pytest.importorskip("triton")
 SPILLED = 64  # bytes per thread that cost nothing one could measure
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
-SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment
-    ("k8v4", 128, 4, "neox", True, 512),
-    ("bf16", 64, 3, "interleaved", False, 64),
-    ("k4v4", 96, 7, "partial", False, 16),
+SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment, trained tokens (0: any)
+    ("k8v4", 128, 4, "neox", True, 512, 0),
+    ("k8v4", 128, 4, "neox", False, 512, 2048),
+    ("bf16", 64, 3, "interleaved", False, 64, 0),
+    ("k4v4", 96, 7, "partial", False, 16, 512),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}-{shape[6]}")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_kernels_compile(capability, shape):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -33,7 +34,8 @@ def test_kernels_compile(capability, shape):
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = set("_write _reset _attend _combine _rank count pick order exchange nearest apply".split())
-    assert {kernel["name"] for kernel in kernels} == names | ({"_score"} if shape[4] else set())
+    names |= ({"_score"} if shape[4] else set()) | ({"demote"} if shape[6] else set())
+    assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["spilled_bytes"] <= SPILLED and kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
 
@@ -92,7 +94,7 @@ def assemble(ptx: str) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
 
 
-def launch_all(fidelity, size, group, kind, learned, segment) -> None:
+def launch_all(fidelity, size, group, kind, learned, segment, trained) -> None:
     """Every kernel as decoding and a prompt call them."""
     import torch
 
@@ -102,13 +104,13 @@ def launch_all(fidelity, size, group, kind, learned, segment) -> None:
     sizes = dict(exact=(4, 0, 60), coarse=(200, 0, 1600), window=segment // 2, segment=segment)
     slab, view = make_layer(fidelity, size, dtype=torch.bfloat16, **sizes)
     slots = view(slab)
-    rope, policy = make_rope(kind, size), make_policy(3, size, learned)
+    rope, policy = make_rope(kind, size, trained), make_policy(3, size, learned)
     for batch, longest in (([(2, 1, 150), (0, 1, 9)], 1), ([(2, segment, 4 * segment)], segment)):
         rows = make_batch(batch)
         k, v, q = make_tokens(sum(count for _, count, _ in batch), 3, size, group, torch.bfloat16)
         cuda.reset(slab, *rows)
         cuda.write(k, v, slots, *rows, max_query_len=longest)
-        cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), max_query_len=longest)
+        cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), rope, max_query_len=longest)
         cuda.merge(slots, *rows, rope, policy)
 
 

@@ -69,13 +69,18 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     assert difference < 2e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
-def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, family):
-    """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes."""
+@pytest.mark.parametrize("family,trained", [("llama", 2048), ("llama", 160), ("gemma3-mixed", 2048)])
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, family, trained):
+    """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes.
+
+    Also where most of it lies past the context that the model was trained on.
+    """
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    options = {"max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": trained}}
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
-        with engine(folders(family), settings=SMALL, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+        with engine(folders(family), settings=SMALL, max_num_batched_tokens=chunk, **options) as llm:
             alone = slab_of(llm, prompt, name="alone")
             expected = expected or alone
             assert alone[0] == expected[0] and torch.equal(alone[1], expected[1]), f"chunks of {chunk}"

@@ -8,18 +8,26 @@ from vllm_deltamem.kernels import cpu, reference
 from vllm_deltamem.kernels.slot import Policy, Rope, decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
-SETTINGS = [
-    pytest.param(dict(fidelity=f, pinned=p), r, id=f"{f}-pinned{p}-{r}")
-    for f, p, r in (("bf16", 3, "neox"), ("k8v8", 0, "neox"), ("k8v4", 5, "interleaved"), ("k4v4", 2, "partial"), ("k8v8", 2, "none"))
+SETTINGS = [  # rope: kind, and tokens that the model was trained on (0: any)
+    pytest.param(dict(fidelity=f, pinned=p), r, id=f"{f}-pinned{p}-{r[0]}-{r[1]}")
+    for f, p, r in (
+        ("bf16", 3, ("neox", 0)),
+        ("bf16", 3, ("neox", 61)),
+        ("k8v8", 0, ("neox", 0)),
+        ("k8v4", 5, ("interleaved", 0)),
+        ("k8v4", 5, ("interleaved", 96)),
+        ("k4v4", 2, ("partial", 40)),
+        ("k8v8", 2, ("none", 0)),
+    )
 ]
 
 
-def make_rope(kind, size, positions=512):
+def make_rope(kind, size, trained=0, positions=512):
     if kind == "none":
         return None
     rotary = size // 2 if kind == "partial" else size
     angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(rotary // 2) / (rotary // 2))
-    return Rope(angle.cos(), angle.sin(), interleaved=kind == "interleaved")
+    return Rope(angle.cos(), angle.sin(), kind == "interleaved", trained)
 
 
 def make_slots(settings, dtype=torch.float32, count=4, kv_heads=3, size=32, memory=60):
@@ -49,7 +57,7 @@ def run(module, slots, k, v, q, slot, chunks, rope, policy):
             piece = slice(done, done + n)
             batch = torch.tensor([slot], dtype=torch.int32), torch.tensor([0, n]), torch.tensor([done + n])
             module.write(k[piece], v[piece], slots, *batch)
-            module.attend(q[piece], slots, *batch, q.shape[-1] ** -0.5, out[piece])
+            module.attend(q[piece], slots, *batch, q.shape[-1] ** -0.5, out[piece], rope)
             module.merge(slots, *batch, rope, policy)
             done, chunk = done + n, chunk - n
     return out
@@ -64,10 +72,10 @@ def make_tokens(total, kv_heads=3, size=32, group=2, dtype=torch.float32, seed=0
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("settings,rope_kind", SETTINGS)
-def test_cpu_path_matches_reference(settings, rope_kind, learned):
+@pytest.mark.parametrize("settings,rope", SETTINGS)
+def test_cpu_path_matches_reference(settings, rope, learned):
     k, v, q = make_tokens(173)
-    rope, policy = make_rope(rope_kind, 32), make_policy(learned=learned)
+    rope, policy = make_rope(rope[0], 32, rope[1]), make_policy(learned=learned)
     expected_slots, _ = make_slots(settings)
     actual_slots, _ = make_slots(settings)
     expected = run(reference, expected_slots, k, v, q, 2, [173], rope, policy)
@@ -79,10 +87,10 @@ def test_cpu_path_matches_reference(settings, rope_kind, learned):
 
 
 @pytest.mark.parametrize("chunks", [[7] * 24 + [5], [64, 100, 9], [1] * 173], ids=["7", "ragged", "1"])
-@pytest.mark.parametrize("settings,rope_kind", SETTINGS)
-def test_state_is_a_function_of_the_tokens(settings, rope_kind, chunks):
+@pytest.mark.parametrize("settings,rope", SETTINGS)
+def test_state_is_a_function_of_the_tokens(settings, rope, chunks):
     k, v, q = make_tokens(173, dtype=torch.bfloat16)
-    rope, policy = make_rope(rope_kind, 32), make_policy()
+    rope, policy = make_rope(rope[0], 32, rope[1]), make_policy()
     (once, slab), (cut, cut_slab) = make_slots(settings, torch.bfloat16), make_slots(settings, torch.bfloat16)
     expected = run(cpu, once, k, v, q, 1, [173], rope, policy)
     actual = run(cpu, cut, k, v, q, 1, chunks, rope, policy)
@@ -90,9 +98,10 @@ def test_state_is_a_function_of_the_tokens(settings, rope_kind, chunks):
     assert torch.equal(expected, actual)
 
 
-def test_batch_rows_do_not_touch_each_other():
+@pytest.mark.parametrize("trained", [0, 90])
+def test_batch_rows_do_not_touch_each_other(trained):
     """Decoding many sequences of different lengths in one call leaves each as it would be alone."""
-    settings, rope, policy = dict(fidelity="k8v4", pinned=2), make_rope("neox", 32), make_policy()
+    settings, rope, policy = dict(fidelity="k8v4", pinned=2), make_rope("neox", 32, trained), make_policy()
     together, slab = make_slots(settings, torch.bfloat16)
     alone, alone_slab = make_slots(settings, torch.bfloat16)
     starts, outs, expected = [9, 130, 70], [], []
@@ -107,7 +116,7 @@ def test_batch_rows_do_not_touch_each_other():
         lens = torch.tensor([at[0] + 1, 0, at[1] + 1, at[2] + 1])
         out = torch.zeros_like(q)
         cpu.write(k, v, together, indices, cu, lens)
-        cpu.attend(q, together, indices, cu, lens, 32**-0.5, out)
+        cpu.attend(q, together, indices, cu, lens, 32**-0.5, out, rope)
         cpu.merge(together, indices, cu, lens, rope, policy)
         outs.append(out)
     outs = torch.stack(outs)
@@ -144,6 +153,28 @@ def test_sliding_layer_sees_exactly_the_last_tokens(module, chunks):
     assert not slots.key_sum.any()
 
 
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("kind,trained", [("neox", 44), ("interleaved", 63), ("partial", 100)])
+def test_no_token_is_attended_from_farther_than_the_trained_distance(module, kind, trained):
+    """A memory that never fills, against full attention whose distances end at trained - 1."""
+    k, v, q = make_tokens(150)
+    slots, _ = make_slots(dict(fidelity="bf16", pinned=4), memory=400)
+    rope, position = make_rope(kind, 32, trained), torch.arange(150)
+    at = position[:, None]
+    keys, queries = (rotate(x, at.expand(x.shape[:2]), rope) for x in (k, q))
+    actual = run(module, slots, keys, v, queries, 0, [150], rope, make_policy())
+    end = (position // slots.segment + 1) * slots.segment
+    far = position[None] < end[:, None] - trained  # [query, key]
+    assert (far.sum(1) > 0).sum() > 40 and (at - position)[~far].max() == trained - 1
+    afar = rotate(q, torch.full(q.shape[:2], trained - 1), rope)
+    expected = torch.empty_like(q)
+    for h in range(q.shape[1]):
+        logits = torch.where(far, afar[:, h] @ k[:, h // 2].T, queries[:, h] @ keys[:, h // 2].T) * 32**-0.5
+        logits = logits.masked_fill(position[None] > at, -torch.inf)
+        expected[:, h] = logits.softmax(-1) @ v[:, h // 2]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_pinned_tokens_stay_exact_to_the_bit():
     k, v, q = make_tokens(400, dtype=torch.bfloat16)
     slots, _ = make_slots(dict(fidelity="k8v4", pinned=5), torch.bfloat16)
@@ -156,6 +187,21 @@ def test_pinned_tokens_stay_exact_to_the_bit():
         for p in positions + [0, 1]:
             entry = x.start + held.index(p)
             assert torch.equal(slots.exact_k[0, entry], k[p, g]) and torch.equal(slots.exact_v[0, entry], v[p, g])
+
+
+def test_importance_fades_past_the_trained_context():
+    """Old entries make room for new ones, sinks and pinned tokens stay."""
+    k, v, q = make_tokens(500)
+    old = {}
+    for trained in (0, 64):
+        slots, _ = make_slots(dict(fidelity="k8v4", pinned=5))
+        slots.pins[0, 0] = torch.tensor([3, 6])
+        run(cpu, slots, k, v, q, 0, [500], make_rope("neox", 32, trained), make_policy())
+        old[trained] = (rank_position(slots.coarse_rank[0]) < 150).float().mean()
+        for g in range(3):
+            held = rank_position(slots.exact_rank[0, slots.exact_start[g] : slots.exact_start[g + 1]])
+            assert {0, 1, 3, 4, 5} <= set(held.tolist())
+    assert old[0] > 0.1 and old[64] < 0.01
 
 
 def test_rank_orders_by_score_then_position():

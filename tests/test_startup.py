@@ -9,6 +9,11 @@ import pytest
 from model_configs import CHUNKED, DEEPSEEK, GEMMA2, JAMBA, LLAMA, MAMBA, MISTRAL, save_config, vllm_config
 
 from vllm_deltamem.profile import Profile, fingerprint_of, save
+from vllm_deltamem.rope import TRAINED
+
+
+def rope(**parameters):
+    return {"rope_theta": 10000.0, **parameters}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,41 @@ def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog):
         config = vllm_config(llama, enable_prefix_caching=True)
     assert not config.cache_config.enable_prefix_caching
     assert sum("prefix caching is off" in record.message for record in caplog.records) == 1
+
+
+def test_max_model_len_past_the_trained_context(llama, monkeypatch):
+    """The model's tables must reach it; the trained length stays known, and is what the user says it is."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    text = vllm_config(llama, max_model_len=100_000).model_config.hf_text_config
+    assert (text.max_position_embeddings, getattr(text, TRAINED)) == (100_000, 4096)
+    for overrides, known in (({"max_position_embeddings": 100_000}, False), ({"max_position_embeddings": 9000}, True)):
+        text = vllm_config(llama, max_model_len=100_000, hf_overrides=overrides).model_config.hf_text_config
+        assert text.max_position_embeddings == 100_000 and hasattr(text, TRAINED) == known
+    text = vllm_config(llama, max_model_len=100_000, attention_backend=None).model_config.hf_text_config
+    assert text.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    "config, settings, message",
+    [
+        ({"rope_parameters": rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)}, {},
+         "past the 4096 tokens .* cannot continue them with a rotary embedding of type yarn"),
+        ({"rope_parameters": rope(rope_type="dynamic", factor=2.0)}, {}, "past the 8192 tokens .* of type dynamic"),
+        ({"rope_parameters": rope(rope_type="default", mrope_section=[4, 6, 6])}, {}, "a multimodal or Fourier"),
+        ({"no_rope_layers": [1, 0, 1, 1]}, {}, "layers that have no rotary embedding"),
+        ({}, {"memory": 9000, "window": 4000}, "a window and segments of 5024 tokens"),
+    ],
+)  # fmt: skip
+def test_positions_that_cannot_be_continued_are_refused(tmp_path, monkeypatch, config, settings, message):
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    with pytest.raises(ValueError, match=message):
+        vllm_config(save_config(tmp_path, **config), settings, max_model_len=20_000)
+
+
+def test_scaled_positions_are_used_as_far_as_they_go(tmp_path):
+    folder = save_config(tmp_path, rope_parameters=rope(rope_type="linear", factor=2.0))
+    text = vllm_config(folder, max_model_len=8192).model_config.hf_text_config
+    assert text.max_position_embeddings == 4096 and not hasattr(text, TRAINED)
 
 
 def test_another_backend_is_left_alone(llama):

@@ -233,6 +233,6 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
             rows = step.slot_indices, step.cu_seqlens, step.seq_lens
             kernels.write(key, value, slots, *rows)
             hints = scratch if ON_CPU else {"max_query_len": step.longest}
-            kernels.attend(query, slots, *rows, self.scale, out, **hints)
+            kernels.attend(query, slots, *rows, self.scale, out, pool.rope, **hints)
             kernels.merge(slots, *rows, pool.rope, policy, **scratch)
         return output

@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 from vllm_deltamem import BACKEND
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.rope import extend
 from vllm_deltamem.sessionsettings import SessionSettings
 
 logger = init_logger(__name__)
@@ -35,7 +36,8 @@ def configure(vllm_config) -> None:
     if vllm_config.cache_config.enable_prefix_caching:
         logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
         vllm_config.cache_config.enable_prefix_caching = False
-    plan_memory(vllm_config, settings)
+    layout = plan_memory(vllm_config, settings).layout
+    extend(vllm_config.model_config, layout.window + 2 * layout.segment)
     SessionSettings.from_dict(settings.sessions)
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,

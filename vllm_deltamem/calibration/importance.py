@@ -5,11 +5,11 @@ from tqdm import tqdm
 
 from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.kernels.reference import importance
+from vllm_deltamem.kernels.slot import KEYDIFF_NATS
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 BATCH = 768  # tokens of every head per step
 SPREAD = 8.0  # standard deviations that are one unit of a standardised feature
-KEYDIFF_SCALE = 4.0  # of the starting point; its scores then spread over about as many nats as the target
 
 
 def fit(observations: list[Observation], seed: int, units: int = 16, steps: int = 150, device: str = "cpu") -> Weights:
@@ -65,7 +65,7 @@ def _start(centre: torch.Tensor, spread: torch.Tensor, units: int) -> list[torch
     w1[:, size:, :2] = 0
     w1[:, :size, 0], b1[:, 0] = -mean * spread[:, :size], -(mean * centre[:, :size]).sum(-1)
     w1[:, :size, 1], b1[:, 1] = -w1[:, :size, 0], -b1[:, 0]
-    w2[:, 0], w2[:, 1] = KEYDIFF_SCALE, -KEYDIFF_SCALE
+    w2[:, 0], w2[:, 1] = KEYDIFF_NATS, -KEYDIFF_NATS  # its scores then spread over about as much as the target
     return [w1, b1, w2, torch.zeros(count)]
 
 

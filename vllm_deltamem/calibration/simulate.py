@@ -39,7 +39,7 @@ class MemoryAttention:
             count = piece.stop - begin
             batch = slot, torch.tensor([0, count]), torch.tensor([piece.stop])
             cpu.write(k[piece], v[piece], slots, *batch)
-            cpu.attend(q[piece], slots, *batch, scale, out[piece], scratch)
+            cpu.attend(q[piece], slots, *batch, scale, out[piece], scratch=scratch)
             cpu.merge(slots, *batch, rope, self.policies[layer], scratch)
         return out.transpose(0, 1).to(self.model.device)
 
