@@ -1,36 +1,29 @@
-"""One vLLM engine in a process of its own: reads a plan from standard input, runs what of it is not yet kept.
+"""One vLLM engine in a process of its own: reads a plan from standard input, runs what of it is not yet kept."""
 
-A plan: model and data (folders), context, suites, seed and n of the samples, outputs (folder), and settings:
-deltamem's, or null for full attention by vLLM's own backend.
-"""
-
-import json
 import os
-import sys
-from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from . import outputs as store
-from .suites import Sample, draw
+from .plan import Plan
+from .suites import Sample
 from .suites.language import TOP
-from .suites.source import Source
 
 
-def start(plan: dict, length: int, **options):
+def start(model: str, settings: dict | None, length: int, **options):
     """The engine for `length` tokens of prompt and answer; full attention ends at the trained positions.
 
-    options: further ones of vLLM's engine.
+    settings: deltamem's, or None for full attention by vLLM's own backend; options: further ones of vLLM's engine.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
-    trained = AutoConfig.from_pretrained(plan["model"]).max_position_embeddings
-    options |= {"model": plan["model"], "seed": 0, "max_logprobs": TOP}
-    if plan["settings"] is None:
+    trained = AutoConfig.from_pretrained(model).max_position_embeddings
+    options |= {"model": model, "seed": 0, "max_logprobs": TOP}
+    if settings is None:
         length = min(length, trained)
     else:
-        options |= {"attention_backend": "DELTAMEM", "additional_config": {"deltamem": plan["settings"]}}
+        options |= {"attention_backend": "DELTAMEM", "additional_config": {"deltamem": settings}}
         if length > trained:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     from vllm import LLM
@@ -70,7 +63,7 @@ def extract(sample: Sample, request) -> dict:
     return output
 
 
-def run(engine, waiting: list[tuple[str, Sample]], folder: Path) -> None:
+def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
     """Run the samples, each (suite, sample); an answer that asks for another prompt queues it at once."""
     longest = engine.model_config.max_model_len
     running = {}
@@ -91,7 +84,7 @@ def run(engine, waiting: list[tuple[str, Sample]], folder: Path) -> None:
                 f"{suite}: prompt and answer are longer than the {longest} tokens that full attention was "
                 "trained for: give a shorter --context."
             )
-    with tqdm(total=len(waiting), unit="sample", desc=folder.name) as bar:
+    with tqdm(total=len(waiting), unit="sample", desc=os.path.basename(plan.outputs)) as bar:
         while engine.has_unfinished_requests():
             for request in engine.step():
                 if not request.finished:
@@ -99,23 +92,15 @@ def run(engine, waiting: list[tuple[str, Sample]], folder: Path) -> None:
                 suite, sample, outputs = running.pop(request.request_id)
                 outputs = [*outputs, extract(sample, request)]
                 if not submit(suite, sample, outputs):
-                    store.keep(folder / f"{suite}.jsonl", sample, outputs)
+                    store.keep(plan.path(suite), sample, outputs)
                     bar.update()
 
 
 def main() -> None:
-    plan = json.load(sys.stdin)
-    tokenizer = AutoTokenizer.from_pretrained(plan["model"])
-    source = Source(tokenizer, Path(plan["data"]), plan["context"])
-    folder = Path(plan["outputs"])
-    waiting, length = [], 0
-    for suite in plan["suites"]:
-        samples = draw(suite, source, plan["seed"], plan["n"])
-        done = store.kept(folder / f"{suite}.jsonl", samples)
-        waiting += [(suite, sample) for sample in samples if sample.seed not in done]
-        length = max([length] + [sample.length for sample in samples])
+    plan = Plan.read()
+    waiting = plan.waiting()
     if waiting:
-        run(start(plan, length), waiting, folder)
+        run(start(plan.model, plan.settings, plan.length), plan, waiting)
 
 
 if __name__ == "__main__":

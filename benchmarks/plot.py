@@ -1,4 +1,5 @@
-"""Figures from results.jsonl: score against memory for every suite, and needle depth by context length.
+"""Figures from results.jsonl: score against memory for every suite, needle depth by context length, and the
+first-token time of the turns of a growing conversation.
 
     python benchmarks/plot.py [--results FILE] [--out DIR]
 
@@ -15,16 +16,19 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-KEYS = ("model", "suite", "context", "reduction", "policy")
+KEYS = {  # of each benchmark: what a row measures
+    "quality": ("model", "suite", "context", "reduction", "policy"),
+    "sessions": ("model", "backend", "reuse", "memory_tokens", "turn", "metric"),
+}
 
 
-def newest(results: Path) -> list[dict]:
-    """The quality rows, one for each of KEYS."""
+def newest(results: Path, benchmark: str) -> list[dict]:
+    """The rows of a benchmark, one for each of its KEYS; rows without one of them are left out."""
     found = {}
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["benchmark"] == "quality":
-            found[tuple(row[key] for key in KEYS)] = row
+        if row["benchmark"] == benchmark and all(key in row for key in KEYS[benchmark]):
+            found[tuple(row[key] for key in KEYS[benchmark])] = row
     return list(found.values())
 
 
@@ -106,15 +110,39 @@ def needle_depth(rows: list[dict], out: Path) -> None:
         plt.close(figure)
 
 
+def first_token_of_turns(rows: list[dict], out: Path) -> None:
+    """One figure per model: seconds and tokens of the prompt computed, against the turn of the conversation."""
+    labels = {"ttft_s": "time to first token, s", "computed_tokens": "tokens of the prompt computed"}
+    for model in values(rows, "model"):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        for panel, (metric, label) in zip(panels, labels.items(), strict=True):
+            here = pick(rows, model=model, metric=metric)
+            for kind in sorted({(row["backend"], row["reuse"], row["memory_tokens"]) for row in here}, key=str):
+                fields = dict(zip(("backend", "reuse", "memory_tokens"), kind, strict=True))
+                line = sorted(pick(here, **fields), key=lambda row: row["turn"])
+                name = f"{kind[0].lower()}, {'recomputed' if kind[1] == 'none' else kind[1]}"
+                name += f", memory {kind[2]:,}" if kind[2] else ""
+                panel.plot([row["turn"] for row in line], [row["value"] for row in line], marker=".", label=name)
+            panel.set_ylabel(label)
+            panel.set_ylim(bottom=0)
+        longest = max(row["context"] for row in pick(rows, model=model))
+        figure.suptitle(f"{model}, a conversation that grows to {longest:,.0f} tokens")
+        figure.supxlabel("turn")
+        panels[0].legend(fontsize=8)
+        figure.savefig(out / f"turns_{model}.png", dpi=150)
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "plots")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = newest(args.results)
-    score_against_memory(rows, args.out)
-    needle_depth(rows, args.out)
+    quality = newest(args.results, "quality")
+    score_against_memory(quality, args.out)
+    needle_depth(quality, args.out)
+    first_token_of_turns(newest(args.results, "sessions"), args.out)
 
 
 if __name__ == "__main__":

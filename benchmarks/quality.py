@@ -2,30 +2,36 @@
 
     python benchmarks/quality.py --model DIR --data DIR --small
     python benchmarks/quality.py --model DIR --data DIR --suites needle1,agent30 --context 8192 --n 40
+    python benchmarks/quality.py --model DIR --data DIR --policies deltamem,streaming,keydiff --reductions .85
 
 Full attention runs first, by vLLM's own backend, then every policy at every reduction, each engine in a
 process of its own. Reduction r at a context of L tokens is a memory of round((1 - r) L) tokens per head.
+Alternatives (benchmarks/alternatives/) run in transformers and get as many bytes as deltamem's slot then takes.
 Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl.
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common
+from benchmarks import common, size
 from benchmarks import outputs as store
+from benchmarks.alternatives import ALTERNATIVES
+from benchmarks.plan import Plan
 from benchmarks.policies import POLICIES
-from benchmarks.suites import SUITES, draw
-from benchmarks.suites.source import SPLIT_STARTS, Source
+from benchmarks.suites import SUITES
+from benchmarks.suites.source import SPLIT_STARTS
 
 ROOT = Path(__file__).resolve().parents[1]
+KNOWN = [*POLICIES, *ALTERNATIVES]
 SMALL = ["--suites", "needle1,needle4,language", "--n", "6"]
 
 
@@ -42,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="model folder; its name names the rows")
     parser.add_argument("--data", type=Path, required=True, help="data folder, see suites/source.py")
     parser.add_argument("--suites", type=words, default=list(SUITES), help=",".join(SUITES))
-    parser.add_argument("--policies", type=words, default=["deltamem"], help=",".join(POLICIES))
+    parser.add_argument("--policies", type=words, default=["deltamem"], help=",".join(KNOWN))
     parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
     parser.add_argument("--reductions", type=shares, default=[0.5, 0.85, 0.95])
     parser.add_argument("--n", type=int, default=20, help="samples per suite")
@@ -50,32 +56,50 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     parser.add_argument("--small", action="store_true", help="15 minutes on a CPU: " + " ".join(SMALL))
     args = parser.parse_args(SMALL + arguments if "--small" in arguments else arguments)
-    for name, table in (("suites", SUITES), ("policies", POLICIES)):
+    for name, table in (("suites", SUITES), ("policies", KNOWN)):
         for value in getattr(args, name):
             if value not in table:
                 parser.error(f"unknown {name[:-1]} {value!r}; known: {', '.join(table)}")
     return args
 
 
-def run(args: argparse.Namespace, policy: str, memory: int | None) -> Path:
-    """Run one engine over all suites, in its own process; returns the folder of its outputs."""
-    settings = None if memory is None else {"memory": memory, **POLICIES[policy]}
-    code = [ROOT / name for name in ("vllm_deltamem", "kernels", "patches")] if settings else []
-    known = [settings, common.versions(), common.device(), *code]
-    name = f"{policy}-{memory or args.context}-of-{args.context}"
-    plan = {
-        "model": str(args.model.absolute()),
-        "data": str(args.data.absolute()),
-        "context": args.context,
-        "suites": args.suites,
-        "seed": args.seed,
-        "n": args.n,
-        "settings": settings,
-        "outputs": str(store.folder(args.model.name, f"{name}-{store.fingerprint(*known)}")),
-    }
-    command = [sys.executable, "-m", "benchmarks.engine"]
-    subprocess.run(command, input=json.dumps(plan), text=True, cwd=ROOT, check=True)
-    return Path(plan["outputs"])
+class Run(NamedTuple):
+    """One policy at one size, over all suites."""
+
+    policy: str
+    reduction: float
+    memory: int | None  # tokens per head
+    plan: Plan
+
+    def held(self, samples: list, outputs: dict) -> int:
+        """Bytes of the longest of these sequences."""
+        if self.plan.alternative:
+            return max(output["bytes"] for seed in outputs for output in outputs[seed])
+        model, longest = Path(self.plan.model), max(sample.length for sample in samples)
+        if self.plan.settings is None:
+            return size.shape_of(model, longest).full_attention_bytes * longest
+        return size.layout_of(model, self.plan.length, self.plan.settings).slot_bytes
+
+
+def prepare(base: Plan, policy: str, reduction: float) -> Run:
+    """Raises ValueError where the memory is too small for deltamem."""
+    memory = round((1 - reduction) * base.context) if policy != "full" else None
+    known, code, own = [common.versions(), common.device()], [], {}
+    if policy in ALTERNATIVES:
+        slot = size.layout_of(Path(base.model), base.length, {"memory": memory})
+        own = {"alternative": policy, "room": slot.slot_bytes, "segment": slot.segment}
+        code = [ROOT / "benchmarks" / "alternatives"]
+    elif memory is not None:
+        own = {"settings": {"memory": memory, **POLICIES[policy]}}
+        code = [ROOT / name for name in ("vllm_deltamem", "kernels", "patches")]
+    name = f"{policy}-{memory or base.context}-of-{base.context}-{store.fingerprint(own, *known, *code)}"
+    folder = store.folder(Path(base.model).name, name)
+    return Run(policy, reduction, memory, replace(base, outputs=str(folder), **own))
+
+
+def execute(run: Run) -> None:
+    module = "benchmarks.alternatives.runner" if run.plan.alternative else "benchmarks.engine"
+    subprocess.run([sys.executable, "-m", module], input=run.plan.written(), text=True, cwd=ROOT, check=True)
 
 
 def summary(part: str):
@@ -110,26 +134,26 @@ def rows(suite: str, samples: list, full: dict, outputs: dict) -> list[dict]:
 
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
-    from transformers import AutoTokenizer
-
-    source = Source(AutoTokenizer.from_pretrained(args.model), args.data, args.context)
-    samples = {suite: draw(suite, source, args.seed, args.n) for suite in args.suites}
-    runs = [("full", 0.0, None)]
-    runs += [(p, r, round((1 - r) * args.context)) for p in args.policies for r in args.reductions]
-    folders = [run(args, policy, memory) for policy, _, memory in runs]
+    model, data = (str(folder.absolute()) for folder in (args.model, args.data))
+    base = Plan(model, data, args.context, args.suites, args.seed, args.n)
+    runs = [prepare(base, "full", 0.0)]
+    runs += [prepare(base, policy, reduction) for policy in args.policies for reduction in args.reductions]
+    for run in runs:
+        execute(run)
     found = []
-    for (policy, reduction, memory), folder in zip(runs, folders, strict=True):
-        for suite in args.suites:
-            full, outputs = (store.kept(f / f"{suite}.jsonl", samples[suite]) for f in (folders[0], folder))
+    for run in runs:
+        for suite, samples in base.samples.items():
+            full, outputs = (store.kept(r.plan.path(suite), samples) for r in (runs[0], run))
             here = {
                 "model": args.model.name,
                 "context": args.context,
-                "reduction": reduction,
-                "policy": policy,
-                "memory_tokens": memory,
+                "reduction": run.reduction,
+                "policy": run.policy,
+                "memory_tokens": run.memory,
+                "bytes_per_sequence": run.held(samples, outputs),
                 "seed": args.seed,
             }
-            found += [here | row for row in rows(suite, samples[suite], full, outputs)]
+            found += [here | row for row in rows(suite, samples, full, outputs)]
     common.append(found, "quality", args.results)
     print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
     for row in found:

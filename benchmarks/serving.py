@@ -106,7 +106,7 @@ def time_batch(engine, prompts: list[list[int]], params) -> tuple[float, float, 
 def memory_figures(engine, plan: dict) -> list[dict]:
     """What a sequence of each context holds, and how many of them the cache has room for."""
     config = engine.vllm_config
-    model, parallel = config.model_config, config.parallel_config
+    model = config.model_config
     token = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
     token *= model.hf_text_config.num_hidden_layers
     room = config.cache_config.num_gpu_blocks
@@ -115,7 +115,7 @@ def memory_figures(engine, plan: dict) -> list[dict]:
         if plan["backend"] == "DELTAMEM":
             from vllm_deltamem.plan import plan_memory
 
-            held, fit = plan_memory(config).layout.slot_bytes * parallel.tensor_parallel_size, room - 1
+            held, fit = plan_memory(config).bytes_per_sequence, room - 1
         else:
             block = config.cache_config.block_size
             held, fit = -(-context // block) * block * token, room * block // context

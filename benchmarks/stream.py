@@ -83,8 +83,8 @@ class Stream:
 class Reader:
     """An engine that reads and answers."""
 
-    def __init__(self, plan: dict, length: int):
-        self.engine, self.sessions = start(plan, length, enforce_eager=True), plan["settings"] is not None
+    def __init__(self, model: str, settings: dict | None, length: int):
+        self.engine, self.sessions = start(model, settings, length, enforce_eager=True), settings is not None
 
     def read(self, tokens: list[int], name: str, scored: int = 0) -> list[float]:
         """Negative log-likelihoods in nats of the last tokens, one fewer than `scored`.
@@ -109,10 +109,9 @@ class Reader:
         return [done[key].outputs[0].text for key in prompts]
 
     def _copy(self, name: str, copies) -> None:
-        from vllm_deltamem.connector import open_store
-        from vllm_deltamem.sessions import tenant_of
+        from vllm_deltamem.enginestore import open_store
+        from vllm_deltamem.sessionname import tenant_of
 
-        self.engine.step()  # an engine in this process saves sessions in its next step
         store, tenant = open_store(self.engine.vllm_config, 0), tenant_of(None)
         session = store.restore(tenant, name)
         for copy in copies:
@@ -139,17 +138,17 @@ class Reader:
         return done
 
 
-def full_attention(plan: dict, stream: Stream, trained: int, ends: list[int]) -> tuple[list[list[float]], list[str]]:
+def full_attention(model: str, stream: Stream, trained: int, ends: list[int]) -> tuple[list[list[float]], list[str]]:
     """Of full attention: likelihoods of the stretches that end there, and answers."""
-    reader = Reader(plan, trained)
+    reader = Reader(model, None, trained)
     likelihoods = [reader.read(stream.last(trained * 3 // 4, end), f"full-{end}", SCORED) for end in ends]
     recent = stream.last(trained - SLACK)
     return likelihoods, reader.ask(recent, stream.questions, "full")
 
 
-def memory(plan: dict, stream: Stream, trained: int, ends: list[int]):
+def memory(model: str, settings: dict, stream: Stream, trained: int, ends: list[int]):
     """Of the memory: likelihoods of the same stretches, answers at the end of the stream, and of a fresh memory."""
-    reader = Reader(plan, len(stream.tokens) + SLACK)
+    reader = Reader(model, settings, len(stream.tokens) + SLACK)
     recent = stream.last(trained - SLACK)
     reader.read(recent, "recent")
     fresh = reader.ask(recent, stream.questions, "recent")
@@ -174,12 +173,12 @@ def main() -> None:
     text = clean_book(args.text.read_text(encoding="utf-8-sig"))
     stream = Stream(AutoTokenizer.from_pretrained(args.model), text, args.length, trained - 2 * SLACK, args.seed)
     first = trained * 3 // 4
+    model = str(args.model.absolute())
     ends = [first + (len(stream.tokens) - first) * i // POINTS for i in range(POINTS + 1)]
     with TemporaryDirectory() as folder:
         settings = {"memory": held, "sessions": {"directory": folder}}
-        plan = {"model": str(args.model.absolute()), "settings": settings}
-        ours, answers, fresh = apart(memory, plan, stream, trained, ends)
-    theirs, wanted = apart(full_attention, plan | {"settings": None}, stream, trained, ends)
+        ours, answers, fresh = apart(memory, model, settings, stream, trained, ends)
+    theirs, wanted = apart(full_attention, model, stream, trained, ends)
 
     rows = [
         {"metric": "perplexity", "context": end, "n": len(a), "value": perplexity(a), "full_value": perplexity(b),

@@ -56,7 +56,7 @@ def attend(
     partial = buffer("partial", (*shape, size), torch.float32, device)
     lse = buffer("lse", shape, torch.float32, device)
     common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=rows_width(slot_indices))
-    if rope is None or not rope.trained:
+    if rope is None or not rope.trained or slots.sliding:
         cos, sin, turned = q, q, dict(TRAINED=0, ROTARY=0, INTERLEAVED=False)
     else:
         cos, sin = rope.cos, rope.sin
@@ -64,8 +64,8 @@ def attend(
     _attend[(blocks, len(pieces.table))](
         q, out, partial, lse, slots, heads.stride, pieces.table, pieces.size, *rows, scale * math.log2(math.e),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), cos, sin, **turned,
-        WINDOW=slots.window, SEGMENT=slots.segment, HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys,
-        KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
+        WINDOW=slots.window, SEGMENT=slots.segment, SLIDING=slots.sliding, HALF=half_width(size), TILE=tile.rows,
+        KEYS=tile.keys, KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits, **common,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces.parts:
@@ -91,7 +91,7 @@ def _attend(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     scale, q_token, q_head, out_token, out_head, cos, sin,
     TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,10 @@ def _attend(
         inside = (at_key + key < RING) & (seen <= newest)
         k_low, k_high = halves(ring_k, seen % RING, inside, D, HALF)
         v_low, v_high = halves(ring_v, seen % RING, inside, D, HALF)
-        mass = tl.where(seen[None, :] <= position[:, None], 1.0, 0.0)
+        sees = seen[None, :] <= position[:, None]
+        if SLIDING:
+            sees &= seen[None, :] > position[:, None] - WINDOW
+        mass = tl.where(sees, 1.0, 0.0)
         logits = _logits(q_low, q_high, k_low, k_high)
         top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 

@@ -53,6 +53,8 @@ def attend(
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
     """See reference.merge."""
+    if slots.sliding:
+        return
     scratch = {} if scratch is None else scratch
     for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window
@@ -82,12 +84,13 @@ def _readout(slots, slot, gone, scratch):
     return readout
 
 
-@lru_cache(maxsize=8)  # the layers of a step ask for the same one
-def _local_mask(first, last, window, segment):
+@lru_cache(maxsize=16)  # the layers of a step ask for the same one, or two
+def _local_mask(first, last, window, segment, sliding):
     """0 or MASKED for queries at positions first..last of one sequence over the ring cells, [T, L]."""
     ring, position = window + segment, torch.arange(first, last + 1)[:, None]
     held = last - (last - torch.arange(ring)) % ring  # the newest token that each cell can hold
-    begin = (position // segment * segment - window).clamp(min=0)
+    begin = position - window + 1 if sliding else position // segment * segment - window
+    begin = begin.clamp(min=0)
     return torch.zeros(len(position), ring).masked_fill_((held > position) | (held < begin), MASKED)
 
 
@@ -97,18 +100,19 @@ def _attend_single(q, slots, single, scale, out, rope, scratch):
     slot, rows, seq_lens = zip(*single, strict=True)
     q = q[list(rows)]
     query = q.view(len(rows), kv_heads, -1, q.shape[2])
-    mask = torch.stack([_local_mask(n - 1, n - 1, slots.window, slots.segment) for n in seq_lens])[:, None]
+    shape = slots.window, slots.segment, slots.sliding
+    mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
     joined, lse = _flash(query, slots.ring_k[list(slot)], slots.ring_v[list(slot)], mask, scale)
     joined = joined.float()
     for i, seq_len in enumerate(seq_lens):
         ring = joined[i, :, :, None], lse[i, :, :, None]
         joined[i] = _combine([ring, *_memory(q[i : i + 1], slots, slot[i], seq_len, scale, rope, scratch)])[:, :, 0]
-    out[list(rows)] = joined.to(out.dtype).view(q.shape)
+    out[list(rows)] = joined.to(out.dtype).reshape(q.shape)
 
 
 def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
-    mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment)[None, None]  # [1, 1, T, L]
+    mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
     kv_heads = slots.ring_k.shape[1]
     ring = _flash(_by_head(q, kv_heads), slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
     joined = _combine([ring, *_memory(q, slots, slot, seq_len, scale, rope, scratch)])
@@ -123,7 +127,7 @@ def _by_head(q, kv_heads):
 def _memory(q, slots, slot, seq_len, scale, rope, scratch):
     """Parts of the attention of queries [T, H, D] at the end of a sequence: to near and to far memory entries."""
     gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
-    if not gone:
+    if not gone or slots.sliding:
         return []
     readout = _readout(slots, slot, gone, scratch)
     k, v, bias = readout.part(gone)

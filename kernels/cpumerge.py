@@ -13,7 +13,8 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     readout: of that slot, prepared for merging.
     """
     size, first = k.shape[2], gone - k.shape[1]
-    plain = rotate(k.float(), slice(first, gone), readout.rope, inverse=True)
+    own = k.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # without RoPE it is written below
+    plain = rotate(own, slice(first, gone), readout.rope, inverse=True)
     slots.key_sum[slot] += plain.sum(1)
     mean = slots.key_sum[slot] / gone
     position = torch.arange(first, gone)

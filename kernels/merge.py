@@ -58,6 +58,8 @@ def merge(
     max_seq_len: an upper bound of the sequences' lengths, if the host knows one; while no head overflows it saves
     the search for the nearest entries.
     """
+    if slots.sliding:
+        return
     kv_heads, _, size = slots.ring_k.shape[1:]
     rows, heads, device = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots), slots.ring_k.device
     held, programs = slots.exact_rank.shape[1] + slots.coarse_rank.shape[1], processors(device)

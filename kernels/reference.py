@@ -34,7 +34,7 @@ def far_limit(seq_len: int, slots: LayerSlots, rope: Rope | None) -> int:
     A far entry's key lies at position 0, and queries see it from position trained - 1. All others are at most
     that far away from every query of the segment.
     """
-    if rope is None or not rope.trained:
+    if rope is None or not rope.trained or slots.sliding:
         return 0
     end = ((seq_len - 1) // slots.segment + 1) * slots.segment
     return max(end - rope.trained, 0)
@@ -60,6 +60,7 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
 
     A token sees every memory entry with log(mass) added to its logit (Bolya & Hoffman 2023, arXiv
     2303.17604, "proportional attention"), and the ring cells of the window and of its own segment up to itself.
+    In a sliding layer it sees the last `window` tokens, itself among them, and no memory.
     Entries past the trained distance are seen from that distance (as in Xiao et al. 2024, arXiv 2402.04617);
     rope: may be None where no sequence gets that long.
     """
@@ -70,6 +71,8 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
         position = torch.arange(gone, seq_len)
         query = torch.arange(seq_len - (end - begin), seq_len)
         hidden = position[None] > query[:, None]  # [T, K]
+        if slots.sliding:
+            hidden |= position[None] <= query[:, None] - slots.window
         seen_from_afar = far_query(q[begin:end], query, rope) if limit else q[begin:end]
         for g in range(kv_heads):
             mem_k, mem_v, mass, rank = _entries(slots, slot, g)
@@ -92,8 +95,10 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
     the next best; whatever loses its place is merged into the nearest coarse entry as far as the gate
     lets it. All merges of a segment read the coarse entries as they stand after the replacements. Before all
-    that, keys that become far are turned to position 0.
+    that, keys that become far are turned to position 0. A sliding layer keeps nothing of what leaves its ring.
     """
+    if slots.sliding:
+        return
     length = slots.segment
     for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window  # tokens that have left the ring once this segment has

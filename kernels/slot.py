@@ -30,6 +30,8 @@ class LayerSlots(NamedTuple):
 
     Head g owns exact entries exact_start[g]:exact_start[g+1] and coarse entries
     coarse_start[g]:coarse_start[g+1]; both fill from the front, in no order.
+
+    A layer of sliding-window attention has no entries, and the tokens that leave its ring are gone.
     """
 
     pins: torch.Tensor  # [S, P, 2] int32, spans [first, end) of positions that the client pinned (all layers)
@@ -51,6 +53,7 @@ class LayerSlots(NamedTuple):
     window: int
     segment: int
     sinks: int  # the first positions of every sequence, pinned without being asked
+    sliding: bool = False  # a query sees exactly the last `window` tokens, itself among them
 
 
 class Rope(NamedTuple):

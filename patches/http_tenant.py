@@ -28,7 +28,7 @@ class TenantMiddleware:
 
     async def __call__(self, scope, receive, send):
         from vllm_deltamem.options import tenant
-        from vllm_deltamem.sessions import tenant_of
+        from vllm_deltamem.sessionname import tenant_of
 
         token = tenant.set(tenant_of(bearer_token(scope.get("headers", ()))))
         try:

@@ -20,6 +20,16 @@ FAMILIES = {  # name: (transformers model type, what its config adds)
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3-norms": ("qwen3", {}),
 }
+MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+SLIDING = {"num_hidden_layers": len(MIXED), "layer_types": MIXED, "sliding_window": 48}
+FAMILIES |= {  # a window of 48 tokens in some layers
+    "gemma3-mixed": ("gemma3_text", SLIDING | {"tie_word_embeddings": True}),  # two ropes
+    "mistral-mixed": ("mistral", SLIDING),
+    "cohere2-mixed": ("cohere2", SLIDING),  # no RoPE in full layers; windows count the tokens before the query
+    "exaone4-mixed": ("exaone4", SLIDING),  # no RoPE in full layers
+    "qwen3-mixed": ("qwen3", SLIDING | {"use_sliding_window": True}),
+}
+OPTIONS = {"qwen3-mixed": {"model_impl": "transformers"}}  # vLLM's own Qwen has no mixed layers
 
 
 def save_model(folder, family: str):

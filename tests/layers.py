@@ -9,9 +9,10 @@ from vllm_deltamem.memory import Layout, Shape
 POSITIONS = 4096
 
 
-def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, segment=16, dtype=torch.float32, slots=3):
+def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, segment=16, dtype=torch.float32, slots=3,
+               sliding=None):  # fmt: skip
     """A zeroed slab of two layers, and a function that views the second of them on any copy of it."""
-    shape = Shape(2, len(exact), size, dtype, POSITIONS)
+    shape = Shape(2, len(exact), size, dtype, POSITIONS, (None, sliding))
     layout = Layout(
         shape, FIDELITIES[fidelity], window, segment, 2, 4, exact=((3,) * len(exact), exact), coarse=(coarse, coarse)
     )

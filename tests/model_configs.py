@@ -31,6 +31,15 @@ JAMBA = LLAMA | {
     "attn_layer_offset": 1,
     "num_experts": 1,
 }
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+CHUNKED = LLAMA | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]}
+MIXED = LLAMA | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 64}
+GEMMA2 = MIXED | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "head_dim": 32,
+    "attn_logit_softcapping": 50.0,
+}
 MAMBA = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",

@@ -1,6 +1,7 @@
 """Calibration on a tiny random model: influence is a derivative, budgets an optimum, runs repeat."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
     assert "15%, no profile" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors.partial").exists()
+
+
+def test_models_with_sliding_layers_are_refused(tmp_path, monkeypatch):
+    config = LlamaConfig(
+        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=64, vocab_size=128
+    )
+    monkeypatch.setattr(calibrate, "FrozenModel", lambda *_: SimpleNamespace(config=config))
+    with pytest.raises(ValueError, match="sliding-window layers cannot be calibrated yet"):
+        calibrate.calibrate("model", tmp_path / "a.safetensors", [TEXT * 8], prompts=8, length=1024)
 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from model_configs import save_config
+from model_configs import MIXED, save_config
 
 from vllm_deltamem.cli import main
-from vllm_deltamem.sessions import Fingerprint, SessionStore, tenant_of
+from vllm_deltamem.sessionname import tenant_of
+from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
 
 FULL = 4 * 2 * 2 * 32 * 2 * 4096  # layers, kv heads, key and value, head size, bytes, positions
@@ -44,6 +45,16 @@ def test_info_follows_settings_and_flags(llama, capsys):
     assert number(found["full attention"]) == FULL // 4
     assert [number(found[name]) for name in ("window", "segment", "sinks")] == [100, 32, 2]
     assert found["pinned"] == "at most 5 tokens" and found["fidelity"].startswith("bf16")
+
+
+def test_info_of_a_model_that_mixes_windows(tmp_path, capsys):
+    save_config(tmp_path, MIXED)
+    assert main(["info", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    full = FULL // 4 + 3 * FULL // 4 // 64  # three of four layers hold 64 of 4,096 positions
+    assert f"full attention      {full:,} at" in said
+    table = said.split("\n\n")[1].splitlines()
+    assert table[1] == "0-2        the last 64 tokens, exact" and table[2].startswith("3 ")
 
 
 def test_info_of_two_workers_counts_both(llama, capsys):

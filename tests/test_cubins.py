@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be there: no error, hardly a spilled register, shared memory that fits.
+"""The Triton kernels compiled for GPUs that need not be there: no error, few spills, shared memory that fits.
 
 python -m tests.test_cubins 90        # a table of every kernel, for compute capability 9.0
 """

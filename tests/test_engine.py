@@ -1,6 +1,8 @@
 """The invariant and exactness through the real engine, on tiny models of every family."""
 
 import os
+import threading
+import time
 
 import pytest
 
@@ -8,7 +10,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
-from engines import FAMILIES, engine, save_model, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, engine, save_model, tokens  # noqa: E402
 
 SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
 
@@ -33,14 +35,13 @@ def greedy(count, **extra):
 
 def generate(llm, prompts, params):
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    llm.llm_engine.step()  # an engine in this process saves sessions in its next step
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
 def slab_of(llm, prompt, count=40, name="slot"):
     """State of the slot after a prompt and `count` generated tokens, as its session keeps it."""
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     session = {"deltamem_session": name}
     text = generate(llm, [prompt], greedy(count, extra_args=session))[0]
@@ -57,7 +58,8 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     prompt, found = tokens(300), {}
     for backend in ("CPU_ATTN", "DELTAMEM"):
         settings = {"memory": 1200, "segment": 64, "fidelity": "bf16"}
-        with engine(folders(family), backend, "float32", settings, max_model_len=512) as llm:
+        options = {"max_model_len": 512} | OPTIONS.get(family, {})
+        with engine(folders(family), backend, "float32", settings, **options) as llm:
             out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
         chosen = [row[token].logprob for row, token in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)]
         chosen += [row[t].logprob for row, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True)]
@@ -67,8 +69,8 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     assert difference < 2e-4
 
 
-@pytest.mark.parametrize("trained", [2048, 160])
-def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, trained):
+@pytest.mark.parametrize("family,trained", [("llama", 2048), ("llama", 160), ("gemma3-mixed", 2048)])
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, family, trained):
     """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes.
 
     Also where most of it lies past the context that the model was trained on.
@@ -78,7 +80,7 @@ def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tra
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
-        with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=chunk, **options) as llm:
+        with engine(folders(family), settings=SMALL, max_num_batched_tokens=chunk, **options) as llm:
             alone = slab_of(llm, prompt, name="alone")
             expected = expected or alone
             assert alone[0] == expected[0] and torch.equal(alone[1], expected[1]), f"chunks of {chunk}"
@@ -90,8 +92,8 @@ def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tra
 
 
 def crowded_slab(llm, prompt, others):
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     params = [greedy(40, extra_args={"deltamem_session": "crowd"})] + [greedy(25 + i) for i in range(len(others))]
     generate(llm, [prompt, *others], params)
@@ -99,12 +101,13 @@ def crowded_slab(llm, prompt, others):
 
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
-def test_slot_does_not_depend_on_preemption(folders, after):
-    from vllm_deltamem.connector import open_store
-    from vllm_deltamem.sessions import tenant_of
+@pytest.mark.parametrize("family", ["qwen2-bias", "mistral-mixed"])
+def test_slot_does_not_depend_on_preemption(folders, family, after):
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     prompt = tokens(333)
-    with engine(folders("qwen2-bias"), settings=SMALL, max_num_batched_tokens=100) as llm:
+    with engine(folders(family), settings=SMALL, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
         core = llm.llm_engine
         core.add_request("p", {"prompt_token_ids": prompt}, greedy(40, extra_args={"deltamem_session": "p"}))
@@ -117,10 +120,22 @@ def test_slot_does_not_depend_on_preemption(folders, after):
         finished = []
         while core.has_unfinished_requests():
             finished += [o for o in core.step() if o.finished]
-        core.step()
         assert list(finished[0].outputs[0].token_ids) == expected[0]
         slab = open_store(core.vllm_config, 0).restore(tenant_of(None), "p").slab
     assert torch.equal(slab, expected[1])
+
+
+def test_a_restored_session_goes_on_as_if_it_had_never_ended(folders):
+    """In a model of sliding and full layers: the windows are part of the slot."""
+    with engine(folders("gemma3-mixed"), settings=SMALL) as llm:
+        prompt = tokens(200)
+        prompt += slab_of(llm, prompt, name="talk")[0] + tokens(70, seed=1)
+        expected = slab_of(llm, prompt, name="afresh")
+        turn = greedy(1, extra_args={"deltamem_session": "talk"})
+        said = llm.generate([{"prompt_token_ids": prompt[:-1]}], turn, use_tqdm=False)[0].kv_transfer_params
+        assert said["deltamem_session"]["history"] == "restored"
+        resumed = slab_of(llm, prompt, name="talk")
+    assert resumed[0] == expected[0] and torch.equal(resumed[1], expected[1])
 
 
 def test_slots_come_back_and_bytes_stay_constant(folders):
@@ -131,3 +146,20 @@ def test_slots_come_back_and_bytes_stay_constant(folders):
         results = generate(llm, [tokens(n, seed=n) for n in range(20, 420, 40)], greedy(10))
         assert [len(r) for r in results] == [10] * 10
         assert pool.get_num_free_blocks() == free
+
+
+def test_sessions_of_an_idle_engine_expire(folders):
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
+
+    settings = SMALL | {"sessions": {"max_age_s": 2}}
+    with engine(folders("llama"), settings=settings) as llm:
+        store = open_store(llm.llm_engine.vllm_config, 0)
+        generate(llm, [tokens(50)], greedy(5, extra_args={"deltamem_session": "idle"}))
+        (header,) = store.list(tenant_of(None))
+        assert header.n_tokens >= 54, "saved without another step"
+        end = time.monotonic() + 20
+        while store._host.headers() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not store._host.headers()
+    assert all(thread.name != "deltamem-sweep" for thread in threading.enumerate())

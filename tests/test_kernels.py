@@ -17,11 +17,14 @@ SETTINGS = [  # rope: kind, and tokens that the model was trained on (0: any)
         ("k8v4", 5, ("interleaved", 0)),
         ("k8v4", 5, ("interleaved", 96)),
         ("k4v4", 2, ("partial", 40)),
+        ("k8v8", 2, ("none", 0)),
     )
 ]
 
 
 def make_rope(kind, size, trained=0, positions=512):
+    if kind == "none":
+        return None
     rotary = size // 2 if kind == "partial" else size
     angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(rotary // 2) / (rotary // 2))
     return Rope(angle.cos(), angle.sin(), kind == "interleaved", trained)
@@ -131,6 +134,23 @@ def test_memory_that_never_fills_is_full_attention(module):
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True
     ).transpose(0, 1)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [[150], [7] * 21 + [3], [100] + [1] * 50], ids=["once", "7", "decoding"])
+@pytest.mark.parametrize("module", [reference, cpu])
+def test_sliding_layer_sees_exactly_the_last_tokens(module, chunks):
+    """A layer of the same slot whose window of 21 tokens is no multiple of the segment."""
+    k, v, q = make_tokens(150)
+    settings = DeltaMemConfig(memory=60, window=12, segment=8, sinks=2, pinned=0)
+    layout = plan_layout(Shape(2, 3, 32, torch.float32, 512, windows=(None, 21)), settings)
+    slots = layout.views(torch.zeros(4, layout.slot_bytes, dtype=torch.uint8), 1)
+    actual = run(module, slots, k, v, q, 0, chunks, make_rope("neox", 32), make_policy())
+    age = torch.arange(150)[:, None] - torch.arange(150)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=(age >= 0) & (age < 21), enable_gqa=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert not slots.key_sum.any()
 
 
 @pytest.mark.parametrize("module", [reference, cpu])

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_deltamem.memory import MAX_PINS
 from vllm_deltamem.options import PINS, SESSION, TENANT, resolve, tenant
-from vllm_deltamem.sessions import tenant_of
+from vllm_deltamem.sessionname import tenant_of
 
 
 class Characters:

@@ -18,7 +18,7 @@ MARK = 1234.5  # in every value of the first tenant
 @pytest.fixture
 def pool():
     layout = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
-    plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2))
+    plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2), workers=1)
     slab = torch.zeros(SLOTS + 1, layout.slot_bytes, dtype=torch.uint8)
     caches = [slab[:, None, None, i * layout.page_bytes : (i + 1) * layout.page_bytes] for i in range(2)]
     angles = torch.outer(torch.arange(512.0), 1e4 ** -(torch.arange(16) / 16))
@@ -78,7 +78,7 @@ def test_pins_go_with_their_sequence(pool):
 
 def test_pages_must_lie_side_by_side(pool):
     layout = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
-    plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2))
+    plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2), workers=1)
     apart = [torch.zeros(2, 1, 1, layout.page_bytes, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(RuntimeError, match="needs the layout BLHNC"):
         SlotPool.from_caches(plan, apart, None)

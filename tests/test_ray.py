@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
-from tiny_llama import save_tiny_llama
-
+from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem.patches import ray_cpu
 
 REPOSITORY = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from vllm_deltamem.patches.http_tenant import TenantMiddleware, bearer_token
 from vllm_deltamem.routes import ServerSessions, SessionRoutes
-from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionStore, tenant_of
+from vllm_deltamem.sessionname import tenant_of
+from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
 
 PATH = "/v1/deltamem/sessions"

@@ -12,9 +12,9 @@ pytest.importorskip("ray.serve")
 pytest.importorskip("vllm")
 
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_llama import save_tiny_llama
 
 from benchmarks.ray_application import Application
+from benchmarks.tiny_llama import save_tiny_llama
 
 pytestmark = pytest.mark.slow
 

@@ -6,29 +6,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from tiny_llama import save_tiny_llama
-from vllm_server import VllmServer
 
+from benchmarks.server import VllmServer
+from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import cli
 
 SLOTS = 8
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ANN, BOB = "key-of-ann", "key-of-bob"
 STORY = "It was a bright cold day in April, and the clocks were striking thirteen. " * 10
 
 
 def start_server(folder, sessions):
     settings = {"memory": 160, "segment": 16, "window": 32, "pinned": 16, "sessions": sessions}
-    options = [
-        "--max-num-seqs",
-        str(SLOTS),
-        "--num-gpu-blocks-override",
-        str(SLOTS + 1),
-        "--dtype",
-        "float32",
-    ]
-    options += ["--additional-config", json.dumps({"deltamem": settings}), "--served-model-name", "tiny"]
+    options = ["--attention-backend", "deltamem", "--additional-config", json.dumps({"deltamem": settings})]
+    options += ["--max-num-seqs", str(SLOTS), "--num-gpu-blocks-override", str(SLOTS + 1), "--enforce-eager"]
+    options += ["--dtype", "float32", "--served-model-name", "tiny"]
     options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log"]
-    return VllmServer(save_tiny_llama(folder / "model"), options, folder / "log").start()
+    return VllmServer(save_tiny_llama(folder / "model"), options, folder / "log", ONE_THREAD).start()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +96,12 @@ def assert_serves(server):
     assert server.metrics()["slots_free"] == SLOTS
 
 
+def test_gauges_before_any_request(server):
+    metrics = server.metrics()
+    assert metrics["slots_free"] == SLOTS and metrics["slots_used"] == 0
+    assert metrics["bytes_per_sequence"] > 100_000
+
+
 def test_bytes_per_sequence_do_not_grow(server):
     found = []
     for prompt in (STORY[:30], STORY):
@@ -168,6 +169,29 @@ def test_list_and_erase(server, capsys):
     assert cli.main(["sessions", "erase", "listed", *login]) == 0
     assert cli.main(["sessions", "erase", "listed", *login]) == 2
     assert "there is no session listed" in capsys.readouterr().err
+
+
+def erased_while_running(server, session):
+    """Erase a session in the middle of a streamed turn of it; nothing of that turn may be kept."""
+    messages = two_turns(server, session)
+    body = {"model": "tiny", "messages": messages, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body["vllm_xargs"] = {"deltamem_session": session}
+    with requests.post(
+        f"{server.url}/v1/chat/completions", json=body, stream=True, timeout=120,
+        headers={"Authorization": f"Bearer {ANN}"},
+    ) as response:  # fmt: skip
+        lines = response.iter_lines()
+        next(lines)
+        assert server.call("DELETE", f"/v1/deltamem/sessions/{session}", ANN).ok
+        assert sum(bool(line) for line in lines) > 100, "the answer itself goes on"
+    chat(server, [user("Hello")], "after-the-erasure")
+    assert session not in listed(server, ANN, "after-the-erasure")
+    assert chat(server, messages, session)[1]["history"] != "restored"
+    assert session in listed(server, ANN, session), "a later turn is kept again"
+
+
+def test_erased_while_running(server):
+    erased_while_running(server, "erased-running")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +305,8 @@ def test_sessions_in_host_memory_alone(server, tmp_path):
         fresh, _ = chat(server, messages)
         answer, _ = chat(server, messages, "held")
         assert answer == fresh and server.metrics()["tokens_written"] - before > 700, "computed anew, twice"
+        server.call("DELETE", "/v1/deltamem/sessions/held", ANN)
+        erased_while_running(server, "erased-running")
         assert_serves(server)
     finally:
         server.stop()

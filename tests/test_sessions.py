@@ -1,7 +1,6 @@
 """Sessions: what was saved comes back byte for byte or not at all, whatever happens to process or file."""
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -11,15 +10,15 @@ import signal
 import sys
 import threading
 import time
-import uuid
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vllm_deltamem import sessiondirectory, sessions
+from vllm_deltamem import sessiondirectory, sessions, sessionsweep
 from vllm_deltamem.seal import PIECE, TAG
-from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionSettings, SessionStore, tenant_of
+from vllm_deltamem.sessionname import tenant_of
+from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionSettings, SessionStore
 
 KEY, OTHER_KEY = "5a" * 32, "a5" * 32
 FINGERPRINT = Fingerprint("model@rev", "profile", "settings", "bfloat16", "0.32.0")
@@ -71,8 +70,6 @@ def test_a_restarted_store_restores_what_was_saved(tmp_path, key_env, n_bytes):
     assert peeked.header == restored.header == saved
     assert peeked.tokens.tolist() == restored.tokens.tolist() == tokens
     assert peeked.slab is None and torch.equal(restored.slab, slab)
-    assert restored.prefix_of(tokens + [5]) and restored.prefix_of(tokens)
-    assert not restored.prefix_of(tokens[:2]) and not restored.prefix_of([1, 7, 2**31 - 1])
 
 
 def test_the_caller_can_give_the_buffer(tmp_path, key_env):
@@ -354,7 +351,7 @@ def test_what_cannot_be_saved(tmp_path):
 def test_ranks_agree_on_the_newest_save_that_all_have(tmp_path, key_env):
     ranks = [replace(FINGERPRINT, tp_size=2, tp_rank=rank) for rank in range(2)]
     stores = [open_store(tmp_path, key_env, rank, host_bytes=9000) for rank in ranks]
-    first, second = uuid.uuid4().hex, uuid.uuid4().hex
+    first, second = (stores[0].begin(ALICE, "chat") for _ in range(2))
     stores[0].save(ALICE, "chat", [1], random_slab(seed=10), first)
     assert refused(stores[0].peek, ALICE, "chat").reason == "incomplete"
     stores[0].save(ALICE, "chat", [1, 2], random_slab(seed=20), second)
@@ -505,8 +502,9 @@ def ranks_child(directory, key_env, environment, first_turn, n_bytes, pipe):
     torch.set_num_threads(1)
     stores = [open_store(directory, key_env, replace(FINGERPRINT, tp_size=2, tp_rank=r)) for r in range(2)]
     for turn in range(first_turn, first_turn + 10**6):
+        save_id = stores[0].begin(ALICE, "chat")
         for rank, store in enumerate(stores):
-            store.save(ALICE, "chat", [turn], turn_slab(2 * turn + rank, n_bytes), f"{turn:032x}")
+            store.save(ALICE, "chat", [turn], turn_slab(2 * turn + rank, n_bytes), save_id)
         pipe.send(turn)
 
 
@@ -561,6 +559,50 @@ def test_a_save_during_which_the_session_is_erased_leaves_nothing(tmp_path, key_
     assert files_of(tmp_path) == [] and store.restore(ALICE, "chat") is None
 
 
+@pytest.mark.parametrize("with_directory", [True, False])
+def test_a_turn_that_began_before_an_erasure_is_not_saved_after_it(tmp_path, key_env, with_directory):
+    store = open_store(tmp_path if with_directory else None, key_env if with_directory else None, host_bytes=9000)
+    other = open_store(tmp_path, key_env, host_bytes=9000) if with_directory else store
+    before, ended = (store.begin(ALICE, "chat") for _ in range(2))
+    store.end(ALICE, "chat", ended)
+    assert other.erase(ALICE, "chat") and not other.erase(ALICE, "chat")
+    assert refused(store.save, ALICE, "chat", [1], random_slab(), before).reason == "erased"
+    after = store.begin(ALICE, "chat")
+    assert refused(store.save, ALICE, "chat", [1], random_slab(), before).reason == "erased"
+    store.save(ALICE, "chat", [2], random_slab(), after)
+    for save_id in (before, after):
+        store.end(ALICE, "chat", save_id)
+    assert store.restore(ALICE, "chat").tokens.tolist() == [2]
+    assert len(files_of(tmp_path)) == with_directory and store._host._begun == {}
+
+
+@pytest.mark.parametrize("with_directory", [True, False])
+def test_saves_and_an_erasure_at_once(tmp_path, with_directory):
+    directory = tmp_path if with_directory else None
+    store = open_store(directory, host_bytes=1 << 20)
+    eraser = open_store(directory) if with_directory else store
+    outcomes = set()
+
+    def save(name, save_id):
+        try:
+            store.save(ALICE, name, [1], random_slab(), save_id)
+            outcomes.add("saved first")
+        except SessionRefused as error:
+            outcomes.add(error.reason)
+
+    for turn in range(60):
+        begun = [store.begin(ALICE, "chat") for _ in range(3)]
+        threads = [threading.Thread(target=save, args=("chat", save_id)) for save_id in begun]
+        for thread in threads:
+            thread.start()
+        time.sleep(turn % 20 * 5e-5)
+        eraser.erase(ALICE, "chat")
+        for thread in threads:
+            thread.join()
+        assert store.peek(ALICE, "chat") is None and files_of(tmp_path) == []
+    assert outcomes == {"saved first", "erased"}
+
+
 def test_a_full_disk_refuses_the_save_and_keeps_the_session(tmp_path, key_env, monkeypatch):
     store = open_store(tmp_path, key_env)
     store.save(ALICE, "chat", [1], random_slab())
@@ -576,19 +618,17 @@ def test_a_full_disk_refuses_the_save_and_keeps_the_session(tmp_path, key_env, m
 
 
 def test_only_the_files_of_dead_writers_are_wiped(tmp_path, monkeypatch):
-    store = open_store(tmp_path)
-    store.save(ALICE, "chat", [1], random_slab())
-    dead = only_file(tmp_path).parent / f"{'0' * 32}-dead.tmp"
-    live = dead.with_name(f"{'0' * 32}-live.tmp")
-    dead.write_bytes(b"x")
-    live.write_bytes(b"x")
-    with open(live) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        store.sweep()
-        assert dead.exists() and live.exists(), "too young to tell"
-        monkeypatch.setattr(sessiondirectory, "YOUNG_S", 0)
-        store.sweep()
-        assert not dead.exists() and live.exists()
+    store, dead, live = (open_store(tmp_path) for _ in range(3))
+    abandoned, begun = dead.begin(ALICE, "a"), live.begin(ALICE, "b")
+    dead.directory._lock.close()  # as the death of its process does
+    store.sweep()
+    assert len(files_of(tmp_path)) == 2, "too young to tell"
+    monkeypatch.setattr(sessiondirectory, "YOUNG_S", 0)
+    store.sweep()
+    assert len(files_of(tmp_path)) == len(files_of(tmp_path, "*.writer")) == 1
+    assert refused(dead.save, ALICE, "a", [1], random_slab(), abandoned).reason == "erased"
+    live.save(ALICE, "b", [1], random_slab(), begun)
+    assert store.restore(ALICE, "b") is not None
 
 
 # Quotas, expiry, erasing
@@ -608,6 +648,16 @@ def test_the_least_recently_used_session_makes_room(tmp_path, key_env, quota):
     store.save(ALICE, "d", [1], random_slab())
     assert names(store) == {"a", "c", "d"}
     assert store.restore(ALICE, "b") is None and len(files_of(tmp_path)) == 3
+
+
+def test_saves_look_at_all_sessions_once_in_a_while(tmp_path, monkeypatch):
+    store, looks = open_store(tmp_path, max_sessions=256), []
+    look = store.directory.sessions
+    monkeypatch.setattr(store.directory, "sessions", lambda tenant: looks.append(tenant) or look(tenant))
+    for turn in range(300):
+        store.save(ALICE, f"session-{turn % 280}", [1], random_slab(64))
+        assert len(files_of(tmp_path)) <= 256
+    assert len(looks) < 14 and len(names(store)) > 250
 
 
 @pytest.mark.parametrize("with_directory", [True, False])
@@ -648,6 +698,27 @@ def test_expired_sessions_are_gone(tmp_path, monkeypatch, with_directory, sweep)
     else:
         assert refused(store.restore, ALICE, "chat").reason == "expired"
     assert store.peek(ALICE, "chat") is None and files_of(tmp_path) == [] and not buffer.any()
+
+
+@pytest.mark.parametrize("with_directory", [True, False])
+def test_an_idle_store_lets_go_of_expired_sessions(tmp_path, monkeypatch, with_directory):
+    monkeypatch.setattr(sessionsweep, "EVERY_S", 0.02)
+    store = open_store(tmp_path if with_directory else None, host_bytes=9000, max_age_s=60)
+    created = store.save(ALICE, "chat", [1], random_slab()).created_ns
+    buffer = store._host._copies[ALICE, "chat"].slab
+    for _ in range(2):
+        store.sweeper.start()
+    monkeypatch.setattr(time, "time_ns", lambda: created + 61 * 10**9)
+    for _ in range(250):
+        if not files_of(tmp_path) and not buffer.any():
+            break
+        time.sleep(0.02)
+    store.sweeper.stop()
+    assert files_of(tmp_path) == [] and not buffer.any() and store._host.headers() == {}
+    assert all(thread.name != "deltamem-sweep" for thread in threading.enumerate())
+    store.save(ALICE, "chat", [1], random_slab())
+    store.sweeper.start()
+    store.sweeper.stop()
 
 
 def test_erased_means_no_byte_is_left(tmp_path, key_env):

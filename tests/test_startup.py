@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from model_configs import DEEPSEEK, JAMBA, LLAMA, MAMBA, save_config, vllm_config
+from model_configs import CHUNKED, DEEPSEEK, GEMMA2, JAMBA, LLAMA, MAMBA, MISTRAL, save_config, vllm_config
 
 from vllm_deltamem.profile import Profile, fingerprint_of, save
 from vllm_deltamem.rope import TRAINED
@@ -78,11 +78,23 @@ def test_features_refused(llama, options, message):
 
 @pytest.mark.parametrize(
     "config, feature",
-    [(DEEPSEEK, "multi-head latent attention"), (JAMBA, "hybrid models"), (MAMBA, "attention-free models")],
+    [
+        (DEEPSEEK, "multi-head latent attention"),
+        (JAMBA, "hybrid models"),
+        (MAMBA, "attention-free models"),
+        (CHUNKED, "layers of chunked attention"),
+        (GEMMA2, "soft-capped attention logits"),
+    ],
 )
 def test_models_refused(tmp_path, config, feature):
     with pytest.raises(ValueError, match=f"deltamem does not support {feature}"):
         vllm_config(save_config(tmp_path, config))
+
+
+def test_a_model_whose_every_layer_slides_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Every layer of this model sees the last 64 tokens only"):
+        vllm_config(save_config(tmp_path, MISTRAL))
+    assert vllm_config(tmp_path, max_model_len=64), "where no window ever slides"
 
 
 def test_unknown_vllm_refused(llama, monkeypatch):

@@ -70,6 +70,26 @@ def test_attend(shape, rows):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("window", [13, 90])
+def test_sliding_layer(window):
+    """The last tokens exactly, whatever the tiles and pieces; nothing is merged."""
+    torch.manual_seed(2)
+    slab, view = make_layer(size=32, exact=(0, 0), coarse=(0, 0), segment=16, slots=3, sliding=window)
+    rope, policy = make_rope("neox", 32), make_policy(2, 32)
+    for slot, length in zip((2, 0, 1), (150, 9, 64), strict=True):
+        k, v, _ = make_tokens(length, 2, 32, 3)
+        advance(view(slab), slot, k, v, rope, policy)
+    q = torch.randn(28, 6, 32)
+    pieces = [(-1, 3, 0), (0, 7, 9), (1, 11, 64), (-1, 0, 0), (2, 6, 150)]
+    for batch in ([(2, 1, 150), (-1, 1, 0), (0, 1, 9), (1, 1, 64)], pieces):
+        expected, actual, before = torch.zeros_like(q), torch.zeros_like(q), slab.clone()
+        reference.attend(q, view(slab), *make_batch(batch), 0.2, expected)
+        cuda.attend(q, view(slab), *make_batch(batch), 0.2, actual, max_query_len=max(row[1] for row in batch))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        cuda.merge(view(slab), *make_batch(batch), rope, policy)
+        assert torch.equal(slab, before)
+
+
 @pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[3:], ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{s[6]}")
 def test_merge(shape):
     """Sequences with a full, a nearly full and no memory, one between boundaries' ends, and padding."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -27,6 +27,7 @@ from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.rope import find_rope
 from vllm_deltamem.spec import make_spec
+from vllm_deltamem.windows import check_windows
 
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
@@ -41,6 +42,10 @@ class DeltaMemBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update: bool = True
     serving: ClassVar["MemoryPlan | None"] = None  # of the model that this process loaded last
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
 
     @staticmethod
     def get_name() -> str:
@@ -90,6 +95,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = DeltaMemBackend.serving
         self.pool: SlotPool | None = None
+        shape = self.plan.layout.shape
+        given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
+        check_windows(shape.windows, given, shape.max_model_len)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         if self.pool is None:
@@ -144,22 +152,23 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         held = torch.where(owner >= 0, slots[owner.clamp(min=0)], -1)
         return Step(held, cu, lens, max(count for _, _, count, _ in rows))
 
-    def _make_pool(self) -> SlotPool:
+    def _layers(self) -> dict[str, torch.nn.Module]:
+        """vLLM's attention layers, by name."""
         layers = self.vllm_config.compilation_config.static_forward_context
-        mine = [layers[name] for name in self.layer_names]
-        rope = find_rope(
-            self.vllm_config.model_config.hf_text_config,
-            self.plan.layout.shape.head_size,
-            self.vllm_config.model_config.dtype,
-            self.plan.layout.shape.max_model_len,
-        )
-        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in mine], rope)
+        return {name: layers[name] for name in self.layer_names}
+
+    def _make_pool(self) -> SlotPool:
+        shape = self.plan.layout.shape
+        model = self.vllm_config.model_config
+        with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
+            rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
         logger.info_once(
             "deltamem: %s bytes per sequence on this worker at any length; full attention would hold %s at "
             "max_model_len %s; %s sequences fit.",
             f"{self.plan.layout.slot_bytes:,}",
-            f"{self.plan.layout.shape.full_attention_bytes * self.plan.layout.shape.max_model_len:,}",
-            f"{self.plan.layout.shape.max_model_len:,}",
+            f"{shape.full_attention_bytes(shape.max_model_len):,}",
+            f"{shape.max_model_len:,}",
             pool.slots,
         )
         return pool
@@ -173,7 +182,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         scale: float,
         num_kv_heads: int | None = None,
         alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
+        sliding_window: int | None = None,  # the metadata builder compares it with the plan
         kv_cache_dtype: str = "auto",
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
@@ -184,7 +193,6 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         refusals = {
             "ALiBi": alibi_slopes is not None,
-            "sliding windows": sliding_window is not None,
             "soft-capped attention logits": bool(logits_soft_cap),
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "layers that share a KV cache": kv_sharing_target_layer_name is not None,
@@ -195,7 +203,9 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
                 raise ValueError(f"--attention-backend deltamem does not support {feature}.")
         vllm_config = get_current_vllm_config()
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
-        DeltaMemBackend.serving = plan_memory(vllm_config, rank=rank)
+        DeltaMemBackend.serving = plan = plan_memory(vllm_config, rank=rank)
+        if (self.head_size, self.num_kv_heads) != (plan.layout.shape.head_size, plan.layout.shape.kv_heads):
+            raise ValueError("--attention-backend deltamem does not support attention layers of unequal shapes.")
         self.position: int | None = None  # of this layer in the model
 
     def forward(

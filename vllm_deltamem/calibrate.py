@@ -23,6 +23,7 @@ from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_promp
 from vllm_deltamem.calibration.simulate import Score, memory_attention, score
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
+from vllm_deltamem.windows import find_windows
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
 EVERY = 4  # one training prompt in so many is plain text
@@ -62,7 +63,7 @@ def calibrate(
     """Make and save a profile. Interrupted, it goes on where it was when called alike again.
 
     The same arguments give the same profile on the same machine. Raises ValueError when the prompts are too
-    few or too short, or a text is.
+    few or too short, or a text is, or when layers of the model have sliding windows.
     """
     texts = texts or [default_text()]
     if prompts < 2 * EVERY:
@@ -73,6 +74,8 @@ def calibrate(
         if len(text) < 8 * length:
             raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
     model = FrozenModel(model_folder, device)
+    if any(find_windows(model.config.get_text_config(), length)):
+        raise ValueError("Models with sliding-window layers cannot be calibrated yet: serve them without a profile.")
     shape = model.fingerprint
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)

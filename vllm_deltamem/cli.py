@@ -78,7 +78,7 @@ def _info(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         tensor_parallel_size=args.tensor_parallel_size,
     ).create_engine_config()
-    print(report(plan_memory(config), args.tensor_parallel_size))
+    print(report(plan_memory(config)))
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -117,7 +117,7 @@ def _open(args: argparse.Namespace):
 
 
 def _tenant(args: argparse.Namespace) -> str:
-    from vllm_deltamem.sessions import tenant_of
+    from vllm_deltamem.sessionname import tenant_of
 
     return tenant_of(args.api_key)
 

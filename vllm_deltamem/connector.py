@@ -2,16 +2,19 @@
 
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
 others. A session is restored before the step that computes its first new token, and saved when its request
-has finished: the slot is held back until the save is done. Of several requests on one session each starts
-from the last save when it is admitted, and the last to finish is the one that stays.
+has finished: at once by a worker in the scheduler's process, which nobody may step again, else in the next
+step, and the slot is held back until then. Of several requests on one session each starts from the last save
+when it is admitted, and the last to finish is the one that stays. A turn begins when its request arrives: an
+erasure that comes later is final for it (one in host memory alone, once a step has told the worker).
 """
 
 import hashlib
-import json
 import uuid
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import vllm
+import numpy as np
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -21,29 +24,51 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.enginestore import open_store
 from vllm_deltamem.metrics import DeltaMemPromMetrics, DeltaMemStats
 from vllm_deltamem.options import PINS, SESSION, TENANT
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
-from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionStore
-from vllm_deltamem.sessionsettings import SessionSettings
+from vllm_deltamem.sessions import SessionRefused
 
 logger = init_logger(__name__)
 
-_stores: dict[Fingerprint, SessionStore] = {}  # scheduler and worker of one process share a store
 
+@dataclass(frozen=True)
+class Turn:
+    """A request on a session, and the save that it will end in."""
 
-@dataclass
-class Transfer:
-    """A session to save from a slot or to restore into it."""
-
-    request_id: str
-    slot: int
     tenant: str
     name: str
     save_id: str
-    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A session to save from a slot or to restore into it, and the save that it is."""
+
+    request_id: str
+    slot: int
+    turn: Turn
+    tokens: list[int] = field(default_factory=list)  # of a save
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell whether it fits."""
+
+    save_id: str
+    n_tokens: int
+    digest: bytes  # of the tokens
+
+    @classmethod
+    def of(cls, save_id: str, tokens: Sequence[int]) -> "Note":
+        ids = np.asarray(tokens, dtype=np.int32)
+        return cls(save_id, len(ids), hashlib.blake2b(ids.tobytes(), digest_size=32).digest())
+
+    def prefix_of(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt begins with the saved tokens, and goes on."""
+        return self.n_tokens < len(prompt) and self == Note.of(self.save_id, prompt[: self.n_tokens])
 
 
 @dataclass
@@ -51,37 +76,8 @@ class StepMetadata(KVConnectorMetadata):
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
-
-
-def open_store(vllm_config, rank: int) -> SessionStore:
-    """The session store of a worker (or of the scheduler, rank 0). Raises ValueError as SessionStore does."""
-    fingerprint = fingerprint_of(vllm_config, rank)
-    if fingerprint not in _stores:
-        settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions)
-        _stores.clear()
-        _stores[fingerprint] = SessionStore(settings, fingerprint)
-    return _stores[fingerprint]
-
-
-def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
-    """What must be equal for a saved slot to mean the same."""
-    plan, model = plan_memory(vllm_config), vllm_config.model_config
-    layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
-    profile = plan.profile.digest if plan.profile else "none"
-    config = model.hf_text_config.to_dict() | {"revision": model.revision}
-    return Fingerprint(
-        model=f"{model.hf_text_config.model_type}-{_digest({'model': model.model, **config})}",
-        profile=profile,
-        settings=_digest(layout),
-        dtype=str(model.dtype),
-        vllm=vllm.__version__,
-        tp_size=vllm_config.parallel_config.tensor_parallel_size,
-        tp_rank=rank,
-    )
-
-
-def _digest(value: dict) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
+    ended: list[Turn] = field(default_factory=list)
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -91,18 +87,37 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         parallel = vllm_config.parallel_config
         rank = parallel.rank % parallel.tensor_parallel_size if role == KVConnectorRole.WORKER else 0
         self.store = open_store(vllm_config, rank)
+        if role == KVConnectorRole.WORKER:
+            self.store.sweeper.start()
         self._requests = {}  # scheduler: running requests by id
-        self._matched: dict[str, Transfer] = {}  # scheduler: restores that wait for a slot
+        self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
+        self._matched: dict[str, tuple[Turn, int]] = {}  # scheduler: what to restore once there is a slot; its tokens
         self._step = StepMetadata()  # scheduler: being put together
         self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
-        self._saves: dict[tuple[str, str], Transfer] = {}  # scheduler: what the workers keep in host memory
+        self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
         self._outcome: dict[str, str] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._saved: set[str] = set()  # worker: requests whose save is done
         self._failed: set[int] = set()  # worker: slots that could not be restored
         self._block_pool = None
 
+    def shutdown(self):
+        self.store.sweeper.stop()
+
     # In the scheduler
+
+    def on_new_request(self, request):
+        name, tenant = self._session_of(request)
+        if name is None:
+            return
+        try:
+            save_id = self.store.begin(tenant, name) if self.store.directory else uuid.uuid4().hex
+        except SessionRefused as refused:
+            logger.warning("deltamem will not save a session: %s", refused)
+            return
+        turn = self._turns[request.request_id] = Turn(tenant, name, save_id)
+        if self.store.directory is None:
+            self._step.begun.append(turn)
 
     def bind_gpu_block_pool(self, gpu_block_pool):
         self._block_pool = gpu_block_pool
@@ -113,32 +128,30 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         name, tenant = self._session_of(request)
         if name is None or num_computed_tokens or request.request_id in self._matched:
-            matched = self._matched.get(request.request_id)
-            return (len(matched.tokens), False) if matched and not num_computed_tokens else (0, False)
-        if any((tenant, name) == (save.tenant, save.name) for save in self._saving.values()):
+            _, reused = self._matched.get(request.request_id, (None, 0))
+            return (0 if num_computed_tokens else reused), False
+        if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
-        outcome, tokens = "new", []
+        outcome, last = "new", None
         try:
-            save_id, saved = self._last_save(tenant, name)
-            if save_id is not None:
-                fits = len(saved) < request.num_tokens and saved == list(request.all_token_ids[: len(saved)])
-                outcome, tokens = ("restored", saved) if fits else ("other history", [])
+            last = self._last_save(tenant, name)
+            if last is not None:
+                outcome = "restored" if last.prefix_of(request.all_token_ids) else "other history"
         except SessionRefused as refused:
             outcome = refused.reason
             logger.warning("deltamem computes a prompt anew: %s", refused)
         self._outcome[request.request_id] = outcome
-        if not tokens:
+        if outcome != "restored":
             self._count("sessions_refused", outcome != "new")
             return 0, False
-        transfer = Transfer(request.request_id, -1, tenant, name, save_id, tokens)
-        self._matched[request.request_id] = transfer
-        return len(tokens), False
+        self._matched[request.request_id] = Turn(tenant, name, last.save_id), last.n_tokens
+        return last.n_tokens, False
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
-        transfer = self._matched.pop(request.request_id, None)
-        if transfer is not None and num_external_tokens:
-            transfer.slot = blocks.get_block_ids()[0][0]
-            self._step.restores.append(transfer)
+        matched = self._matched.pop(request.request_id, None)
+        if matched is not None and num_external_tokens:
+            slot = blocks.get_block_ids()[0][0]
+            self._step.restores.append(Transfer(request.request_id, slot, matched[0]))
             self._count("sessions_restored", 1)
             self._count("session_tokens_reused", num_external_tokens)
 
@@ -159,17 +172,24 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests.pop(request.request_id, None)
         self._matched.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
-        name, tenant = self._session_of(request)
+        turn = self._turns.pop(request.request_id, None)
+        if turn is None:
+            return False, None
         completed = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if name is None or not completed or not block_ids[0] or not computed:
+        if not completed or not block_ids[0] or not computed:
+            self._end(turn)
             return False, None
-        tokens = list(request.all_token_ids[:computed])
-        save = Transfer(request.request_id, block_ids[0][0], tenant, name, uuid.uuid4().hex, tokens)
-        self._step.saves.append(save)
-        self._saving[request.request_id] = save
+        save = Transfer(request.request_id, block_ids[0][0], turn, list(request.all_token_ids[:computed]))
         self._count("sessions_saved", 1)
-        return True, {"deltamem_session": {"name": name, "history": outcome, "saved_tokens": computed}}
+        here = has_kv_transfer_group()
+        if here:
+            get_kv_transfer_group().save(save)
+            self._saved_by_worker(save)
+        else:
+            self._step.saves.append(save)
+            self._saving[request.request_id] = save
+        return not here, {"deltamem_session": {"name": turn.name, "history": outcome, "saved_tokens": computed}}
 
     def request_finished(self, request, block_ids):
         return self.request_finished_all_groups(request, (block_ids,))
@@ -177,11 +197,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output):
         for request_id in connector_output.finished_sending or ():
             save = self._saving.pop(request_id, None)
-            if save is not None and self.store.directory is None:
-                self._saves.pop((save.tenant, save.name), None)
-                self._saves[save.tenant, save.name] = save
-                if len(self._saves) > self.store.settings.max_sessions:
-                    del self._saves[next(iter(self._saves))]
+            if save is not None:
+                self._saved_by_worker(save)
 
     def get_kv_connector_stats(self):
         if self._block_pool is None:  # in a worker
@@ -200,16 +217,33 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         return DeltaMemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _last_save(self, tenant: str, name: str) -> tuple[str | None, list[int]]:
-        """Save id and tokens of a session. The directory tells; host memory is the worker's, so notes are kept.
+    def _saved_by_worker(self, save: Transfer) -> None:
+        self._end(save.turn)
+        if self.store.directory is None:
+            session = save.turn.tenant, save.turn.name
+            self._notes.pop(session, None)
+            self._notes[session] = Note.of(save.turn.save_id, save.tokens)
+            if len(self._notes) > self.store.settings.max_sessions:
+                del self._notes[next(iter(self._notes))]
+
+    def _end(self, turn: Turn) -> None:
+        if self.store.directory is None:
+            self._step.ended.append(turn)
+            return
+        try:
+            self.store.end(turn.tenant, turn.name, turn.save_id)
+        except SessionRefused as refused:
+            logger.warning("deltamem: %s", refused)
+
+    def _last_save(self, tenant: str, name: str) -> Note | None:
+        """The last save of a session. The directory tells; host memory is the worker's, so notes are kept.
 
         A note may outlive its session: the worker then reports that it could not load it. Raises SessionRefused.
         """
         if self.store.directory is None:
-            save = self._saves.get((tenant, name))
-            return (save.save_id, save.tokens) if save else (None, [])
+            return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
-        return (session.header.save_id, session.tokens.tolist()) if session else (None, [])
+        return session and Note.of(session.header.save_id, session.tokens)
 
     def _session_of(self, request) -> tuple[str | None, str | None]:
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}
@@ -236,10 +270,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             for name, amount in layout.placed(before, after).items():
                 self._count(f"tokens_{name}", amount)
         if longest:
-            workers = self._vllm_config.parallel_config.tensor_parallel_size
             self._stats.data |= {
-                "bytes_per_sequence": self._plan.layout.slot_bytes * workers,
-                "full_attention_bytes": layout.shape.full_attention_bytes * longest,
+                "bytes_per_sequence": self._plan.bytes_per_sequence,
+                "full_attention_bytes": layout.shape.full_attention_bytes(longest),
                 "longest_sequence_tokens": longest,
             }
 
@@ -249,6 +282,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         if SlotPool.serving is not None:
             SlotPool.serving.pin(connector_metadata.pins)
+        for turn in connector_metadata.begun:
+            self.store.begin(turn.tenant, turn.name, turn.save_id)
 
     def start_load_kv(self, forward_context, **kwargs):
         for transfer in self._get_connector_metadata().restores:
@@ -256,9 +291,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             SlotPool.serving.forget([transfer.slot])
             try:
                 staging = row if row.device.type == "cpu" else None
-                session = self.store.restore(transfer.tenant, transfer.name, transfer.save_id, out=staging)
+                turn = transfer.turn
+                session = self.store.restore(turn.tenant, turn.name, turn.save_id, out=staging)
                 if session is None:
-                    raise SessionRefused("erased", f"session {transfer.name} is gone")
+                    raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
             except SessionRefused as refused:
@@ -266,13 +302,20 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 self._failed.add(transfer.slot)
 
     def wait_for_save(self):
-        for transfer in self._get_connector_metadata().saves:
-            slab = SlotPool.serving.slab[transfer.slot].cpu().contiguous()
-            try:
-                self.store.save(transfer.tenant, transfer.name, transfer.tokens, slab, transfer.save_id)
-            except SessionRefused as refused:
-                logger.warning("deltamem could not save a session: %s", refused)
+        metadata = self._get_connector_metadata()
+        for transfer in metadata.saves:
+            self.save(transfer)
             self._saved.add(transfer.request_id)
+        for turn in metadata.ended:
+            self.store.end(turn.tenant, turn.name, turn.save_id)
+
+    def save(self, transfer: Transfer) -> None:
+        """Save a slot; a session that cannot be saved stays as it was, with a warning."""
+        turn, slab = transfer.turn, SlotPool.serving.slab[transfer.slot].cpu().contiguous()
+        try:
+            self.store.save(turn.tenant, turn.name, transfer.tokens, slab, turn.save_id)
+        except SessionRefused as refused:
+            logger.warning("deltamem could not save a session: %s", refused)
 
     def get_finished(self, finished_req_ids):
         saved, self._saved = self._saved, set()

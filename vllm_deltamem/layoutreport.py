@@ -6,11 +6,12 @@ from vllm_deltamem.kernels.slot import FIDELITIES
 from vllm_deltamem.plan import MemoryPlan
 
 
-def report(plan: MemoryPlan, workers: int) -> str:
-    """What a sequence holds under this plan, on `workers` tensor-parallel workers together."""
+def report(plan: MemoryPlan) -> str:
+    """What a sequence holds under this plan, on all tensor-parallel workers together."""
     layout, shape = plan.whole, plan.whole.shape
-    held = plan.layout.slot_bytes * workers
-    full = shape.full_attention_bytes * shape.max_model_len
+    held, workers = plan.bytes_per_sequence, plan.workers
+    full = shape.full_attention_bytes(shape.max_model_len)
+    compressed = shape.full_layers
     fidelity = next(name for name, codec in FIDELITIES.items() if codec == layout.codec)
     facts = {
         "bytes per sequence": f"{held:,}",
@@ -25,8 +26,8 @@ def report(plan: MemoryPlan, workers: int) -> str:
         "fidelity": f"{fidelity} in coarse entries",
         "merge": "what loses its entry is merged" if plan.merge else "what loses its entry is dropped",
         "profile": _profile(plan),
-        "exact entries": _spread([count for row in layout.exact for count in row]),
-        "coarse entries": _spread([count for row in layout.coarse for count in row]),
+        "exact entries": _spread([count for i in compressed for count in layout.exact[i]]),
+        "coarse entries": _spread([count for i in compressed for count in layout.coarse[i]]),
     }
     width = max(map(len, facts)) + 2
     lines = [f"{name:<{width}}{fact}" for name, fact in facts.items()]
@@ -41,16 +42,17 @@ def _profile(plan: MemoryPlan) -> str:
 
 
 def _table(plan: MemoryPlan) -> Iterator[str]:
-    """A line per run of layers that have the same entries; counts are those of one kv head."""
+    """A line per run of layers that have the same entries or window; counts are those of one kv head."""
     yield "layers     exact: min  mean   max   coarse: min  mean   max"
-    rows = list(zip(plan.whole.exact, plan.whole.coarse, strict=True))
+    windows = map(plan.whole.shape.sliding, range(plan.whole.shape.layers))
+    rows = list(zip(plan.whole.exact, plan.whole.coarse, windows, strict=True))
     first = 0
-    for last, (exact, coarse) in enumerate(rows):
-        if rows[last + 1 : last + 2] == [(exact, coarse)]:
+    for last, (exact, coarse, window) in enumerate(rows):
+        if rows[last + 1 : last + 2] == [(exact, coarse, window)]:
             continue
         label = str(last) if first == last else f"{first}-{last}"
         counts = [f"{min(c):>{w}}{sum(c) / len(c):>6.0f}{max(c):>6}" for c, w in ((exact, 11), (coarse, 14))]
-        yield f"{label:<10}{''.join(counts)}"
+        yield f"{label:<10} the last {window} tokens, exact" if window else f"{label:<10}{''.join(counts)}"
         first = last + 1
 
 

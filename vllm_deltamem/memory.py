@@ -27,6 +27,16 @@ class Shape:
     head_size: int
     dtype: torch.dtype
     max_model_len: int
+    windows: tuple[int | None, ...] = ()  # of every layer, see windows.find_windows; () when none slides
+
+    def sliding(self, layer: int) -> int | None:
+        """Tokens that the layer's sliding window sees; None for full attention."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers whose context the memory compresses."""
+        return [i for i in range(self.layers) if not self.sliding(i)]
 
     @property
     def token_bytes(self) -> int:
@@ -34,9 +44,19 @@ class Shape:
         return 2 * self.head_size * self.dtype.itemsize
 
     @property
-    def full_attention_bytes(self) -> int:
-        """What paged full attention holds for one token, all layers and heads of this worker."""
-        return self.layers * self.kv_heads * self.token_bytes
+    def full_token_bytes(self) -> int:
+        """What a paged cache holds of one token in the full-attention layers of this worker."""
+        return len(self.full_layers) * self.kv_heads * self.token_bytes
+
+    def full_attention_bytes(self, tokens: int) -> int:
+        """What a paged cache holds of a sequence on this worker: of sliding layers, the window."""
+        held = sum(min(tokens, self.sliding(i) or tokens) for i in range(self.layers))
+        return held * self.kv_heads * self.token_bytes
+
+    def sliding_bytes(self, segment: int) -> int:
+        """What all sliding layers hold of a sequence in a slot: rings, and sums of keys that stay zero."""
+        rings = [_align(self.kv_heads * (w + segment) * self.token_bytes // 2) for w in self.windows if w]
+        return 2 * sum(rings) + len(rings) * _align(4 * self.kv_heads * self.head_size)
 
 
 @dataclass(frozen=True)
@@ -49,12 +69,13 @@ class Layout:
     segment: int
     sinks: int
     pinned: int
-    exact: tuple[tuple[int, ...], ...]  # entries of [layer][kv head]
+    exact: tuple[tuple[int, ...], ...]  # entries of [layer][kv head], none in sliding layers
     coarse: tuple[tuple[int, ...], ...]
     least_page: int = 0  # vLLM wants equal pages on all workers: the largest worker's
 
     @property
     def ring(self) -> int:
+        """Ring cells of a layer with full attention."""
         return self.window + self.segment
 
     @cached_property
@@ -63,14 +84,15 @@ class Layout:
         shape, size, dtype = self.shape, self.shape.head_size, self.shape.dtype
         offset = _align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
-        for exact, coarse in zip(self.exact, self.coarse):
+        for layer, (exact, coarse) in enumerate(zip(self.exact, self.coarse, strict=True)):
+            ring = (shape.sliding(layer) or self.window) + self.segment
             x, y, g = sum(exact), sum(coarse), shape.kv_heads
             k_cells, k_dtype, k_groups = _coded(size, self.codec.key_bits, dtype)
             v_cells, v_dtype, v_groups = _coded(size, self.codec.value_bits, dtype)
             fields = {"pins": (0, (MAX_PINS, 2), torch.int32)}
             for name, extent, kind in (
-                ("ring_k", (g, self.ring, size), dtype),
-                ("ring_v", (g, self.ring, size), dtype),
+                ("ring_k", (g, ring, size), dtype),
+                ("ring_v", (g, ring, size), dtype),
                 ("key_sum", (g, size), torch.float32),
                 ("exact_k", (x, size), dtype),
                 ("exact_v", (x, size), dtype),
@@ -89,9 +111,9 @@ class Layout:
         return tuple(layers)
 
     def placed(self, before: int, after: int) -> dict[str, float]:
-        """Where the tokens went that left the ring while a sequence grew, mean of all heads."""
+        """Where the tokens went that left the ring while a sequence grew, mean of all heads with full attention."""
         gone = [max(n // self.segment * self.segment - self.window, 0) for n in (before, after)]
-        heads = [(x, y) for xs, ys in zip(self.exact, self.coarse, strict=True) for x, y in zip(xs, ys, strict=True)]
+        heads = [(x, y) for i in self.shape.full_layers for x, y in zip(self.exact[i], self.coarse[i], strict=True)]
         held = [
             (sum(min(n, x) for x, _ in heads) / len(heads), sum(min(n, x + y) for x, y in heads) / len(heads), n)
             for n in gone
@@ -112,6 +134,11 @@ class Layout:
     def slot_bytes(self) -> int:
         """Bytes per sequence on this worker, everything included."""
         return self.page_bytes * self.shape.layers
+
+    @property
+    def memory_tokens(self) -> float:
+        """Size of the slot in tokens per head with full attention, on average, each at full precision."""
+        return (self.slot_bytes - self.shape.sliding_bytes(self.segment)) / self.shape.full_token_bytes
 
     def of_worker(self, rank: int, workers: int) -> "Layout":
         """The part of tensor-parallel worker `rank`: its kv heads, with the entries they have on one worker."""
@@ -136,23 +163,29 @@ class Layout:
             exact_start=_starts(self.exact[layer], slab.device),
             coarse_start=_starts(self.coarse[layer], slab.device),
             codec=self.codec,
-            window=self.window,
+            window=self.shape.sliding(layer) or self.window,
             segment=self.segment,
             sinks=self.sinks,
+            sliding=self.shape.sliding(layer) is not None,
         )
 
 
 def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | None = None) -> Layout:
-    """Divide the memory that the settings ask for among all layers and heads.
+    """Divide the memory that the settings ask for among the heads with full attention; sliding layers come on top.
 
-    budgets: [layers, kv_heads] relative shares of the memory, any positive scale; None shares equally.
+    budgets: [layers, kv_heads] relative shares of the memory, any positive scale; None shares equally. Those of
+    sliding layers are ignored.
     Raises ValueError when the memory is too small for what every head must hold.
     """
-    full = shape.layers * shape.kv_heads * shape.token_bytes
-    memory = config.memory or (config.memory_bytes // full if config.memory_bytes is not None else None)
-    if memory is None:
-        memory = max(256, round(DEFAULT_SHARE * shape.max_model_len))
-    segment = config.segment or _default_segment(memory)
+    layers, full = shape.full_layers, shape.full_token_bytes
+    if config.memory_bytes is None:
+        memory = config.memory or max(256, round(DEFAULT_SHARE * shape.max_model_len))
+        segment = config.segment or _default_segment(memory)
+        total = memory * full
+    else:
+        segment = config.segment or _default_segment((config.memory_bytes - shape.sliding_bytes(0)) // full)
+        total = config.memory_bytes - shape.sliding_bytes(segment)
+        memory = max(total, 0) // full
     window = config.window or segment // 2
     pinned = config.pinned if config.pinned is not None else memory // 16
     codec = FIDELITIES[config.fidelity]
@@ -161,15 +194,15 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
     coarse_bytes = _coarse_entry_bytes(shape, codec)
     fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
     least = fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * coarse_bytes
-    total = config.memory_bytes if config.memory_bytes is not None else memory * full
-    heads = shape.layers * shape.kv_heads
+    heads = len(layers) * shape.kv_heads
     if total < least * heads:
+        beside = f", beside {shape.sliding_bytes(segment):,} bytes for the sliding layers" if any(shape.windows) else ""
         raise ValueError(
             f"A deltamem memory of {memory} tokens per head is too small for window {window}, segment {segment}, "
             f"sinks {config.sinks} and pinned {pinned}: it takes at least "
-            f"{-(-least // shape.token_bytes)} tokens. Raise 'memory' or lower the others."
+            f"{-(-least // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
         )
-    shares = torch.ones(heads, dtype=torch.float64) if budgets is None else budgets.flatten().double()
+    shares = torch.ones(heads, dtype=torch.float64) if budgets is None else budgets[layers].flatten().double()
     room = _share_out(total - _align(8 * MAX_PINS), shares, least)
     longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
@@ -180,8 +213,6 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
         x = min(x, longest)
         exact.append(x)
         coarse.append(max(min((spare - x * exact_bytes) // coarse_bytes, longest - x), 0))
-    g = shape.kv_heads
-    rows = [slice(i, i + g) for i in range(0, heads, g)]
     return Layout(
         shape=shape,
         codec=codec,
@@ -189,9 +220,16 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
         segment=segment,
         sinks=config.sinks,
         pinned=pinned,
-        exact=tuple(tuple(exact[r]) for r in rows),
-        coarse=tuple(tuple(coarse[r]) for r in rows),
+        exact=_rows(exact, shape),
+        coarse=_rows(coarse, shape),
     )
+
+
+def _rows(counts: list[int], shape: Shape) -> tuple[tuple[int, ...], ...]:
+    """[layer][kv head] of counts that heads with full attention have, in order; 0 in sliding layers."""
+    left = iter(counts)
+    heads = range(shape.kv_heads)
+    return tuple(tuple(0 if shape.sliding(i) else next(left) for _ in heads) for i in range(shape.layers))
 
 
 def worker_heads(kv_heads: int, rank: int, workers: int) -> slice:

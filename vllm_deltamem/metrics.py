@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from vllm_deltamem.plan import plan_memory
+
 GAUGES = {
     "slots_used": "Slots that sequences hold.",
     "slots_free": "Slots that wait for a sequence.",
@@ -57,6 +59,11 @@ class DeltaMemPromMetrics(KVConnectorPromMetrics):
                 metric = make(name=f"vllm:deltamem_{name}", documentation=text, labelnames=labelnames, **extra)
                 for engine, values in per_engine_labelvalues.items():
                     self._metrics[engine, name] = metric.labels(*values)
+        blocks = (vllm_config.cache_config.num_gpu_blocks or 0) // len(per_engine_labelvalues)  # vLLM has their sum
+        for engine in per_engine_labelvalues:
+            self.observe({"bytes_per_sequence": plan_memory(vllm_config).bytes_per_sequence}, engine)
+            if blocks:
+                self.observe({"slots_free": blocks - 1}, engine)  # vLLM keeps one block for itself
 
     def observe(self, transfer_stats_data, engine_idx=0):
         for name, value in transfer_stats_data.items():

@@ -11,7 +11,7 @@ They are checked where the request enters, so that a malformed one fails alone; 
 from contextvars import ContextVar
 
 from vllm_deltamem.memory import MAX_PINS
-from vllm_deltamem.sessions import check_name, tenant_of
+from vllm_deltamem.sessionname import check_name, tenant_of
 
 PINS, SESSION, TENANT = "deltamem_pins", "deltamem_session", "deltamem_tenant"
 CLIENT_OPTIONS = ("deltamem_pin", "deltamem_pin_tokens", SESSION)

@@ -8,7 +8,8 @@ from vllm.logger import init_logger
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, Shape, plan_layout, worker_heads
+from vllm_deltamem.memory import Layout, Shape, worker_heads
+from vllm_deltamem.windows import find_windows
 
 logger = init_logger(__name__)
 
@@ -24,6 +25,12 @@ class MemoryPlan:
     profile: profiles.Profile | None
     merge: bool
     heads: slice  # kv heads of this worker
+    workers: int
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Of one slot on all workers."""
+        return self.layout.slot_bytes * self.workers
 
     def policy(self, layer: int, device) -> Policy:
         """Importance and gate of one layer."""
@@ -37,7 +44,7 @@ class MemoryPlan:
 
 
 def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:
-    """The plan for worker `rank`. Raises ValueError as plan_layout and profile.choose do."""
+    """The plan for worker `rank`. Raises ValueError as plan_layout, find_windows and profile.choose do."""
     settings = settings or DeltaMemConfig.from_vllm(vllm_config)
     model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     hf = model.hf_text_config
@@ -47,18 +54,15 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         head_size=model.get_head_size(),
         dtype=model.dtype,
         max_model_len=model.max_model_len,
+        windows=find_windows(hf, model.max_model_len),
     )
     profile = profiles.choose(settings.profile, model.hf_config)
-    budgets = None
     if profile is None and settings.profile is None:
         logger.warning_once(
             "deltamem has no profile for this model: every head gets the same memory and training-free scores. "
             "`deltamem calibrate MODEL -o PROFILE` makes one; heads then get what they need."
         )
-    elif profile is not None:
-        memory = plan_layout(shape, settings).slot_bytes / shape.full_attention_bytes
-        budgets = profile.budgets_for(memory, shape.max_model_len)
-    whole = plan_layout(shape, settings, budgets)
+    whole = profiles.divide(shape, settings, profile)
     parts = [whole.of_worker(i, workers) for i in range(workers)]
     page = max(part.page_bytes for part in parts)
     return MemoryPlan(
@@ -67,5 +71,5 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         profile=profile,
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
+        workers=workers,
     )
-

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.memory import Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-1"
@@ -65,6 +67,14 @@ class Profile:
 def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
     """The policy of a model that has no profile: KeyDiff scores and the default gate."""
     return Policy(None, torch.tensor(DEFAULT_GATE, device=device).repeat(kv_heads, 1))
+
+
+def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> Layout:
+    """The layout of all kv heads, by the profile's budgets if there is one. Raises ValueError as plan_layout does."""
+    layout = plan_layout(shape, settings)
+    if profile is None:
+        return layout
+    return plan_layout(shape, settings, profile.budgets_for(layout.memory_tokens, shape.max_model_len))
 
 
 def fingerprint_of(hf_config) -> dict:

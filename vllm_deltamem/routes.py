@@ -13,7 +13,8 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.options import tenant
-from vllm_deltamem.sessions import SessionRefused, SessionStore, check_name
+from vllm_deltamem.sessionname import check_name
+from vllm_deltamem.sessions import SessionRefused, SessionStore
 
 router = APIRouter(prefix="/v1/deltamem/sessions")
 
@@ -38,7 +39,7 @@ class ServerSessions:
     """All sessions of a server, from its API process. Raises what SessionStore raises."""
 
     def __init__(self, engine_client):
-        from vllm_deltamem.connector import open_store
+        from vllm_deltamem.enginestore import open_store
 
         config = engine_client.vllm_config
         self._engine = engine_client

@@ -1,12 +1,16 @@
 """The directory that processes share to keep sessions in: names, publishing, listing and wiping of files.
 
     store.json                                      salt of the names, id of the key
+    WRITER.writer                                   locked as long as that process lives
     TENANT/NAME-CREATED-SAVE-RANKofSIZE.safetensors one rank of one save
-    TENANT/NAME-RANDOM.tmp                          being written, or being wiped
+    TENANT/NAME-SAVE-RANKofSIZE.tmp                 the same, begun: SAVE starts with WRITER
+    TENANT/NAME-RANDOM.tmp                          being wiped
 
-TENANT and NAME are keyed hashes, CREATED is hex nanoseconds. A file appears whole, by a rename, and is never
-changed afterwards. A save does not replace the one before it: older saves go once the newer one is there for
-every rank. So whenever a process dies, and whoever else is saving, the newest complete save is whole.
+TENANT and NAME are keyed hashes, CREATED is hex nanoseconds. A file is begun, empty, when the turn begins that
+will be saved in it, and published whole, by a rename; it is never changed afterwards. So whoever takes away
+what has begun takes away what would have been published. A save does not replace the one before it: older
+saves go once the newer one is there for every rank. So whenever a process dies, and whoever else is saving,
+the newest complete save is whole.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -31,7 +37,9 @@ from vllm_deltamem.sessionfile import HEADER_LIMIT, Header, SessionRefused, writ
 MARKER = "store.json"
 FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{32})-(\d{1,4})of(\d{1,4})\.safetensors")
 TENANT = re.compile(r"[0-9a-f]{32}")
-YOUNG_S = 1.0  # a temporary file this young may not have been locked yet by its writer
+BEGUN = re.compile(r"[0-9a-f]{32}-([0-9a-f]{16})[0-9a-f]{16}-\d{1,4}of\d{1,4}\.tmp")
+WRITER = re.compile(r"[0-9a-f]{16}\.writer")
+YOUNG_S = 1.0  # a file this young may not have been locked yet by its writer
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class SessionDirectory:
                 f"sessions: {root} was written with another key, or without one; give that key or another directory"
             )
         self._name_key = seal.derive("names", 32, salt) if seal else salt
+        self._writer = secrets.token_hex(8)
+        self._lock: BinaryIO | None = None  # on the file that says that this writer lives
+        self._locking = threading.Lock()
 
     def tenant_tag(self, tenant: str) -> str:
         return self._tag(f"tenant {tenant}")
@@ -111,30 +122,57 @@ class SessionDirectory:
             sessions.setdefault(entry.tag, []).append(entry)
         return sessions
 
-    def publish(self, tag: str, header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> None:
-        """Write a session under a temporary name and rename it, durably: see write_session().
+    def begin(self, tenant: str, tag: str, size: int) -> str:
+        """Begin the files of a save, one for each of `size` ranks; returns its id.
 
-        Raises SessionRefused if the session was erased meanwhile, OSError where the disk fails.
+        end() must follow. Raises OSError where the disk fails.
         """
-        made, folder = header.fingerprint, self.root / header.tenant
-        save = f"{header.created_ns:016x}-{header.save_id}-{made.tp_rank}of{made.tp_size}"
+        with self._locking:
+            if self._lock is None:
+                self._lock = open(self.root / f"{self._writer}.writer", "xb")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        folder, save_id = self.root / tenant, self._writer + secrets.token_hex(8)
         if not folder.exists():
             folder.mkdir(mode=0o700, exist_ok=True)
             _sync(self.root)
-        temporary = _temporary(folder, tag)
         try:
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            for rank in range(size):
+                path = _begun(folder, tag, save_id, rank, size)
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except BaseException:
+            self.end(tenant, tag, save_id, size)
+            raise
+        return save_id
+
+    def end(self, tenant: str, tag: str, save_id: str, size: int) -> None:
+        """Wipe what of a save has begun and was not published."""
+        for rank in range(size):
+            self.wipe(_begun(self.root / tenant, tag, save_id, rank, size))
+
+    def publish(self, tag: str, header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> None:
+        """Write a session to the file that was begun for it and rename that, durably: see write_session().
+
+        Raises SessionRefused if the session was erased since it was begun, OSError where the disk fails.
+        """
+        made, folder = header.fingerprint, self.root / header.tenant
+        rank = f"{made.tp_rank}of{made.tp_size}"
+        begun = _begun(folder, tag, header.save_id, made.tp_rank, made.tp_size)
+        try:
+            handle = os.open(begun, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(handle, "wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # tells wipe_abandoned() that the writer lives
                 write_session(file, header, tokens, slab, self.seal)
                 file.flush()
                 os.fsync(file.fileno())
-                os.rename(temporary, folder / f"{tag}-{save}.safetensors")
+                try:
+                    os.rename(begun, folder / f"{tag}-{header.created_ns:016x}-{header.save_id}-{rank}.safetensors")
+                except FileNotFoundError:  # wiped while it was being written
+                    self._overwrite(file)
+                    raise
             _sync(folder)
         except FileNotFoundError:
-            raise SessionRefused("erased", f"session {header.name} was erased during the save") from None
+            raise SessionRefused("erased", f"session {header.name} was erased before it was saved") from None
         except BaseException:
-            self.wipe(temporary)
+            self.wipe(begun)
             raise
 
     def wipe(self, path: str) -> bool:
@@ -143,31 +181,49 @@ class SessionDirectory:
         Of an encrypted file only the header is overwritten: without the salt in it the rest is noise.
         """
         folder, name = os.path.split(path)
-        gone = _temporary(folder, name.split("-")[0])
+        gone = f"{folder}/{name.split('-')[0]}-{secrets.token_hex(8)}.tmp"
         try:
             os.rename(path, gone)
         except FileNotFoundError:
             return False
         with contextlib.suppress(FileNotFoundError):  # another process took it for abandoned and wipes it
             with open(os.open(gone, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b", buffering=0) as file:
-                left = os.fstat(file.fileno()).st_size
-                left = left if self.seal is None else min(left, HEADER_LIMIT)
-                while left > 0:
-                    left -= file.write(bytes(min(left, 1 << 20)))
-                os.fsync(file.fileno())
+                self._overwrite(file)
             os.unlink(gone)
         return True
 
     def erase(self, tenant: str, tag: str) -> bool:
-        """Wipe every file of a session, the unfinished ones too; False if there was none."""
-        return any([self.wipe(path) for path in self._paths(tenant, f"{tag}-", (".safetensors", ".tmp"))])
+        """Wipe every file of a session, those that have begun too; False if there was none.
 
-    def wipe_abandoned(self, tenant: str) -> None:
-        """Wipe the temporary files of writers that died."""
-        for path in self._paths(tenant, "", ".tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - os.stat(path).st_mtime > YOUNG_S and not _locked(path):
+        Twice, since a file that is renamed during a listing may be missing from it: what was begun before the
+        first has been wiped, or has been published before the second.
+        """
+        kinds = (".safetensors", ".tmp")
+        return any([self.wipe(path) for _ in range(2) for path in self._paths(tenant, f"{tag}-", kinds)])
+
+    def wipe_abandoned(self) -> None:
+        """Wipe what dead writers have begun, or were wiping."""
+        for tenant in self.tenants():
+            for path in self._paths(tenant, "", ".tmp"):
+                begun = BEGUN.fullmatch(os.path.basename(path))
+                if _old(path) and not (begun and _locked(self.root / f"{begun[1]}.writer")):
                     self.wipe(path)
+        with os.scandir(self.root) as found:
+            writers = [item.path for item in found if WRITER.fullmatch(item.name)]
+        for path in writers:
+            if _old(path) and not _locked(path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def _overwrite(self, file: BinaryIO) -> None:
+        """Put zeros in place of what the file holds, durably."""
+        left = os.fstat(file.fileno()).st_size
+        left = left if self.seal is None else min(left, HEADER_LIMIT)
+        file.seek(0)
+        while left > 0:
+            left -= file.write(bytes(min(left, 1 << 20)))
+        file.flush()
+        os.fsync(file.fileno())
 
     def _paths(self, tenant: str, prefix: str, suffix: str | tuple[str, ...]) -> list[str]:
         try:
@@ -227,16 +283,26 @@ def taken(entries: Iterable[Entry]) -> tuple[int, int]:
     return n_bytes, used_ns
 
 
-def _temporary(folder: str | Path, tag: str) -> str:
-    return f"{folder}/{tag}-{secrets.token_hex(8)}.tmp"
+def _begun(folder: Path, tag: str, save_id: str, rank: int, size: int) -> str:
+    return f"{folder}/{tag}-{save_id}-{rank}of{size}.tmp"
 
 
-def _locked(path: str) -> bool:
+def _old(path: str) -> bool:
+    """Whether a file is there and was not changed just now."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - os.stat(path).st_mtime > YOUNG_S
+    return False
+
+
+def _locked(path: str | Path) -> bool:
+    """Whether some process holds the lock of a file; False if there is no such file."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except FileNotFoundError:
+        pass
     return False
 
 

@@ -1,50 +1,16 @@
-"""Sessions in host memory, and the rule by which a full store makes room."""
+"""Sessions in host memory."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from vllm_deltamem.sessionfile import Header
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one session takes."""
-
-    key: Hashable
-    tenant: str
-    n_bytes: int
-    used_ns: int  # any clock, the same for all that are compared
-
-
-def victims(usages: Iterable[Usage], max_sessions: int, max_bytes: int, keep: Hashable) -> list[Hashable]:
-    """The sessions to give up so that the others fit; `keep` is never among them.
-
-    Room comes from the tenant that takes the most of what is short, its least recently used session first, so
-    that who floods the store pushes out their own.
-    """
-    left, chosen = list(usages), []
-    load, count = Counter(), Counter()
-    for usage in left:
-        load[usage.tenant] += usage.n_bytes
-        count[usage.tenant] += 1
-    left.sort(key=lambda usage: usage.used_ns)
-    while len(left) > max_sessions or load.total() > max_bytes:
-        weight = count if len(left) > max_sessions else load
-        victim = max((u for u in left if u.key != keep), key=lambda usage: weight[usage.tenant], default=None)
-        if victim is None:
-            break
-        left.remove(victim)
-        load[victim.tenant] -= victim.n_bytes
-        count[victim.tenant] -= 1
-        chosen.append(victim.key)
-    return chosen
+from vllm_deltamem.sessionfile import Header, SessionRefused
+from vllm_deltamem.sessionquota import Usage, victims
 
 
 @dataclass
@@ -65,11 +31,34 @@ class HostSessions:
         self._max_sessions = max_sessions
         self._max_bytes = max_bytes
         self._copies: dict[tuple[str, str], _Copy] = {}
+        self._bytes = 0  # of all copies
+        self._begun: dict[tuple[str, str], set[str]] = {}  # announced saves
         self._lock = threading.Lock()
 
-    def put(self, key: tuple[str, str], header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> bool:
-        """Copy a session in, under (tenant, name); False if it is too large to be held at all."""
+    def begin(self, key: tuple[str, str], save_id: str) -> None:
+        """Announce a save, see SessionStore.begin()."""
         with self._lock:
+            self._begun.setdefault(key, set()).add(save_id)
+
+    def end(self, key: tuple[str, str], save_id: str) -> None:
+        """Forget an announced save."""
+        with self._lock:
+            begun = self._begun.get(key, set())
+            begun.discard(save_id)
+            if not begun:
+                self._begun.pop(key, None)
+
+    @torch.inference_mode(False)  # vLLM's workers save in it, and such tensors change only in it
+    def put(
+        self, key: tuple[str, str], header: Header, tokens: torch.Tensor, slab: torch.Tensor, begun: bool = False
+    ) -> bool:
+        """Copy a session in, under (tenant, name); False if it is too large to be held at all.
+
+        begun: only a save that was announced. Raises SessionRefused (erased) if it was not, or erase() came since.
+        """
+        with self._lock:
+            if begun and header.save_id not in self._begun.get(key, ()):
+                raise SessionRefused("erased", f"session {key[1]} was erased before it was saved")
             held = self._copies.get(key)
             if held is None or held.header.n_bytes != header.n_bytes:
                 self._drop(key)
@@ -77,6 +66,7 @@ class HostSessions:
                     return False
                 self._make_room(key, header.n_bytes)
                 buffer = torch.empty_like(slab)
+                self._bytes += header.n_bytes
             else:
                 buffer = held.slab  # faster than fresh pages
             self._copies[key] = _Copy(header, tokens.clone(), buffer.copy_(slab), time.monotonic_ns())
@@ -105,11 +95,19 @@ class HostSessions:
         with self._lock:
             return self._drop(key)
 
+    def erase(self, key: tuple[str, str]) -> bool:
+        """drop(), and refuse the saves that were announced; False if there was neither."""
+        with self._lock:
+            begun = self._begun.pop(key, None)
+            return self._drop(key) or begun is not None
+
     def headers(self) -> dict[tuple[str, str], Header]:
         with self._lock:
             return {key: copy.header for key, copy in self._copies.items()}
 
     def _make_room(self, key: tuple[str, str], n_bytes: int) -> None:
+        if len(self._copies) < self._max_sessions and self._bytes + n_bytes <= self._max_bytes:
+            return
         usages = [Usage(key, key[0], n_bytes, time.monotonic_ns())]
         usages += [Usage(k, k[0], copy.header.n_bytes, copy.used_ns) for k, copy in self._copies.items()]
         for victim in victims(usages, self._max_sessions, self._max_bytes, keep=key):
@@ -118,7 +116,7 @@ class HostSessions:
     def _drop(self, key: tuple[str, str]) -> bool:
         copy = self._copies.pop(key, None)
         if copy is not None:
-            with torch.inference_mode():  # vLLM's workers save in it, and such tensors change only in it
-                copy.tokens.zero_()
-                copy.slab.zero_()
+            self._bytes -= copy.header.n_bytes
+            copy.tokens.zero_()
+            copy.slab.zero_()
         return copy is not None

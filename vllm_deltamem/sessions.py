@@ -1,8 +1,10 @@
 """Sessions: the memory of a conversation after N tokens, kept beyond its request.
 
     store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
-    store.save(tenant, name, tokens, slab)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
-    session = store.peek(tenant, name)      # header and tokens only: session.prefix_of(prompt)?
+    save_id = store.begin(tenant, name)     # a turn begins
+    store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
+    store.end(tenant, name, save_id)
+    session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)
 
 A save goes to the directory, if there is one, and a copy stays in host memory while it fits. The directory is
@@ -15,13 +17,12 @@ A store may be shared by threads, its directory by processes: tensor-parallel ra
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,32 +30,17 @@ from pathlib import Path
 import torch
 
 from vllm_deltamem.seal import Seal
-from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest, superseded, taken
-from vllm_deltamem.sessionfile import NAME_LIMIT, Fingerprint, Header, SessionFile, SessionRefused
-from vllm_deltamem.sessionhost import HostSessions, Usage, victims
+from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest
+from vllm_deltamem.sessionfile import Fingerprint, Header, SessionFile, SessionRefused
+from vllm_deltamem.sessionhost import HostSessions
+from vllm_deltamem.sessionname import check_name, check_tenant
 from vllm_deltamem.sessionsettings import SessionSettings
+from vllm_deltamem.sessionsweep import Sweeper
 
-NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._:@=+~-]{{0,{NAME_LIMIT - 1}}}")
-TENANT = re.compile(r"[0-9a-f]{64}")
 SAVE_ID = re.compile(r"[0-9a-f]{32}")
 REPLACED_AT_MOST = 8  # times that a session may be replaced while it is being read
 
 logger = logging.getLogger(__name__)
-
-
-def tenant_of(api_key: str | None) -> str:
-    """The tenant that an API key stands for: 64 hex digits, a hash. None: the server asks for no key."""
-    text = "" if api_key is None else f"key {api_key}"
-    return hashlib.blake2b(text.encode(), digest_size=32, person=b"deltamem tenant").hexdigest()
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` can name a session."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ValueError(
-            f"a session name has 1 to {NAME_LIMIT} characters of A-Z a-z 0-9 . _ : @ = + ~ - "
-            f"and begins with a letter, digit or underscore: {name!r:.200}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +50,6 @@ class Session:
     header: Header
     tokens: torch.Tensor  # int32 [N]
     slab: torch.Tensor | None = None  # uint8 [n_bytes]
-
-    def prefix_of(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt begins with the tokens of this session."""
-        return list(prompt[: len(self.tokens)]) == self.tokens.tolist()
 
 
 class SessionStore:
@@ -86,9 +68,33 @@ class SessionStore:
         if settings.directory is not None:
             key = settings.key()
             self.directory = SessionDirectory(Path(settings.directory), Seal(key) if key else None)
+        self.sweeper = Sweeper(settings, self.directory, self._host)
+        if self.directory is not None:
             self.sweep()
         elif fingerprint.tp_size > 1:
             raise ValueError("deltamem sessions with tensor parallelism need 'sessions.directory'.")
+
+    def begin(self, tenant: str, name: str, save_id: str | None = None) -> str:
+        """Announce the save of a turn that begins now, for all ranks; returns its id. end() must follow.
+
+        An erase() of the session from now on, by any process, is final: save() refuses then. save_id: 32 hex
+        digits, chosen by the caller; only without a directory. Raises SessionRefused (unwritable).
+        """
+        tenant_tag, tag = self._tags(tenant, name)
+        if self.directory is None:
+            save_id = save_id or uuid.uuid4().hex
+            self._host.begin((tenant, name), save_id)
+            return save_id
+        with _disk("unwritable", f"cannot begin session {name}"):
+            return self.directory.begin(tenant_tag, tag, self._fingerprint.tp_size)
+
+    def end(self, tenant: str, name: str, save_id: str) -> None:
+        """A turn that begin() announced is over, saved or not. Raises SessionRefused (unwritable)."""
+        tenant_tag, tag = self._tags(tenant, name)
+        self._host.end((tenant, name), save_id)
+        if self.directory:
+            with _disk("unwritable", f"cannot end session {name}"):
+                self.directory.end(tenant_tag, tag, save_id, self._fingerprint.tp_size)
 
     def save(
         self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,
@@ -97,7 +103,7 @@ class SessionStore:
         """Keep a session in place of the one of the same name; durable on return.
 
         tokens: N ids, 0 <= id < 2**31. slab: uint8 [bytes] on the CPU, contiguous; it is only read.
-        save_id: 32 hex digits, new for every save, the same for all its ranks; must be given if tp_size > 1.
+        save_id: from begin(), the same for all ranks; None, if there is one rank, for a turn that begins now.
         Raises SessionRefused: size or unwritable, and the session saved before is still there; erased.
         """
         tenant_tag, tag = self._tags(tenant, name)
@@ -105,7 +111,11 @@ class SessionStore:
         tokens = _token_ids(tokens)
         _check_slab(slab)
         if save_id is None and size == 1:
-            save_id = uuid.uuid4().hex
+            save_id = self.begin(tenant, name)
+            try:
+                return self.save(tenant, name, tokens, slab, save_id)
+            finally:
+                self.end(tenant, name, save_id)
         if not SAVE_ID.fullmatch(save_id or ""):
             raise ValueError(f"save_id must be 32 hex digits, the same for all ranks: {save_id!r}")
         limit = self.settings.max_bytes if self.directory else self.settings.host_bytes
@@ -120,11 +130,12 @@ class SessionStore:
             header = Header(tenant_tag, name, save_id, created, len(tokens), slab.numel(), self._fingerprint)
             if self.directory:
                 self.directory.publish(tag, header, tokens, slab)
-        self._host.put((tenant, name), header, tokens, slab)
-        try:
-            self._sweep(keep=(tenant, name))
-        except OSError as error:
-            logger.warning("deltamem sessions: cannot clean up %s: %s", self.settings.directory, error)
+        self._host.put((tenant, name), header, tokens, slab, begun=self.directory is None)
+        if self.directory:
+            try:
+                self.sweeper.saved(tag, header)
+            except OSError as error:
+                logger.warning("deltamem sessions: cannot clean up %s: %s", self.settings.directory, error)
         return header
 
     def peek(self, tenant: str, name: str) -> Session | None:
@@ -187,7 +198,7 @@ class SessionStore:
         else:
             with _disk("unreadable", "cannot list the sessions"):
                 headers = list(self._headers(tenant_tag))
-        live = (header for header in headers if not self._expired(header.created_ns))
+        live = (header for header in headers if not self.settings.expired(header.created_ns))
         return sorted(live, key=lambda header: -header.created_ns)
 
     def summaries(self, tenant: str) -> list[dict]:
@@ -206,39 +217,32 @@ class SessionStore:
     def erase(self, tenant: str, name: str) -> bool:
         """Erase a session for good, of all ranks: memory zeroed, files overwritten; False if there was none.
 
-        Copies in the memory of other processes can no longer be restored; their next sweep() zeroes them.
-        Raises SessionRefused (unwritable).
+        Turns that have begun are not saved any more. Copies in the memory of other processes can no longer be
+        restored; their next sweep() zeroes them. Raises SessionRefused (unwritable).
         """
         tenant_tag, tag = self._tags(tenant, name)
-        erased = self._host.drop((tenant, name))
+        erased = self._host.erase((tenant, name))
         if self.directory:
             with _disk("unwritable", f"cannot erase session {name}"):
                 erased = self.directory.erase(tenant_tag, tag) or erased
         return erased
 
     def sweep(self) -> None:
-        """Apply expiry and quotas, wipe what dead writers left. Every save does it; idle servers should too.
-
-        Raises SessionRefused (unwritable).
-        """
+        """Apply expiry and quotas, wipe what dead writers left. Raises SessionRefused (unwritable)."""
         with _disk("unwritable", "cannot clean up the sessions"):
-            self._sweep()
+            self.sweeper.sweep()
 
     def _tags(self, tenant: str, name: str) -> tuple[str, str]:
         """The keyed hashes under which a session is filed."""
-        if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
-            raise ValueError("a tenant is 64 hex digits, see tenant_of()")
+        check_tenant(tenant)
         check_name(name)
         if self.directory is None:
             return tenant, name
         return self.directory.tenant_tag(tenant), self.directory.name_tag(tenant, name)
 
-    def _expired(self, created_ns: int) -> bool:
-        return time.time_ns() - created_ns > self.settings.max_age_s * 1e9
-
     def _expire_in_host(self, key: tuple[str, str]) -> None:
         found = self._host.peek(key)
-        if found and self._expired(found[0].created_ns):
+        if found and self.settings.expired(found[0].created_ns):
             self._host.drop(key)
             raise SessionRefused("expired", f"session {key[1]} has expired")
 
@@ -251,9 +255,10 @@ class SessionStore:
                 save = newest(entries)
                 if (save is None or save.missing) and attempt == 0:
                     continue  # a listing may show neither of two files when one replaces the other meanwhile
-                if save is None or self._expired(save.created_ns):
+                if save is None or self.settings.expired(save.created_ns):
                     self._host.drop((tenant, name))
-                    self._wipe(entries)
+                    for entry in entries:
+                        self.directory.wipe(entry.path)
                     if save is None:
                         return None
                     raise SessionRefused("expired", f"session {name} has expired")
@@ -287,31 +292,6 @@ class SessionStore:
                 if not save.missing:
                     with SessionFile(save.entries[0].path, tenant_tag, self.directory.seal) as file:
                         yield file.header
-
-    def _wipe(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            self.directory.wipe(entry.path)
-
-    def _sweep(self, keep: tuple[str, str] | None = None) -> None:
-        usages, files = [], {}
-        for tenant_tag in self.directory.tenants() if self.directory else ():
-            self.directory.wipe_abandoned(tenant_tag)
-            for tag, entries in self.directory.sessions(tenant_tag).items():
-                save = newest(entries)
-                gone = entries if self._expired(save.created_ns) else superseded(entries, save)
-                self._wipe(gone)
-                files[tag] = [entry for entry in entries if entry not in gone]
-                n_bytes, used_ns = taken(files[tag])
-                if n_bytes:
-                    usages.append(Usage(tag, tenant_tag, n_bytes, used_ns))
-        kept = self._tags(*keep)[1] if keep else None
-        for tag in victims(usages, self.settings.max_sessions, self.settings.max_bytes, kept):
-            self._wipe(files.pop(tag))
-        live = {(tag, entry.save_id) for tag, left in files.items() for entry in left}
-        for key, header in self._host.headers().items():
-            filed = self.directory is None or (self._tags(*key)[1], header.save_id) in live
-            if self._expired(header.created_ns) or not filed:
-                self._host.drop(key)
 
 
 def _token_ids(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:

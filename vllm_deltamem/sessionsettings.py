@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class SessionSettings:
             if name not in known:
                 raise ValueError(f"Unknown deltamem setting 'sessions.{name}'; known: {', '.join(known)}.")
         return cls(**settings)
+
+    def expired(self, created_ns: int) -> bool:
+        """Whether a session saved at that time, in nanoseconds since the epoch, is too old to be kept."""
+        return time.time_ns() - created_ns > self.max_age_s * 1e9
 
     def key(self) -> bytes | None:
         """The key, 32 bytes, or None. Raises ValueError, never quoting what it read."""

@@ -82,8 +82,8 @@ def _refuse_unsupported(vllm_config) -> None:
         "hybrid models with recurrent layers": model.is_hybrid,
         "attention-free models": model.is_attention_free,
         "encoder-decoder models": model.is_encoder_decoder,
+        "soft-capped attention logits": bool(getattr(model.hf_text_config, "attn_logit_softcapping", None)),
         "pooling models": model.runner_type == "pooling",
-        "models that mix sliding-window layers with full attention (yet)": _mixes_windows(model.hf_text_config),
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
@@ -102,8 +102,3 @@ def _refuse_unsupported(vllm_config) -> None:
 def _foreign_connector(vllm_config) -> bool:
     transfer = vllm_config.kv_transfer_config
     return transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
-
-
-def _mixes_windows(hf_config) -> bool:
-    kinds = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"}

@@ -27,6 +27,7 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes, train
     ("k4v4", 96, 2, "interleaved", False, RAGGED, 71),
     ("k8v4", 128, 4, "partial", False, WIDE, 1500),
 ]
+SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segment=64, sliding=300), 0)
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -57,7 +58,9 @@ def on_cuda(batch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ["decode", "pieces"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}-{s[6]}")
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, SLIDING], ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}-{s[6]}"
+)
 def test_attend(shape, rows, dtype):
     slab, view, rope, policy, (long, short, middle) = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)])
     slots = view(slab)

@@ -46,14 +46,22 @@ class FrozenModel:
 
         With grad, what follows the embeddings can be differentiated with respect to activations.
         """
+        with torch.set_grad_enabled(grad):
+            embedded = self.model.get_input_embeddings()(ids.to(self.device)).detach().requires_grad_(grad)
+            return self.predict(self.hidden(embedded, attention)[wanted - 1])
+
+    def hidden(self, embedded: torch.Tensor, attention: Attention, first: int = 0) -> torch.Tensor:
+        """Last hidden states [T, E] of embeddings [T, E] at positions from `first` on."""
+        positions = torch.arange(first, first + len(embedded), device=self.device)[None]
         ACTIVE.append(attention)
         try:
-            with torch.set_grad_enabled(grad):
-                embedded = self.model.get_input_embeddings()(ids.to(self.device)[None]).detach().requires_grad_(grad)
-                hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False)[0][0]
-                return self.model.get_output_embeddings()(hidden[wanted - 1]).float()
+            return self.model.base_model(inputs_embeds=embedded[None], position_ids=positions, use_cache=False)[0][0]
         finally:
             ACTIVE.pop()
+
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] fp32 of the tokens that follow last hidden states [..., E]."""
+        return self.model.get_output_embeddings()(hidden).float()
 
 
 ACTIVE: list[Attention] = []

@@ -1,4 +1,4 @@
-"""`vllm serve` with the backend in a process of its own, for tests."""
+"""`vllm serve` in processes of its own, for benchmarks and tests."""
 
 import os
 import re
@@ -13,40 +13,30 @@ import requests
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "deltamem,deltamem_sessions",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",  # whatever an earlier test has set
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 class VllmServer:
-    """Options are those of `vllm serve`; the log is appended to `log`."""
+    """Options are those of `vllm serve`; the log is appended to `log`; `environment` is added to what is there."""
 
-    def __init__(self, model: Path, options: list[str], log: Path):
+    def __init__(self, model: Path, options: list[str], log: Path, environment: dict[str, str] | None = None):
         self.model, self.options, self.log = str(model), options, log
+        self.environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | ENVIRONMENT | (environment or {})
 
-    def start(self, patience: float = 240) -> "VllmServer":
+    def start(self, patience: float = 400) -> "VllmServer":
         """Returns once it answers. Raises RuntimeError with the end of its log if it ends or takes long."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            self.model,
-            "--port",
-            str(port),
-        ]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model, "--port", str(port)]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [*command, "--attention-backend", "deltamem", "--enforce-eager", *self.options],
-                stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=self.log.parent, start_new_session=True,
+                [*command, *self.options],
+                stdout=log, stderr=log, env=self.environment, cwd=self.log.parent, start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + patience
         while time.monotonic() < end and self.process.poll() is None:
@@ -57,6 +47,12 @@ class VllmServer:
                 time.sleep(0.3)
         self.kill()
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def __enter__(self) -> "VllmServer":
+        return self.start()
+
+    def __exit__(self, *_) -> None:
+        self.stop()
 
     def stop(self) -> None:
         self.process.terminate()

@@ -1,4 +1,4 @@
-"""A Llama of two layers with random weights, made on the spot, for tests that start engines."""
+"""A Llama of two layers with random weights, made on the spot, where any model will do."""
 
 import string
 from pathlib import Path

@@ -1,0 +1,45 @@
+"""The session store of one process of vLLM's."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import vllm
+
+from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.sessions import Fingerprint, SessionStore
+from vllm_deltamem.sessionsettings import SessionSettings
+
+_stores: dict[Fingerprint, SessionStore] = {}  # scheduler and worker of one process share a store
+
+
+def open_store(vllm_config, rank: int) -> SessionStore:
+    """The session store of a worker (or of the scheduler, rank 0). Raises ValueError as SessionStore does."""
+    fingerprint = fingerprint_of(vllm_config, rank)
+    if fingerprint not in _stores:
+        settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions)
+        _stores.clear()
+        _stores[fingerprint] = SessionStore(settings, fingerprint)
+    return _stores[fingerprint]
+
+
+def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
+    """What must be equal for a saved slot to mean the same."""
+    plan, model = plan_memory(vllm_config), vllm_config.model_config
+    layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
+    profile = plan.profile.digest if plan.profile else "none"
+    config = model.hf_text_config.to_dict() | {"revision": model.revision}
+    return Fingerprint(
+        model=f"{model.hf_text_config.model_type}-{_digest({'model': model.model, **config})}",
+        profile=profile,
+        settings=_digest(layout),
+        dtype=str(model.dtype),
+        vllm=vllm.__version__,
+        tp_size=vllm_config.parallel_config.tensor_parallel_size,
+        tp_rank=rank,
+    )
+
+
+def _digest(value: dict) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

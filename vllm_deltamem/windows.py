@@ -1,0 +1,39 @@
+"""Which layers of a model see a sliding window only, and how wide it is."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
+
+
+def find_windows(hf_config, max_model_len: int) -> tuple[int | None, ...]:
+    """Tokens that a query of each layer sees, itself among them; None where that is all of them.
+
+    Raises ValueError for layers of a third kind, and when every layer slides.
+    """
+    layers, width = hf_config.num_hidden_layers, getattr(hf_config, "sliding_window", None)
+    kinds = getattr(hf_config, "layer_types", None) or [SLIDING if width else FULL] * layers
+    kinds = kinds[:layers]
+    for kind in kinds:
+        if kind not in (FULL, SLIDING):
+            raise ValueError(f"--attention-backend deltamem does not support layers of {kind.replace('_', ' ')}.")
+    if width is None or SLIDING not in kinds:
+        return (None,) * layers
+    width += hf_config.model_type in BEFORE
+    if FULL in kinds:
+        return tuple(min(width, max_model_len) if kind == SLIDING else None for kind in kinds)
+    if width >= max_model_len:
+        return (None,) * layers  # no window ever slides
+    raise ValueError(
+        f"Every layer of this model sees the last {width:,} tokens only: --attention-backend deltamem has nothing to "
+        "compress. Serve it with another backend."
+    )
+
+
+def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None], max_model_len: int) -> None:
+    """Raise ValueError unless vLLM gave the layers, by their place in the model, the windows that were planned."""
+    for layer, window in given.items():
+        expected = planned[layer] or max_model_len
+        if min(window or max_model_len, max_model_len) != expected:
+            raise ValueError(
+                f"--attention-backend deltamem does not support this model: its layer {layer} should see the last "
+                f"{expected:,} tokens by its config, but vLLM gives it a window of {window}."
+            )
