@@ -56,7 +56,7 @@ def attend(
     partial = buffer("partial", (*shape, size), torch.float32, device)
     lse = buffer("lse", shape, torch.float32, device)
     common = dict(GROUP=group, D=size, TOKENS=tile_tokens, ROWS=rows_width(slot_indices))
-    if rope is None or not rope.trained:
+    if rope is None or not rope.trained or slots.sliding:
         cos, sin, turned = q, q, dict(TRAINED=0, ROTARY=0, INTERLEAVED=False)
     else:
         cos, sin = rope.cos, rope.sin

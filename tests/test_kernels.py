@@ -44,8 +44,8 @@ def make_policy(kv_heads=3, size=32, learned=False):
     if not learned:
         return Policy(None, gate)
     torch.manual_seed(5)
-    weights = (torch.randn(kv_heads, 2 * size, 8), torch.randn(kv_heads, 8), torch.randn(kv_heads, 8), torch.randn(kv_heads))
-    return Policy(weights, gate)
+    shapes = (kv_heads, 2 * size, 8), (kv_heads, 8), (kv_heads, 8), (kv_heads,)
+    return Policy(tuple(torch.randn(shape) for shape in shapes), gate)
 
 
 def run(module, slots, k, v, q, slot, chunks, rope, policy):
@@ -106,13 +106,13 @@ def test_batch_rows_do_not_touch_each_other(trained):
     alone, alone_slab = make_slots(settings, torch.bfloat16)
     starts, outs, expected = [9, 130, 70], [], []
     tokens = [make_tokens(180, dtype=torch.bfloat16, seed=i) for i in range(3)]
-    for slot, (start, (k, v, q)) in enumerate(zip(starts, tokens)):
+    for slot, (start, (k, v, q)) in enumerate(zip(starts, tokens, strict=True)):
         run(cpu, together, k[:start], v[:start], q[:start], slot, [start], rope, policy)
         expected.append(run(cpu, alone, k, v, q, slot, [start] + [1] * 40, rope, policy)[start : start + 40])
     indices, cu = torch.tensor([2, -1, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 3])
     for step in range(40):
         at = [starts[2] + step, starts[0] + step, starts[1] + step]
-        k, v, q = (torch.stack([tokens[s][i][p] for s, p in zip((2, 0, 1), at)]) for i in range(3))
+        k, v, q = (torch.stack([tokens[s][i][p] for s, p in zip((2, 0, 1), at, strict=True)]) for i in range(3))
         lens = torch.tensor([at[0] + 1, 0, at[1] + 1, at[2] + 1])
         out = torch.zeros_like(q)
         cpu.write(k, v, together, indices, cu, lens)

@@ -14,28 +14,31 @@ from vllm_deltamem.kernels import cuda  # noqa: E402
 RAGGED = dict(exact=(4, 0, 6), coarse=(20, 0, 160))
 WIDE = dict(exact=(100, 64, 300, 0), coarse=(900, 3000, 24_000, 700), window=256, segment=512)
 
-SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes
-    ("bf16", 64, 1, "neox", False, RAGGED),
-    ("k8v8", 80, 3, "none", False, RAGGED),
-    ("k8v4", 128, 7, "neox", True, RAGGED),
-    ("k4v4", 96, 2, "interleaved", False, RAGGED),
-    ("k8v4", 64, 3, "partial", True, RAGGED),
-    ("k8v4", 128, 4, "neox", False, WIDE),
-    ("bf16", 128, 8, "neox", True, WIDE),
-    ("k4v4", 256, 16, "neox", False, RAGGED),
+SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes, trained tokens (0: any)
+    ("bf16", 64, 1, "neox", False, RAGGED, 0),
+    ("k8v8", 80, 3, "none", False, RAGGED, 0),
+    ("k8v4", 128, 7, "neox", True, RAGGED, 0),
+    ("k4v4", 96, 2, "interleaved", False, RAGGED, 0),
+    ("k8v4", 64, 3, "partial", True, RAGGED, 0),
+    ("k8v4", 128, 4, "neox", False, WIDE, 0),
+    ("bf16", 128, 8, "neox", True, WIDE, 0),
+    ("k4v4", 256, 16, "neox", False, RAGGED, 0),
+    ("k8v4", 64, 3, "neox", True, RAGGED, 50),
+    ("k4v4", 96, 2, "interleaved", False, RAGGED, 71),
+    ("k8v4", 128, 4, "partial", False, WIDE, 1500),
 ]
-SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segment=64, sliding=300))
+SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segment=64, sliding=300), 0)
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 def make_memory(shape, dtype, lengths):
     """Sequences of the given lengths in slots 2, 0, 1; lengths are in segments, and in tokens over."""
-    fidelity, size, group, kind, learned, sizes = shape
+    fidelity, size, group, kind, learned, sizes, trained = shape
     torch.manual_seed(0)
     slab, view = make_layer(fidelity, size, dtype=dtype, **sizes)
     slots = view(slab)
     kv_heads = slots.ring_k.shape[1]
-    rope, policy = make_rope(kind, size), make_policy(kv_heads, size, learned)
+    rope, policy = make_rope(kind, size, trained), make_policy(kv_heads, size, learned)
     lengths = [segments * slots.segment + over for segments, over in lengths]
     for slot, length in zip((2, 0, 1), lengths, strict=True):
         k, v, _ = make_tokens(length, kv_heads, size, group, dtype)
@@ -56,10 +59,10 @@ def on_cuda(batch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ["decode", "pieces"])
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, SLIDING], ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}"
+    "shape", [*SHAPES, SLIDING], ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}-{s[3]}-{sum(s[5]['coarse'])}-{s[6]}"
 )
 def test_attend(shape, rows, dtype):
-    slab, view, _, _, (long, short, middle) = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)])
+    slab, view, rope, policy, (long, short, middle) = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)])
     slots = view(slab)
     heads, size = slots.ring_k.shape[1] * shape[2], shape[1]
     longest = min(slots.segment, middle)
@@ -71,15 +74,16 @@ def test_attend(shape, rows, dtype):
     q = torch.randn(tokens, heads, 2 * size).to(dtype)[..., :size]
     expected = torch.full((tokens, heads, size), 7.0, dtype=dtype)
     actual = expected.cuda()
-    reference.attend(q, slots, *make_batch(batch), size**-0.5, expected)
+    reference.attend(q, slots, *make_batch(batch), size**-0.5, expected, rope)
     hints = dict(max_query_len=1) if rows == "decode" else dict(max_query_len=longest, live_tokens=longest + 12)
-    cuda.attend(q.cuda(), view(slab.cuda()), *on_cuda(make_batch(batch)), size**-0.5, actual, **hints)
+    rope, _ = to_cuda(rope, policy)
+    cuda.attend(q.cuda(), view(slab.cuda()), *on_cuda(make_batch(batch)), size**-0.5, actual, rope, **hints)
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype]
     torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{sum(s[5]['coarse'])}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{sum(s[5]['coarse'])}-{s[6]}")
 def test_merge(shape, dtype):
     """fp32 agrees to rounding; in 16 bits a loser may find another entry as near as the reference's."""
     expected, view, rope, policy, (full, first, middle) = make_memory(shape, dtype, [(6, 0), (1, 0), (3, 0)])
@@ -90,7 +94,8 @@ def test_merge(shape, dtype):
     reference.merge(view(expected), *batch, rope, policy)
     exact = dtype == torch.float32
     tolerance = 1e-3 if exact else 3e-2
-    assert_same_memory(view(actual.cpu()), view(expected), tolerance, flipped=0.002 if exact else 0.05)
+    flipped = 0.002 if exact else 0.05
+    assert_same_memory(view(actual.cpu()), view(expected), tolerance, flipped, turned=shape[6] > 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:6:3], ids=str)
