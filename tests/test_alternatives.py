@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import engine
-from tiny_llama import save_tiny_llama
+from benchmarks.tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from benchmarks import outputs, quality, size
