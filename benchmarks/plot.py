@@ -69,9 +69,7 @@ def draw_panel(panel, rows: list[dict]) -> None:
     for policy in values(rows, "policy"):
         line = sorted(pick(rows, policy=policy), key=lambda row: row["reduction"])
         if policy == "full":
-            panel.axhline(
-                line[-1]["score"], color="black", linestyle="--", linewidth=1, label="full attention"
-            )
+            panel.axhline(line[-1]["score"], color="black", linestyle="--", linewidth=1, label="full attention")
             continue
         share = [100 * (1 - row["reduction"]) for row in line]
         score = [row["score"] for row in line]
@@ -94,9 +92,7 @@ def needle_depth(rows: list[dict], out: Path) -> None:
             1, len(runs), figsize=(1.6 + 2.2 * len(runs), 4), squeeze=False, layout="constrained"
         )
         for panel, (reduction, policy) in zip(panels.flat, runs, strict=True):
-            table = {
-                (r["suite"], r["context"]): r["score"] for r in pick(here, reduction=reduction, policy=policy)
-            }
+            table = {(r["suite"], r["context"]): r["score"] for r in pick(here, reduction=reduction, policy=policy)}
             grid = [[table.get((suite, context), float("nan")) for context in contexts] for suite in suites]
             image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             panel.set_title(f"{policy}, -{reduction:.0%}" if reduction else policy, fontsize=10)

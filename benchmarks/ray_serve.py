@@ -189,9 +189,7 @@ def main() -> None:
     parser.add_argument("--backend", default="DELTAMEM", help="attention backend (%(default)s)")
     parser.add_argument("--memory", type=int, default=256, help="of deltamem, tokens per head (%(default)s)")
     parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument(
-        "--rounds", type=int, default=len(TURNS), help="turns of a conversation (%(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=len(TURNS), help="turns of a conversation (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer (%(default)s)")
     arguments = parser.parse_args()
     rows, reference = [], None

@@ -80,10 +80,11 @@ def measure(plan: dict) -> list[dict]:
                 runs.append(time_batch(engine, prompts, params))
             first, rest, total = (median(column) for column in zip(*runs[1:], strict=True))
             sizes = {"context": context, "batch": batch, "n": plan["repeats"]}
+            tokens = batch * (context + plan["output_tokens"])
             figures += [
                 sizes | {"metric": "ttft_s", "value": round(first, 4)},
                 sizes | {"metric": "tpot_ms", "value": round(rest * 1e3, 3)},
-                sizes | {"metric": "tokens_per_s", "value": round(batch * (context + plan["output_tokens"]) / total, 1)},
+                sizes | {"metric": "tokens_per_s", "value": round(tokens / total, 1)},
             ]
     return figures
 
@@ -145,11 +146,11 @@ def main(arguments: list[str]) -> None:
                 "load_format": args.load_format,
             }
             print(f"{backend} {memory or ''} ...", file=sys.stderr, flush=True)
-            environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ | quiet
             command = [sys.executable, "-m", "benchmarks.serving", "--engine"]
-            done = subprocess.run(
-                command, input=json.dumps(plan), text=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment
-            )
+            options = dict(text=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment)
+            done = subprocess.run(command, input=json.dumps(plan), **options)
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
             rows += [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
     common.append(rows, "serving", args.results)

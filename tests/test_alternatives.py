@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from engines import engine
-from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from benchmarks import outputs, quality, size
@@ -17,6 +16,7 @@ from benchmarks.alternatives.runner import answer, run
 from benchmarks.alternatives.segment import LayerShape, Segment, turn
 from benchmarks.plan import Plan
 from benchmarks.suites.sample import Sample, ask
+from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import models
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.kernels.slot import Rope

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -34,8 +33,6 @@ if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
 else:
     from vllm_deltamem.kernels import cuda as kernels
-
-logger = init_logger(__name__)
 
 
 class DeltaMemBackend(AttentionBackend):
@@ -162,16 +159,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         model = self.vllm_config.model_config
         with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
             rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
-        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
-        logger.info_once(
-            "deltamem: %s bytes per sequence on this worker at any length; full attention would hold %s at "
-            "max_model_len %s; %s sequences fit.",
-            f"{self.plan.layout.slot_bytes:,}",
-            f"{shape.full_attention_bytes(shape.max_model_len):,}",
-            f"{shape.max_model_len:,}",
-            pool.slots,
-        )
-        return pool
+        return SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
 
 
 class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):

@@ -31,9 +31,7 @@ def _parser(calibrates: bool) -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="print the layout of a model's memory, without loading weights")
     info.add_argument("model", help="folder of a Hugging Face model, or its name")
-    info.add_argument(
-        "--additional-config", type=_json, default={}, metavar="JSON", help="as for `vllm serve`"
-    )
+    info.add_argument("--additional-config", type=_json, default={}, metavar="JSON", help="as for `vllm serve`")
     info.add_argument("--max-model-len", type=int, metavar="N", help="default: the model's context")
     info.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     info.set_defaults(run=_info)
@@ -54,9 +52,7 @@ def _parser(calibrates: bool) -> argparse.ArgumentParser:
         where = action.add_mutually_exclusive_group(required=True)
         where.add_argument("--directory", help="the server's setting sessions.directory")
         where.add_argument("--url", help="a running server with VLLM_PLUGINS=deltamem,deltamem_sessions")
-        action.add_argument(
-            "--api-key", default=os.environ.get("VLLM_API_KEY"), help="default: $VLLM_API_KEY"
-        )
+        action.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="default: $VLLM_API_KEY")
         action.add_argument("--key-file", help="the server's setting sessions.key_file, with --directory")
         action.add_argument("--key-env", help="the server's setting sessions.key_env, with --directory")
         action.set_defaults(run=run)

@@ -40,9 +40,7 @@ class DeltaMemConfig:
                 f"deltamem setting 'fidelity' must be one of {', '.join(FIDELITIES)}; got {self.fidelity!r}."
             )
         if self.segment is not None and (self.segment < 8 or self.segment & (self.segment - 1)):
-            raise ValueError(
-                f"deltamem setting 'segment' must be a power of two of at least 8, got {self.segment}."
-            )
+            raise ValueError(f"deltamem setting 'segment' must be a power of two of at least 8, got {self.segment}.")
         if self.window == 0:
             raise ValueError("deltamem setting 'window' must be at least 1.")
         if not isinstance(self.merge, bool):

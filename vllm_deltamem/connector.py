@@ -89,6 +89,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self.store = open_store(vllm_config, rank)
         if role == KVConnectorRole.WORKER:
             self.store.sweeper.start()
+        else:
+            self._say_sizes()
         self._requests = {}  # scheduler: running requests by id
         self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
         self._matched: dict[str, tuple[Turn, int]] = {}  # scheduler: what to restore once there is a slot; its tokens
@@ -100,6 +102,17 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._saved: set[str] = set()  # worker: requests whose save is done
         self._failed: set[int] = set()  # worker: slots that could not be restored
         self._block_pool = None
+
+    def _say_sizes(self):
+        shape = self._plan.whole.shape
+        logger.info(
+            "deltamem: %s bytes per sequence at any length; full attention would hold %s at max_model_len %s; "
+            "%s sequences fit.",
+            f"{self._plan.bytes_per_sequence:,}",
+            f"{shape.full_attention_bytes(shape.max_model_len):,}",
+            f"{shape.max_model_len:,}",
+            self._kv_cache_config.num_blocks - 1,  # vLLM keeps one block for itself
+        )
 
     def shutdown(self):
         self.store.sweeper.stop()

@@ -30,9 +30,7 @@ def fetch_default_model(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise ValueError(
-                f"{folder} exists but holds no complete model: remove it or name another folder."
-            )
+            raise ValueError(f"{folder} exists but holds no complete model: remove it or name another folder.")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:

@@ -16,7 +16,8 @@ from vllm_deltamem.sessionname import check_name, tenant_of
 PINS, SESSION, TENANT = "deltamem_pins", "deltamem_session", "deltamem_tenant"
 CLIENT_OPTIONS = ("deltamem_pin", "deltamem_pin_tokens", SESSION)
 
-tenant: ContextVar[str] = ContextVar("deltamem_tenant", default=tenant_of(None))  # of the HTTP request at hand
+NOBODY = tenant_of(None)
+tenant: ContextVar[str] = ContextVar("deltamem_tenant", default=NOBODY)  # of the HTTP request at hand
 
 
 def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -> dict | None:
@@ -52,9 +53,7 @@ def _token_ranges(flat, length: int) -> list[tuple[int, int]]:
     spans = list(zip(flat[::2], flat[1::2], strict=True))
     for first, end in spans:
         if not 0 <= first < end <= length:
-            raise ValueError(
-                f"deltamem_pin_tokens: [{first}, {end}) is not a range in a prompt of {length} tokens."
-            )
+            raise ValueError(f"deltamem_pin_tokens: [{first}, {end}) is not a range in a prompt of {length} tokens.")
     return spans
 
 

@@ -32,9 +32,7 @@ class Profile:
     sizes: tuple[float, ...]  # ascending memory sizes, as a fraction of the context, that `budgets` is for
     budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
     gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
-    importance: tuple[torch.Tensor, ...] | None = (
-        None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
-    )
+    importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
     meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
 
     def budgets_for(self, memory: float, context: float) -> torch.Tensor:
@@ -194,6 +192,4 @@ def _check_tensors(profile: Profile, path) -> None:
                 f"is {tuple(actual[name].shape)}."
             )
     if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
-        raise ValueError(
-            f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive."
-        )
+        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")

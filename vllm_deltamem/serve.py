@@ -217,9 +217,7 @@ def guard_children() -> subprocess.Popen:
     import psutil
 
     pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    return subprocess.Popen(
-        [sys.executable, "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True
-    )
+    return subprocess.Popen([sys.executable, "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True)
 
 
 class SlotScaling:

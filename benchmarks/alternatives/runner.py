@@ -28,8 +28,8 @@ def answer(reader: Reader, sample: Sample, prompt: list[int]) -> dict:
 
 def generate(reader: Reader, hidden: torch.Tensor, sample: Sample) -> str:
     """The text that follows a last hidden state [E], up to a stop string, which is left out, or the model's end."""
-    ends = reader.model.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    known = reader.model.model.generation_config.eos_token_id
+    ends = {reader.model.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
     tokens, text = [], ""
     while len(tokens) < sample.max_tokens:
         token = int(reader.model.predict(hidden).argmax())

@@ -18,9 +18,7 @@ def solved(record: dict) -> str:
 
 
 def topic(subject: str) -> str:
-    return (
-        f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    )
+    return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
 
 
 def mmlu(source: Source, seed: int, filled: bool) -> Sample | None:

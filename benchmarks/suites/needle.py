@@ -39,9 +39,7 @@ def needle(source: Source, seed: int, keys: int = 1, questions: int = 1, sweep: 
     names = rng.sample(KEYS, keys)
     numbers = {name: str(rng.randrange(10**6, 10**7)) for name in names}
     depths = [seed % DEPTHS / (DEPTHS - 1)] if sweep else [rng.random() for _ in names]
-    hidden = [
-        (d, NEEDLE.format(key=name, number=numbers[name])) for d, name in zip(depths, names, strict=True)
-    ]
+    hidden = [(d, NEEDLE.format(key=name, number=numbers[name])) for d, name in zip(depths, names, strict=True)]
     asked = rng.sample(names, questions)
     tails = [source.encode(QUESTION.format(key=name)) for name in asked]
     context = source.hide(seed, HEAD, hidden, "", max(map(len, tails)) + ROOM)

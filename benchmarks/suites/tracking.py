@@ -39,7 +39,7 @@ def tracking(source: Source, seed: int, chains: int = 2, hops: int = 1) -> Sampl
     while len(names) < chains * (hops + 1):
         names.add("".join(rng.choices(string.ascii_uppercase, k=LETTERS)))
     order = rng.sample(sorted(names), len(names))
-    all_chains = [Chain(rng, order[i :: chains]) for i in range(chains)]
+    all_chains = [Chain(rng, order[i::chains]) for i in range(chains)]
     asked = rng.choice(all_chains)
     hidden = [text for chain in all_chains for text in chain.hidden()]
     walked = hops * len(source.encode(" VAR QXZ = VAR QXZ.")) + len(source.encode(" VAR QXZ ="))
