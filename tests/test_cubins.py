@@ -70,8 +70,7 @@ def compile_for(capability: int) -> None:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            registers, spilled = assemble(kernel.asm["ptx"])
-            found = {"name": self.fn.__name__, "registers": registers, "spilled_bytes": spilled}
+            found = {"name": self.fn.__name__, **resources(kernel.asm["cubin"])}
             found |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
             print(json.dumps(found), flush=True)
         return kernel
@@ -79,19 +78,18 @@ def compile_for(capability: int) -> None:
     JITFunction.run = only_compile
 
 
-def assemble(ptx: str) -> tuple[int, int]:
-    """Registers per thread and bytes of them spilled to memory, as Triton's own assembler says."""
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, and the bytes of stack that those which did not fit were spilled to."""
     import triton
 
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = said.stdout + said.stderr
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return {"registers": int(found[1]), "spilled_bytes": int(found[2])}
 
 
 def launch_all(fidelity, size, group, kind, learned, segment, trained) -> None:

@@ -11,17 +11,17 @@ from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
 
-_stores: dict[Fingerprint, SessionStore] = {}  # scheduler and worker of one process share a store
+_stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}  # scheduler and worker of one process share a store
 
 
 def open_store(vllm_config, rank: int) -> SessionStore:
     """The session store of a worker (or of the scheduler, rank 0). Raises ValueError as SessionStore does."""
     fingerprint = fingerprint_of(vllm_config, rank)
-    if fingerprint not in _stores:
-        settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions)
+    settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions)
+    if (fingerprint, settings) not in _stores:
         _stores.clear()
-        _stores[fingerprint] = SessionStore(settings, fingerprint)
-    return _stores[fingerprint]
+        _stores[fingerprint, settings] = SessionStore(settings, fingerprint)
+    return _stores[fingerprint, settings]
 
 
 def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
