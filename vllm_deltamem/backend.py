@@ -76,6 +76,8 @@ class Step:
     cu_seqlens: torch.Tensor  # [N + 1] int32
     seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of its piece
     longest: int  # tokens of the longest piece
+    tokens: int  # of all pieces
+    merges: bool  # whether a piece may complete a segment that makes another leave the window
 
 
 @dataclass
@@ -102,7 +104,8 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         batch = common_attn_metadata
         slots = batch.block_table_tensor[:, 0]
         if batch.max_query_len == 1:
-            steps = [Step(slots, batch.query_start_loc, batch.seq_lens, 1)]
+            # captured in a CUDA graph, so it merges whether or not this step has anything to
+            steps = [Step(slots, batch.query_start_loc, batch.seq_lens, 1, len(slots), True)]
         else:
             steps = self._cut(batch, slots)
         fresh = kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
@@ -147,7 +150,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         owner, lens, cu = packed
         owner, lens = owner[:-1], lens[:-1]
         held = torch.where(owner >= 0, slots[owner.clamp(min=0)], -1)
-        return Step(held, cu, lens, max(count for _, _, count, _ in rows))
+        layout, counts = self.plan.layout, [count for _, _, count, _ in rows]
+        merges = any(end % layout.segment == 0 and end > layout.window for _, _, _, end in rows)
+        return Step(held, cu, lens, max(counts), sum(counts), merges)
 
     def _layers(self) -> dict[str, torch.nn.Module]:
         """vLLM's attention layers, by name."""
@@ -219,8 +224,9 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         scratch = {"scratch": pool.readouts[self.position]} if ON_CPU else {}
         for step in attn_metadata.steps:
             rows = step.slot_indices, step.cu_seqlens, step.seq_lens
-            kernels.write(key, value, slots, *rows)
-            hints = scratch if ON_CPU else {"max_query_len": step.longest}
-            kernels.attend(query, slots, *rows, self.scale, out, pool.rope, **hints)
-            kernels.merge(slots, *rows, pool.rope, policy, **scratch)
+            known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
+            kernels.write(key, value, slots, *rows, **known)
+            kernels.attend(query, slots, *rows, self.scale, out, pool.rope, **known, **scratch)
+            if step.merges:
+                kernels.merge(slots, *rows, pool.rope, policy, **scratch)
         return output
