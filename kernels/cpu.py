@@ -11,7 +11,7 @@ from functools import lru_cache, reduce
 import torch
 
 from .cpumerge import merge_slot
-from .readout import MASKED, Readout, blocks
+from .readout import MASKED, Readout
 from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
@@ -76,7 +76,7 @@ def _cells(first, count, ring):
 def _readout(slots, slot, gone, scratch):
     """The readout of one slot, from scratch if it is there and wide enough."""
     readout = scratch.pop(slot, None)
-    if readout is None or readout.width < blocks(min(gone, readout.capacity)):
+    if readout is None or readout.width < max(readout.widths(gone)):
         readout = Readout(slots, slot, 2 * gone)  # a sequence goes on growing
     scratch[slot] = readout  # the last used is the last in order
     if sum(kept.nbytes for kept in scratch.values()) > READOUT_BYTES and len(scratch) > 1:
@@ -130,17 +130,20 @@ def _memory(q, slots, slot, seq_len, scale, rope, scratch):
     if not gone or slots.sliding:
         return []
     readout = _readout(slots, slot, gone, scratch)
-    k, v, bias = readout.part(gone)
-    passes = [(q, bias)]
+    passes = [(q, readout.bias)]
     if limit:
-        far = readout.far(limit)[:, : bias.shape[1]]
+        far = readout.far(limit)
         turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
-        passes = [(q, bias.masked_fill(far, MASKED)), (turned, bias.masked_fill(~far, MASKED))]
+        passes = [(q, readout.bias.masked_fill(far, MASKED)), (turned, readout.bias.masked_fill(~far, MASKED))]
     parts = []
     for rows, bias in passes:
-        query = _by_head(rows, len(k))
-        together = query.reshape(len(k), 1, -1, q.shape[2])  # the query heads of a group see the same keys
-        out, lse = _flash(together, k[:, None], v[:, None], bias[:, None, None], scale)
+        query = _by_head(rows, slots.ring_k.shape[1])
+        heads = []
+        for g, width in enumerate(readout.widths(gone)):  # one by one: a head may hold eight times the mean
+            together = query[g].reshape(1, 1, -1, q.shape[2])  # the query heads of a group see the same keys
+            k, v, mask = (x[g, :width][None, None] for x in (readout.k, readout.v, bias))
+            heads.append(_flash(together, k, v, mask[:, :, None], scale))
+        out, lse = (torch.cat(column) for column in zip(*heads, strict=True))
         parts.append((out.view(query.shape), lse.view(query.shape[:3])))
     return parts
 

@@ -26,7 +26,8 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     k, v, plain, mass = k.reshape(-1, size).clone(), v.reshape(-1, size).clone(), plain.view(-1, size), None
     _keep_exact(k, v, plain, rank, readout)
     v, mass = _keep_coarse(k, v, plain, rank, readout)
-    _merge_rest(v, plain, rank, mass, mean, policy.gate, readout)
+    if (rank != EMPTY).any():
+        _merge_rest(v, plain, rank, mass, mean, policy.gate, readout, readout.widths(gone))
 
 
 def _duels(order, rank):
@@ -69,17 +70,20 @@ def _keep_coarse(k, v, plain, rank, readout):
     return v, mass
 
 
-def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout):
+def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, widths):
     """Every loser into the coarse entry nearest to it, as far as the gate lets it."""
     (kv_heads, count), width = rank.shape, readout.width
-    cosines = _cosines(plain.view(kv_heads, count, -1), readout, mean)
-    best = cosines.amax(-1)
+    centred = torch.nn.functional.normalize(plain.view(kv_heads, count, -1) - mean[:, None], dim=-1)
+    cosines = [_cosines(centred[g], readout, g, w, mean[g]) for g, w in enumerate(widths)]
+    best = torch.stack([cosine.amax(-1) for cosine in cosines])
     # Finding out which entry it is costs more than all the products: only for losers that some mass would let in.
     heaviest = torch.where(gate_weights[:, 2] > 0, readout.mass.amax(-1).clamp(min=1.0), 1.0)
     could = gate(best, heaviest[:, None].expand_as(best), gate_weights) > 0
     loser = (could & (rank != EMPTY) & (best > MASKED / 2)).view(-1).nonzero().squeeze(1)
     head = loser // count
-    place = cosines.flatten(0, 1).index_select(0, loser).argmax(-1) + head * width
+    rows = (loser - head * count).split(head.bincount(minlength=kv_heads).tolist())
+    column = torch.cat([cosine.index_select(0, row).argmax(-1) for cosine, row in zip(cosines, rows, strict=True)])
+    place = column + head * width
     entry_mass = readout.mass.view(-1).index_select(0, place)
     opened = gate(best.view(-1)[loser][:, None], entry_mass[:, None], gate_weights.index_select(0, head))
     weight = mass.index_select(0, loser) * opened.squeeze(1)
@@ -98,10 +102,9 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout):
     readout.store(target, *merged, total, entry_rank)
 
 
-def _cosines(plain, readout, mean):
-    """Cosines [G, C, E] of the losers' centred keys to those of coarse entries, near MASKED for other columns."""
-    centred = torch.nn.functional.normalize(plain - mean[:, None], dim=-1)
-    entries = readout.plain - mean[:, None]
+def _cosines(centred, readout, g, width, mean):
+    """Cosines [C, E] of losers' centred unit keys to those of one head's coarse entries, near MASKED elsewhere."""
+    entries = readout.plain[g, :width] - mean
     entries.mul_(entries.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
-    hidden = torch.where(readout.mass > 0, 0.0, MASKED)
-    return torch.bmm(centred, entries.transpose(1, 2)).add_(hidden[:, None])
+    hidden = torch.where(readout.mass[g, :width] > 0, 0.0, MASKED)
+    return torch.addmm(hidden, centred, entries.T)

@@ -22,8 +22,8 @@ class Readout:
     def __init__(self, slots: LayerSlots, slot: int, gone: int):
         self.slots, self.slot = slots, slot
         self.exact_count, self.coarse_count = slots.exact_start.diff(), slots.coarse_start.diff()
-        self.capacity = int((self.exact_count + self.coarse_count).max())
-        self.width = blocks(min(self.capacity, gone))
+        self.capacities = (self.exact_count + self.coarse_count).tolist()
+        self.width = max(self.widths(gone))
         (kv_heads, _, size), dtype = slots.ring_k.shape[1:], slots.ring_k.dtype
         self.k = torch.zeros(kv_heads, self.width, size, dtype=dtype)
         self.v = torch.zeros(kv_heads, self.width, size, dtype=dtype)
@@ -39,10 +39,9 @@ class Readout:
         """With what merging needs."""
         return self.k.numel() * (2 * self.k.element_size() + 4) + self.mass.numel() * 36
 
-    def part(self, gone: int):
-        """k, v [G, E, D] and bias [G, E] of a memory that has seen `gone` tokens."""
-        width = blocks(min(self.capacity, gone))
-        return self.k[:, :width], self.v[:, :width], self.bias[:, :width]
+    def widths(self, gone: int) -> list[int]:
+        """Columns of each head that may hold something once the memory has seen `gone` tokens."""
+        return [blocks(min(capacity, gone)) for capacity in self.capacities]
 
     def far(self, limit: int) -> torch.Tensor:
         """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
