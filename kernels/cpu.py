@@ -6,6 +6,7 @@ row's own position, or is padded with masked keys up to a multiple of the attent
 go. Whoever changes a slot other than by merge() takes it out.
 """
 
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, reduce
 
 import torch
@@ -16,6 +17,7 @@ from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
+SMALL = 1 << 17  # logits of a call that one thread has done before another one is awake
 READOUT_BYTES = 32 << 20  # of dequantised memory that stay from step to step, per layer
 
 
@@ -62,9 +64,21 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             continue
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         cells = _cells(first, gone - first, slots.ring_k.shape[2])
-        readout = _readout(slots, slot, gone, scratch)
-        readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
-        merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
+        with _one_thread():
+            readout = _readout(slots, slot, gone, scratch)
+            readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
+            merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
+
+
+@contextmanager
+def _one_thread():
+    """For many small operations: to wake other threads for one takes longer than the operation."""
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(1)  # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(threads)
 
 
 def _cells(first, count, ring):
@@ -156,12 +170,14 @@ def _flash(q, k, v, mask, scale):
         if mask.shape[2] > 1:
             mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
     shape = (*q.shape[:2], *k.shape[2:])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k.expand(shape), v.expand(shape), attn_mask=mask, scale=scale
-    )
+    with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k.expand(shape), v.expand(shape), attn_mask=mask, scale=scale
+        )
     return out[:, :, :rows], lse[:, :, :rows]
 
 
+@_one_thread()
 def _combine(parts):
     """Join partial attentions [..., D] by their log-sum-exp [...] (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
     if len(parts) == 1:
