@@ -77,7 +77,7 @@ class Run(NamedTuple):
             return max(output["bytes"] for seed in outputs for output in outputs[seed])
         model, longest = Path(self.plan.model), max(sample.length for sample in samples)
         if self.plan.settings is None:
-            return size.shape_of(model, longest).full_attention_bytes * longest
+            return size.shape_of(model, longest).full_attention_bytes(longest)
         return size.layout_of(model, self.plan.length, self.plan.settings).slot_bytes
 
 
