@@ -167,11 +167,7 @@ def _attend(
         k_low, k_high = halves(exact_k, entry, inside, D, HALF)
         v_low, v_high = halves(exact_v, entry, inside, D, HALF)
         mass = tl.where(inside, 1.0, 0.0)[None, :]
-        logits = _logits(q_low, q_high, k_low, k_high)
-        if TRAINED > 0:
-            if limit > 0:
-                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
-                logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
+        logits = _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks + entry, inside, limit, TRAINED)
         top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     coarse_k = at(slots.coarse_k, slot, stride)
@@ -187,11 +183,7 @@ def _attend(
         k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
         v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
         mass = tl.load(masses + entry, mask=inside, other=0.0)[None, :]
-        logits = _logits(q_low, q_high, k_low, k_high)
-        if TRAINED > 0:
-            if limit > 0:
-                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
-                logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
+        logits = _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks + entry, inside, limit, TRAINED)
         top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     some = total > 0
@@ -230,6 +222,17 @@ def _far_query(
 def _logits(q_low, q_high, k_low, k_high):
     logits = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
     return tl.dot(q_high, tl.trans(k_high), logits, input_precision="ieee")
+
+
+@triton.jit
+def _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks, inside, limit, TRAINED: tl.constexpr):
+    """Products with memory entries; far ones, which lie before the limit, with the queries turned to see them."""
+    logits = _logits(q_low, q_high, k_low, k_high)
+    if TRAINED > 0:
+        if limit > 0:
+            far = rank_position(tl.load(ranks, mask=inside, other=0)) < limit
+            logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
+    return logits
 
 
 @triton.jit
