@@ -11,7 +11,8 @@ from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
 
-_stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}  # scheduler and worker of one process share a store
+# scheduler and worker of one process share a store
+_stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}
 
 
 def open_store(vllm_config, rank: int) -> SessionStore:
