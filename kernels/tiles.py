@@ -255,7 +255,8 @@ def mates(
 
 
 @triton.jit
-def _angles(cos, sin, position, inside, column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+def column_angles(cos, sin, position, inside, column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """cos and sin [B, W] fp32 of columns [W] at positions [B], signed as in angles()."""
     if INTERLEAVED:
         angle = column // 2
         first = column % 2 == 0
@@ -286,8 +287,8 @@ def angles(
         sin_low = -sin_high
         cos_high = cos_low
     else:
-        cos_low, sin_low = _angles(cos, sin, position, inside, i, ROTARY, INTERLEAVED)
-        cos_high, sin_high = _angles(cos, sin, position, inside, i + D // 2, ROTARY, INTERLEAVED)
+        cos_low, sin_low = column_angles(cos, sin, position, inside, i, ROTARY, INTERLEAVED)
+        cos_high, sin_high = column_angles(cos, sin, position, inside, i + D // 2, ROTARY, INTERLEAVED)
     return cos_low, sin_low, cos_high, sin_high
 
 
