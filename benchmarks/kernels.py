@@ -183,7 +183,8 @@ def writing(meter: Meter, kernels, memory: int, held: Memory) -> None:
 
 def clearing(meter: Meter, kernels, memory: int, held: Memory) -> None:
     """The slots of new sequences."""
-    calls = [lambda r=held.rows(copy, 1, 1): kernels.reset(held.slab, *r) for copy in range(held.copies)]
+    rows = [held.rows(copy, 1, 1) for copy in range(held.copies)]
+    calls = [lambda r=r: kernels.reset(held.slab, *r) for r in rows]
     meter.add("reset", memory, held.batch, calls, moved=held.batch * held.slab[0].nbytes)
 
 

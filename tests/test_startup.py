@@ -90,6 +90,7 @@ def test_profile_of_another_model_refused(llama, tmp_path):
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
          "does not support speculative decoding"),
         ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
+        ({"ubatch_size": 2}, "does not support batches in halves"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "does not support decode context"),
         ({"prefill_context_parallel_size": 2}, "does not support prefill context"),
         ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),

@@ -12,12 +12,16 @@ from vllm_deltamem.kernels import cpu
 SEGMENT = 16  # of the pool, whose window is 24
 
 
-@pytest.fixture
-def builder(pool):  # noqa: F811
+def make_builder(pool):  # noqa: F811
     made = DeltaMemMetadataBuilder.__new__(DeltaMemMetadataBuilder)
     made.plan, made.pool = SimpleNamespace(layout=pool.layers[0]), pool
-    pool.slab.fill_(7)
     return made
+
+
+@pytest.fixture
+def builder(pool):  # noqa: F811
+    pool.slab.fill_(7)
+    return make_builder(pool)
 
 
 def make_batch(rows, longest=None):
@@ -40,7 +44,7 @@ def test_decoding_leaves_what_is_due_for_after_the_forward_pass(builder):
     metadata = builder.build(0, make_batch([(3, 1, 47), (2, 1, 48), (1, 1, 16), padding, padding]))
     (step,) = metadata.steps
     assert step.rows.slot_indices.tolist() == [3, 2, 1, 0, 0] and not step.due
-    assert listed(builder.pool.due[0]) == [[2], [0, 1], [48]], "16 tokens are still in the window"
+    assert listed(builder.pool.due[0].rows) == [[2], [0, 1], [48]], "16 tokens are still in the window"
     assert (builder.pool.slab == 7).all(), "no sequence is new"
     builder.build(0, make_batch([(3, 1, 49), (2, 1, 50)]))
     assert builder.pool.due == []
@@ -82,13 +86,18 @@ def test_a_prompt_is_cut_at_segments_and_merged_where_one_ends(builder):
     metadata = builder.build(0, make_batch([(3, 20, 52), (2, 1, 48), (1, 5, 5)]))
     first, second = metadata.steps
     assert listed(first.rows) == [[3, -1, 2, 1], [0, 16, 20, 21, 26], [48, 0, 48, 5]]
-    assert [listed(rows) for rows in first.due] == [[[3, 2], [0, 1, 2], [48, 48]]]
+    assert [(listed(rows), longest) for rows, longest in first.due] == [([[3, 2], [0, 1, 2], [48, 48]], 48)]
     assert listed(second.rows) == [[3], [16, 20], [52]] and second.due == []
     assert (first.longest, first.tokens, second.longest, second.tokens) == (16, 22, 4, 4)
     assert builder.pool.due == [], "prompts merge inside the forward pass"
 
 
+def test_dummy_rows_of_a_prompt_sit_it_out(builder):
+    (step,) = builder.build(0, make_batch([(0, 16, 48), (0, 16, 48)])).steps
+    assert step.rows.slot_indices.tolist() == [-1, -1] and step.due[0].rows.slot_indices.tolist() == [-1, -1]
+
+
 def test_many_due_rows_take_several_calls(builder):
     builder.build(0, make_batch([(1, 1, 64)] * (TOGETHER + 3)))
-    assert [len(rows.slot_indices) for rows in builder.pool.due] == [TOGETHER, 3]
-    assert builder.pool.due[1].cu_seqlens.tolist() == [0, 1, 2, 3]
+    assert [len(rows.slot_indices) for rows, _ in builder.pool.due] == [TOGETHER, 3]
+    assert builder.pool.due[1].rows.cu_seqlens.tolist() == [0, 1, 2, 3]

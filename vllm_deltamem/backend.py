@@ -5,9 +5,9 @@ is one step, which may be a CUDA graph and merges after the forward pass (connec
 as the segments it touches, since a segment must see the memory as it was at its boundary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_deltamem.plan import MemoryPlan, plan_memory
-from vllm_deltamem.pool import ON_CPU, Rows, SlotPool, kernels
+from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels
 from vllm_deltamem.rope import find_rope
 from vllm_deltamem.spec import make_spec
 from vllm_deltamem.windows import check_windows
@@ -73,7 +73,7 @@ class Step:
     rows: Rows
     longest: int  # tokens of the longest piece
     tokens: int  # of all pieces
-    due: list[Rows]  # sequences whose pieces complete a segment that makes another leave the window
+    due: list[Due]  # merged in every layer after it attended
 
 
 @dataclass
@@ -104,7 +104,8 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         pool.due = []
         if batch.max_query_len > 1:
             return DeltaMemMetadata(self._cut(starts.tolist(), ends.tolist(), slots), batch.num_actual_tokens, pool)
-        pool.due = self._place(self._due([(i, end) for i, end in enumerate(ends.tolist())]), slots)
+        due = self._due(list(enumerate(ends.tolist())))
+        pool.due = _with_longest(due, iter(self._place(due, slots)))
         return self._decoding(batch)
 
     def build_for_cudagraph_capture(self, common_attn_metadata) -> DeltaMemMetadata:
@@ -120,7 +121,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
         pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
         # No sequence, but everything that merging compiles and looks up: no later step should wait for it.
-        pool.due = [Rows(*map(pool.upload, ([-1], [0, 1], [0])))]
+        pool.due = [Due(Rows(*map(pool.upload, ([-1], [0, 1], [0]))), shape.max_model_len)]
         pool.merge_due()
         return pool
 
@@ -145,13 +146,13 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
                     pieces.append([])
                 pieces[step].append((i, row, count, done + count))
                 done, row, step = done + count, row + count, step + 1
-        tables = [[_spread(rows), *self._due([(i, end) for i, _, _, end in rows])] for rows in pieces]
+        due = [self._due([(i, end) for i, _, _, end in rows]) for rows in pieces]
+        tables = [[_spread(rows), *calls] for rows, calls in zip(pieces, due, strict=True)]
         placed = iter(self._place([table for step in tables for table in step], slots))
         steps = []
-        for rows, step in zip(pieces, tables, strict=True):
+        for rows, calls in zip(pieces, due, strict=True):
             counts = [count for _, _, count, _ in rows]
-            spread, *due = islice(placed, len(step))
-            steps.append(Step(spread, max(counts), sum(counts), due))
+            steps.append(Step(next(placed), max(counts), sum(counts), _with_longest(calls, placed)))
         return steps
 
     def _due(self, rows: list[tuple[int, int]]) -> list[Table]:
@@ -165,12 +166,16 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         return [([i for i, _ in call], [*range(len(call) + 1)], [end for _, end in call]) for call in calls]
 
     def _place(self, tables: list[Table], slots: torch.Tensor) -> list[Rows]:
-        """Tables on the device, with slots in place of sequences; one copy for all."""
+        """Tables on the device, with slots in place of sequences; one copy for all.
+
+        Rows of vLLM's dummy runs, which all hold its null block, sit the step out as padding does.
+        """
         if not tables:
             return []
         columns = [[x for part in column for x in part] for column in zip(*tables, strict=True)]
         owner, cu_seqlens, seq_lens = self.pool.upload(sum(columns, [])).split([len(column) for column in columns])
-        held = torch.where(owner >= 0, slots[owner.clamp(min=0)], -1)
+        held = slots[owner.clamp(min=0)]
+        held = torch.where((owner >= 0) & (held > 0), held, -1)
         counts = [len(owners) for owners, _, _ in tables]
         parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
         return [Rows(*rows) for rows in zip(*parts, strict=True)]
@@ -179,6 +184,11 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         """vLLM's attention layers, by name."""
         layers = self.vllm_config.compilation_config.static_forward_context
         return {name: layers[name] for name in self.layer_names}
+
+
+def _with_longest(tables: list[Table], placed: Iterator[Rows]) -> list[Due]:
+    """The next rows of `placed`, which are those tables."""
+    return [Due(next(placed), max(seq_lens)) for _, _, seq_lens in tables]
 
 
 def _spread(rows: list[tuple[int, int, int, int]]) -> Table:

@@ -1,4 +1,4 @@
-"""The plugin's KV connector: carries pins to the slots, saves and restores sessions, counts.
+"""The plugin's KV connector: carries pins to the slots, merges after decoding, saves and restores sessions, counts.
 
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
 others. A session is restored before the step that computes its first new token, and saved when its request

@@ -25,6 +25,13 @@ class Rows(NamedTuple):
     seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of the call
 
 
+class Due(NamedTuple):
+    """Sequences that complete a segment with a step, which makes another leave the window."""
+
+    rows: Rows  # of one token each
+    longest: int  # tokens of the longest
+
+
 @dataclass
 class SlotPool:
     slab: torch.Tensor  # [S, slot_bytes] uint8, one row per slot; row 0 is vLLM's null block
@@ -33,7 +40,7 @@ class SlotPool:
     rope: Rope | None
     readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
-    due: list[Rows] = field(default_factory=list)  # what merge_due() has to do after the forward pass
+    due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
     # of the model that this process loaded last; vLLM makes and drops a small one before the real one
     _serving: ClassVar["weakref.ref[SlotPool] | None"] = None
 
@@ -47,15 +54,15 @@ class SlotPool:
         """Slots that sequences can hold."""
         return len(self.slab) - 1
 
-    def merge(self, layer: int, due: list[Rows]) -> None:
-        """Merge in one layer for sequences that complete a segment."""
-        scratch = {"scratch": self.readouts[layer]} if ON_CPU else {}
-        for rows in due:
-            kernels.merge(self.layers[layer], *rows, self.rope, self.policies[layer], **scratch)
+    def merge(self, layer: int, due: list[Due]) -> None:
+        """Merge in one layer."""
+        for rows, longest in due:
+            known = {"scratch": self.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
+            kernels.merge(self.layers[layer], *rows, self.rope, self.policies[layer], **known)
 
     @torch.inference_mode()
     def merge_due(self) -> None:
-        """Merge in all layers for the sequences that completed a segment in the last decoding step, once."""
+        """Merge in all layers what the last decoding step left, once."""
         due, self.due = self.due, []
         if due:
             for layer in range(len(self.layers)):
