@@ -27,6 +27,7 @@ from benchmarks.random_memory import Memory, Scale, make_memory
 from vllm_deltamem.kernels.slot import decode
 
 REPEATS = 15
+LONG = 10e-3  # seconds of calls in one CUDA graph: to start it takes 15 microseconds
 LARGEST = 24 << 30  # bytes of keys and values that full attention is tried on
 CARD = Scale(
     "Llama 8B shape, random", "cuda", torch.bfloat16, 8, 32, 128, 131_072, (19_660, 6_554), (1, 16, 64), 256 << 20, {}
@@ -51,11 +52,18 @@ class Meter:
         print(f"{'call':32}{'memory':>8}{'batch':>6}{'us':>10}{'TB/s':>7}{'of copy':>9}{'TFLOP/s':>9}{'of matrix':>10}")
 
     def seconds(self, calls: list[Callable]) -> float:
-        """Median time of one call; all are captured in one graph, so that launching costs as in serving."""
+        """Median time of one call, in a CUDA graph of all of them in turn, as often as it takes to be long."""
         for call in calls:
             call()
         if not self.cuda:
             return float("nan")
+        once = self._replay(calls, 1)
+        rounds = max(1, round(LONG / once))
+        return self._replay(calls * rounds, REPEATS) / (rounds * len(calls))
+
+    @staticmethod
+    def _replay(calls: list[Callable], repeats: int) -> float:
+        """Median time of a CUDA graph of these calls, in seconds."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -63,13 +71,13 @@ class Meter:
                 call()
         graph.replay()
         times = []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / len(calls))
+            times.append(start.elapsed_time(end) / 1e3)
         return median(times)
 
     def add(self, call: str, memory: int, batch: int, calls: list[Callable], moved=0.0, operations=0.0, backend=None):
@@ -133,12 +141,12 @@ def check(held: Memory, rows, q, out) -> None:
 
 
 def merging(meter: Meter, kernels, memory: int, held: Memory) -> None:
-    """Merges at a boundary, each call the sequences' next segment; and a call of which no sequence is due."""
+    """Merges at a boundary, each call the sequences' next segment."""
     scale, slots, batch = meter.scale, held.slots, held.batch
 
-    def merge(rows, segments=1):
+    def merge(rows):
         kernels.merge(slots, *rows, held.rope, held.policy)
-        rows[2].add_(segments * slots.segment)
+        rows[2].add_(slots.segment)
 
     rows = [held.rows(copy, 1, scale.context) for copy in range(held.copies)]
     before = slots.coarse_mass.double().sum()
@@ -152,8 +160,6 @@ def merging(meter: Meter, kernels, memory: int, held: Memory) -> None:
     meter.add(f"merge {held.name}", memory, batch, [lambda r=r: merge(r) for r in rows], moved, operations)
     if meter.cuda:
         breakdown(lambda: merge(rows[0]))
-    idle = held.rows(0, 1, scale.context + 1)
-    meter.add(f"merge {held.name}, none due", memory, batch, [lambda: merge(idle, 0)])
 
 
 def breakdown(call: Callable) -> None:
@@ -169,18 +175,17 @@ def breakdown(call: Callable) -> None:
 
 def writing(meter: Meter, kernels, memory: int, held: Memory) -> None:
     """New tokens into the ring."""
-    scale, rows = meter.scale, held.rows(0, 1, meter.scale.context)
+    scale, rows = meter.scale, [held.rows(copy, 1, meter.scale.context) for copy in range(held.copies)]
     k, v = torch.randn(2, held.batch, scale.kv_heads, scale.size, device=scale.device).to(scale.dtype)
-    call = [lambda: kernels.write(k, v, held.slots, *rows, max_query_len=1)]
-    meter.add("write", memory, held.batch, call, moved=2 * (k.nbytes + v.nbytes))
+    calls = [lambda r=r: kernels.write(k, v, held.slots, *r, max_query_len=1) for r in rows]
+    meter.add("write", memory, held.batch, calls, moved=2 * (k.nbytes + v.nbytes))
 
 
 def clearing(meter: Meter, kernels, memory: int, held: Memory) -> None:
-    """The slots of new sequences; and a call in which none is new."""
-    for length, name in ((1, "reset"), (2, "reset, none new")):
-        rows = held.rows(0, 1, length)
-        call = [lambda rows=rows: kernels.reset(held.slab, *rows)]
-        meter.add(name, memory, held.batch, call, moved=(length == 1) * held.batch * held.slab[0].nbytes)
+    """The slots of new sequences."""
+    rows = [held.rows(copy, 1, 1) for copy in range(held.copies)]
+    calls = [lambda r=r: kernels.reset(held.slab, *r) for r in rows]
+    meter.add("reset", memory, held.batch, calls, moved=held.batch * held.slab[0].nbytes)
 
 
 def full_attention(meter: Meter, keys: int, batch: int, tokens: int) -> None:

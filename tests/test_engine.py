@@ -148,6 +148,24 @@ def test_slots_come_back_and_bytes_stay_constant(folders):
         assert pool.get_num_free_blocks() == free
 
 
+def test_a_dropped_cache_is_freed(folders):
+    """vLLM captures graphs with a small cache before it makes the real one: nothing of ours may hold that."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_deltamem.pool import SlotPool
+
+    with engine(folders("llama"), settings=SMALL) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        config, prompt = runner.kv_cache_config, tokens(200)
+        expected = generate(llm, [prompt], greedy(20))
+        held = StorageWeakRef(SlotPool.serving().slab.untyped_storage())
+        runner._cleanup_profiling_kv_cache()
+        assert held.expired() and SlotPool.serving() is None
+        runner.initialize_kv_cache(config)
+        assert generate(llm, [prompt], greedy(20)) == expected
+        assert SlotPool.serving().slab.untyped_storage().data_ptr() == runner.kv_caches[0].untyped_storage().data_ptr()
+
+
 def test_sessions_of_an_idle_engine_expire(folders):
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of

@@ -15,14 +15,18 @@ SLOTS, LENGTH, SCALE = 3, 300, 32**-0.5
 MARK = 1234.5  # in every value of the first tenant
 
 
-@pytest.fixture
-def pool():
+def make_pool():
     layout = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
     plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2), workers=1)
     slab = torch.zeros(SLOTS + 1, layout.slot_bytes, dtype=torch.uint8)
     caches = [slab[:, None, None, i * layout.page_bytes : (i + 1) * layout.page_bytes] for i in range(2)]
     angles = torch.outer(torch.arange(512.0), 1e4 ** -(torch.arange(16) / 16))
     return SlotPool.from_caches(plan, caches, Rope(angles.cos(), angles.sin(), False))
+
+
+@pytest.fixture
+def pool():
+    return make_pool()
 
 
 def run(pool, slot, length, seed, mark=0.0):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from model_configs import CHUNKED, DEEPSEEK, GEMMA2, JAMBA, LLAMA, MAMBA, MISTRAL, save_config, vllm_config
 
+from vllm_deltamem import profile as profiles
 from vllm_deltamem.profile import Profile, fingerprint_of, save
 from vllm_deltamem.rope import TRAINED
 
@@ -19,6 +20,32 @@ def rope(**parameters):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return save_config(tmp_path_factory.mktemp("llama"))
+
+
+def test_planning_ignores_the_default_device(llama, tmp_path):
+    """vLLM makes models with the GPU as default device."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_deltamem.plan import plan_memory
+    from vllm_deltamem.rope import find_rope
+
+    config = vllm_config(llama, {"memory": 320, "segment": 32})
+    text = config.model_config.hf_text_config
+    path = tmp_path / "profile.safetensors"
+    save(Profile(fingerprint_of(text), (0.1, 0.5), torch.rand(2, 4, 2) + 0.5, torch.zeros(4, 2, 3)), path)
+    learned = vllm_config(llama, {"memory": 320, "segment": 32, "profile": str(path), "merge": False})
+    for chosen in (learned, config):
+        expected = plan_memory(chosen).layout
+        profiles.load.cache_clear()
+        with torch.device("meta"), set_current_vllm_config(chosen):
+            plan = plan_memory(chosen)
+            policy = plan.policy(1, "cpu")
+            get_rope(32, 4096, True, text.rope_parameters, torch.bfloat16)
+            rope = find_rope(text, 32, torch.bfloat16, 4096)
+        assert plan.layout == expected and policy.gate.device.type == "cpu"
+        assert rope.cos.shape == (4096, 16) and rope.cos.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +90,7 @@ def test_profile_of_another_model_refused(llama, tmp_path):
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
          "does not support speculative decoding"),
         ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
+        ({"ubatch_size": 2}, "does not support batches in halves"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "does not support decode context"),
         ({"prefill_context_parallel_size": 2}, "does not support prefill context"),
         ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),

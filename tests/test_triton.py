@@ -1,5 +1,7 @@
 """The Triton kernels in Triton's interpreter, against kernels/reference.py. tests/gpu has the compiled ones."""
 
+import gc
+
 import pytest
 import torch
 
@@ -150,6 +152,46 @@ def test_a_sequence_from_its_first_token(trained):
     assert (slab_of_actual[0] == 255).all()
     slab_of_actual[0] = 0
     assert_same_memory(actual, expected, turned=trained > 0)
+
+
+def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
+    """Chunks, padding and decoding through builder, layers and pool, a new tenant of a used slot; nothing is held."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from tests.test_pool import make_pool
+    from tests.test_steps import make_batch as serve
+    from tests.test_steps import make_builder
+    from vllm_deltamem import backend, pool
+
+    def run(steps):
+        torch.manual_seed(4)
+        held, impl = make_pool(), backend.DeltaMemImpl.__new__(backend.DeltaMemImpl)
+        builder, outputs, impl.scale = make_builder(held), [], 32**-0.5
+        for rows in steps:
+            metadata = builder.build(0, serve(rows))
+            q = torch.randn(sum(count for _, count, _ in rows), 4, 32)
+            for impl.position in range(2):
+                k, v = torch.randn(2, len(q), 2, 32)
+                outputs.append(impl.forward(None, q, k, v, None, metadata, torch.zeros_like(q)))
+            held.merge_due()
+        return held, torch.cat(outputs)
+
+    steps = [[(1, 27, 27), (2, 37, 37)], [(2, 10, 47), (1, 1, 28)], [(1, 1, 29), (2, 1, 48), (0, 0, 0)]]
+    steps += [[(2, 1, 49), (0, 0, 0)], [(1, 7, 7)], [(1, 1, 8)]]
+    expected = run(steps)
+    for module in (backend, pool):
+        monkeypatch.setattr(module, "ON_CPU", False)
+        monkeypatch.setattr(module, "kernels", cuda)
+    monkeypatch.setattr(pool.SlotPool, "upload", lambda self, values: torch.tensor(values, dtype=torch.int32))
+    actual = run(steps)
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-3, rtol=1e-3)
+    for layer in range(2):
+        assert_same_memory(*(held.layers[layer] for held, _ in (actual, expected)))
+    slab = StorageWeakRef(actual[0].slab.untyped_storage())
+    assert not slab.expired()
+    del actual
+    gc.collect()  # the interpreter leaves cycles
+    assert slab.expired()
 
 
 def test_reset_clears_new_sequences_only():

@@ -1,17 +1,18 @@
 """The attention backend: plan a step, then per layer write the new tokens, attend, merge.
 
 A batch runs as a few steps, in each of which a sequence has at most one piece: tokens of one segment. Decoding
-is one step; a prompt chunk takes as many as the segments it touches, since a segment must see the memory as it
-was at its boundary.
+is one step, which may be a CUDA graph and merges after the forward pass (connector.py); a prompt chunk takes as many
+as the segments it touches, since a segment must see the memory as it was at its boundary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -23,16 +24,13 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_deltamem.plan import MemoryPlan, plan_memory
-from vllm_deltamem.pool import SlotPool
+from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels
 from vllm_deltamem.rope import find_rope
 from vllm_deltamem.spec import make_spec
 from vllm_deltamem.windows import check_windows
 
-ON_CPU = current_platform.is_cpu()
-if ON_CPU:
-    from vllm_deltamem.kernels import cpu as kernels
-else:
-    from vllm_deltamem.kernels import cuda as kernels
+TOGETHER = 32  # sequences of a call of merge()
+Table = tuple[list[int], list[int], list[int]]  # Rows on the host, with sequences of the batch in place of slots
 
 
 class DeltaMemBackend(AttentionBackend):
@@ -70,14 +68,12 @@ class DeltaMemBackend(AttentionBackend):
 
 @dataclass
 class Step:
-    """One piece of each of N sequences; see kernels/reference.py for the tensors."""
+    """One piece of each of N sequences."""
 
-    slot_indices: torch.Tensor  # [N] int32, -1 for rows that sit this step out
-    cu_seqlens: torch.Tensor  # [N + 1] int32
-    seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of its piece
+    rows: Rows
     longest: int  # tokens of the longest piece
     tokens: int  # of all pieces
-    merges: bool  # whether a piece may complete a segment that makes another leave the window
+    due: list[Due]  # merged in every layer after it attended
 
 
 @dataclass
@@ -93,38 +89,56 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = DeltaMemBackend.serving
-        self.pool: SlotPool | None = None
         shape = self.plan.layout.shape
         given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
         check_windows(shape.windows, given, shape.max_model_len)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
-        if self.pool is None:
-            self.pool = self._make_pool()
-        batch = common_attn_metadata
+        batch, pool = common_attn_metadata, self.pool
         slots = batch.block_table_tensor[:, 0]
-        if batch.max_query_len == 1:
-            # captured in a CUDA graph, so it merges whether or not this step has anything to
-            steps = [Step(slots, batch.query_start_loc, batch.seq_lens, 1, len(slots), True)]
-        else:
-            steps = self._cut(batch, slots)
-        fresh = kernels.reset(self.pool.slab, slots, batch.query_start_loc, batch.seq_lens)
-        if ON_CPU:
-            self.pool.forget(fresh)
-        self.pool.write_pins()
-        return DeltaMemMetadata(steps, batch.num_actual_tokens, self.pool)
+        starts = batch.query_start_loc_cpu.numpy()
+        ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: speculative decoding is refused; 0 for padding
+        counts = starts[1:] - starts[:-1]
+        if ((counts == ends) & (ends > 0)).any():
+            pool.reset(Rows(slots, batch.query_start_loc, batch.seq_lens))
+        pool.due = []
+        if batch.max_query_len > 1:
+            return DeltaMemMetadata(self._cut(starts.tolist(), ends.tolist(), slots), batch.num_actual_tokens, pool)
+        due = self._due(list(enumerate(ends.tolist())))
+        pool.due = _with_longest(due, iter(self._place(due, slots)))
+        return self._decoding(batch)
 
-    def _cut(self, batch: CommonAttentionMetadata, slots: torch.Tensor) -> list[Step]:
+    def build_for_cudagraph_capture(self, common_attn_metadata) -> DeltaMemMetadata:
+        """Rows of a capture are no sequences: nothing is cleared before it or merged after it."""
+        return self._decoding(common_attn_metadata)
+
+    @cached_property
+    def pool(self) -> SlotPool:
+        """The slots, once vLLM has allocated its cache. Gone with this builder: vLLM makes one for every cache."""
+        shape = self.plan.layout.shape
+        model = self.vllm_config.model_config
+        with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
+            rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
+        # No sequence, but everything that merging compiles and looks up: no later step should wait for it.
+        pool.due = [Due(Rows(*map(pool.upload, ([-1], [0, 1], [0]))), shape.max_model_len)]
+        pool.merge_due()
+        return pool
+
+    def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
+        """One token of every sequence, perhaps replayed from a CUDA graph: it merges after the forward pass."""
+        rows = Rows(batch.block_table_tensor[:, 0], batch.query_start_loc, batch.seq_lens)
+        return DeltaMemMetadata([Step(rows, 1, batch.num_reqs, [])], batch.num_actual_tokens, self.pool)
+
+    def _cut(self, starts: list[int], ends: list[int], slots: torch.Tensor) -> list[Step]:
         """Cut every sequence's new tokens at segment boundaries; the k-th piece of each goes into step k.
 
         Rows between the pieces of a step become padding, so that cu_seqlens covers the batch as it lies.
         """
         segment = self.plan.layout.segment
-        start = batch.query_start_loc_cpu.tolist()
-        ends = batch.seq_lens_cpu_upper_bound.tolist()  # exact: speculative decoding is refused
         pieces: list[list[tuple[int, int, int, int]]] = []
         for i, end in enumerate(ends):
-            done, row = end - (start[i + 1] - start[i]), start[i]
+            done, row = end - (starts[i + 1] - starts[i]), starts[i]
             step = 0
             while done < end:
                 count = min(segment - done % segment, end - done)
@@ -132,39 +146,63 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
                     pieces.append([])
                 pieces[step].append((i, row, count, done + count))
                 done, row, step = done + count, row + count, step + 1
-        return [self._make_step(rows, slots) for rows in pieces]
+        due = [self._due([(i, end) for i, _, _, end in rows]) for rows in pieces]
+        tables = [[_spread(rows), *calls] for rows, calls in zip(pieces, due, strict=True)]
+        placed = iter(self._place([table for step in tables for table in step], slots))
+        steps = []
+        for rows, calls in zip(pieces, due, strict=True):
+            counts = [count for _, _, count, _ in rows]
+            steps.append(Step(next(placed), max(counts), sum(counts), _with_longest(calls, placed)))
+        return steps
 
-    def _make_step(self, rows, slots: torch.Tensor) -> Step:
-        owner, cu, lens = [], [rows[0][1]], []
-        for i, row, count, seq_len in rows:
-            if row > cu[-1]:
-                owner.append(-1)
-                lens.append(0)
-                cu.append(row)
-            owner.append(i)
-            lens.append(seq_len)
-            cu.append(row + count)
-        packed = torch.tensor([owner + [0], lens + [0], cu], dtype=torch.int32)
-        if self.device.type != "cpu":
-            packed = packed.pin_memory().to(self.device, non_blocking=True)
-        owner, lens, cu = packed
-        owner, lens = owner[:-1], lens[:-1]
-        held = torch.where(owner >= 0, slots[owner.clamp(min=0)], -1)
-        layout, counts = self.plan.layout, [count for _, _, count, _ in rows]
-        merges = any(end % layout.segment == 0 and end > layout.window for _, _, _, end in rows)
-        return Step(held, cu, lens, max(counts), sum(counts), merges)
+    def _due(self, rows: list[tuple[int, int]]) -> list[Table]:
+        """Of (sequence, its length after a step), those that complete a segment which makes another leave the window.
+
+        A few per call of merge(): kernels are compiled for few rows and for many.
+        """
+        layout = self.plan.layout
+        due = [(i, end) for i, end in rows if end % layout.segment == 0 and end > layout.window]
+        calls = [due[first : first + TOGETHER] for first in range(0, len(due), TOGETHER)]
+        return [([i for i, _ in call], [*range(len(call) + 1)], [end for _, end in call]) for call in calls]
+
+    def _place(self, tables: list[Table], slots: torch.Tensor) -> list[Rows]:
+        """Tables on the device, with slots in place of sequences; one copy for all.
+
+        Rows of vLLM's dummy runs, which all hold its null block, sit the step out as padding does.
+        """
+        if not tables:
+            return []
+        columns = [[x for part in column for x in part] for column in zip(*tables, strict=True)]
+        owner, cu_seqlens, seq_lens = self.pool.upload(sum(columns, [])).split([len(column) for column in columns])
+        held = slots[owner.clamp(min=0)]
+        held = torch.where((owner >= 0) & (held > 0), held, -1)
+        counts = [len(owners) for owners, _, _ in tables]
+        parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
+        return [Rows(*rows) for rows in zip(*parts, strict=True)]
 
     def _layers(self) -> dict[str, torch.nn.Module]:
         """vLLM's attention layers, by name."""
         layers = self.vllm_config.compilation_config.static_forward_context
         return {name: layers[name] for name in self.layer_names}
 
-    def _make_pool(self) -> SlotPool:
-        shape = self.plan.layout.shape
-        model = self.vllm_config.model_config
-        with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
-            rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
-        return SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
+
+def _with_longest(tables: list[Table], placed: Iterator[Rows]) -> list[Due]:
+    """The next rows of `placed`, which are those tables."""
+    return [Due(next(placed), max(seq_lens)) for _, _, seq_lens in tables]
+
+
+def _spread(rows: list[tuple[int, int, int, int]]) -> Table:
+    """Pieces (sequence, first row, rows, length after it) with padding where rows of the batch lie between them."""
+    owner, cu, lens = [], [rows[0][1]], []
+    for i, row, count, seq_len in rows:
+        if row > cu[-1]:
+            owner.append(-1)
+            lens.append(0)
+            cu.append(row)
+        owner.append(i)
+        lens.append(seq_len)
+        cu.append(row + count)
+    return owner, cu, lens
 
 
 class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
@@ -219,14 +257,12 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         if self.position is None:
             self.position = extract_layer_index(layer.layer_name)
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
-        slots, policy = pool.layers[self.position], pool.policies[self.position]
+        slots = pool.layers[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
         scratch = {"scratch": pool.readouts[self.position]} if ON_CPU else {}
         for step in attn_metadata.steps:
-            rows = step.slot_indices, step.cu_seqlens, step.seq_lens
             known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
-            kernels.write(key, value, slots, *rows, **known)
-            kernels.attend(query, slots, *rows, self.scale, out, pool.rope, **known, **scratch)
-            if step.merges:
-                kernels.merge(slots, *rows, pool.rope, policy, **scratch)
+            kernels.write(key, value, slots, *step.rows, **known)
+            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known, **scratch)
+            pool.merge(self.position, step.due)
         return output

@@ -1,4 +1,4 @@
-"""The plugin's KV connector: carries pins to the slots, saves and restores sessions, counts.
+"""The plugin's KV connector: carries pins to the slots, merges after decoding, saves and restores sessions, counts.
 
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
 others. A session is restored before the step that computes its first new token, and saved when its request
@@ -293,15 +293,17 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)
-        if SlotPool.serving is not None:
-            SlotPool.serving.pin(connector_metadata.pins)
+        pool = SlotPool.serving()
+        if pool is not None:
+            pool.pin(connector_metadata.pins)
         for turn in connector_metadata.begun:
             self.store.begin(turn.tenant, turn.name, turn.save_id)
 
     def start_load_kv(self, forward_context, **kwargs):
-        for transfer in self._get_connector_metadata().restores:
-            row = SlotPool.serving.slab[transfer.slot]
-            SlotPool.serving.forget([transfer.slot])
+        restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
+        for transfer in restores:
+            row = pool.slab[transfer.slot]
+            pool.forget([transfer.slot])
             try:
                 staging = row if row.device.type == "cpu" else None
                 turn = transfer.turn
@@ -313,8 +315,14 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             except SessionRefused as refused:
                 logger.warning("deltamem computes a prompt anew: %s", refused)
                 self._failed.add(transfer.slot)
+        if restores:
+            pool.write_pins()
 
     def wait_for_save(self):
+        """After every forward pass, also one that was replayed from a CUDA graph."""
+        pool = SlotPool.serving()
+        if pool is not None:
+            pool.merge_due()
         metadata = self._get_connector_metadata()
         for transfer in metadata.saves:
             self.save(transfer)
@@ -324,7 +332,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def save(self, transfer: Transfer) -> None:
         """Save a slot; a session that cannot be saved stays as it was, with a warning."""
-        turn, slab = transfer.turn, SlotPool.serving.slab[transfer.slot].cpu().contiguous()
+        turn, pool = transfer.turn, SlotPool.serving()
+        pool.merge_due()  # a step may be under way whose last token this save counts
+        slab = pool.slab[transfer.slot].cpu().contiguous()
         try:
             self.store.save(turn.tenant, turn.name, transfer.tokens, slab, turn.save_id)
         except SessionRefused as refused:

@@ -202,7 +202,7 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
             f"sinks {config.sinks} and pinned {pinned}: it takes at least "
             f"{-(-least // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
         )
-    shares = torch.ones(heads, dtype=torch.float64) if budgets is None else budgets[layers].flatten().double()
+    shares = [1.0] * heads if budgets is None else budgets[layers].flatten().tolist()
     room = _share_out(total - _align(8 * MAX_PINS), shares, least)
     longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
@@ -239,9 +239,10 @@ def worker_heads(kv_heads: int, rank: int, workers: int) -> slice:
     return slice(first, first + held)
 
 
-def _share_out(total: int, shares: torch.Tensor, least: int) -> list[int]:
+def _share_out(total: int, shares: list[float], least: int) -> list[int]:
     """Bytes of every head: in proportion to the shares, none below `least`, the sum at most `total`."""
-    floor = torch.zeros(len(shares), dtype=torch.bool)
+    shares = torch.tensor(shares, dtype=torch.float64, device="cpu")  # vLLM makes models with the GPU as default
+    floor = torch.zeros_like(shares, dtype=torch.bool)
     while True:
         spare = total - least * int(floor.sum())
         room = torch.where(floor, float(least), shares / shares[~floor].sum() * spare)

@@ -1,12 +1,35 @@
 """All slots of a worker: vLLM's cache tensors seen as slabs."""
 
+import weakref
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
+
+ON_CPU = current_platform.is_cpu()
+if ON_CPU:
+    from vllm_deltamem.kernels import cpu as kernels
+else:
+    from vllm_deltamem.kernels import cuda as kernels
+
+
+class Rows(NamedTuple):
+    """The sequences of a call, see kernels/reference.py."""
+
+    slot_indices: torch.Tensor  # [N] int32, -1 for rows that sit the call out
+    cu_seqlens: torch.Tensor  # [N + 1] int32
+    seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of the call
+
+
+class Due(NamedTuple):
+    """Sequences that complete a segment with a step, which makes another leave the window."""
+
+    rows: Rows  # of one token each
+    longest: int  # tokens of the longest
 
 
 @dataclass
@@ -17,12 +40,40 @@ class SlotPool:
     rope: Rope | None
     readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
-    serving: ClassVar["SlotPool | None"] = None  # of the model that this process loaded last
+    due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
+    # of the model that this process loaded last; vLLM makes and drops a small one before the real one
+    _serving: ClassVar["weakref.ref[SlotPool] | None"] = None
+
+    @classmethod
+    def serving(cls) -> "SlotPool | None":
+        """The pool of the model that this process loaded last, while its metadata builder lives."""
+        return cls._serving and cls._serving()
 
     @property
     def slots(self) -> int:
         """Slots that sequences can hold."""
         return len(self.slab) - 1
+
+    def merge(self, layer: int, due: list[Due]) -> None:
+        """Merge in one layer."""
+        for rows, longest in due:
+            known = {"scratch": self.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
+            kernels.merge(self.layers[layer], *rows, self.rope, self.policies[layer], **known)
+
+    @torch.inference_mode()
+    def merge_due(self) -> None:
+        """Merge in all layers what the last decoding step left, once."""
+        due, self.due = self.due, []
+        if due:
+            for layer in range(len(self.layers)):
+                self.merge(layer, due)
+
+    def reset(self, rows: Rows) -> None:
+        """Clear the slots of sequences whose first token is in this step, and write their pins."""
+        fresh = kernels.reset(self.slab, *rows)
+        if ON_CPU:
+            self.forget(fresh)
+        self.write_pins()
 
     def forget(self, slots: list[int]) -> None:
         """Drop what the CPU path has read of slots that were cleared or restored."""
@@ -33,15 +84,22 @@ class SlotPool:
     def pin(self, claimed: dict[int, list[list[int]]]) -> None:
         """Note the pinned spans of slots that sequences just claimed, and write them."""
         for slot, spans in claimed.items():
-            self.pins.pop(slot, None)
+            if self.pins.pop(slot, None):
+                self.layers[0].pins[slot] = 0
             if spans:
                 self.pins[slot] = spans
-        self.write_pins()
+        if claimed:
+            self.write_pins()
 
     def write_pins(self) -> None:
-        """Write all spans again: the reset of a slot, whichever comes first, wipes them."""
+        """Write all spans again: the reset of a slot and the restoring of a session wipe them."""
         for slot, spans in self.pins.items():
-            self.layers[0].pins[slot, : len(spans)] = torch.tensor(spans, dtype=torch.int32, device=self.slab.device)
+            self.layers[0].pins[slot, : len(spans)] = self.upload(spans)
+
+    def upload(self, values: list) -> torch.Tensor:
+        """Values as an int32 tensor on the slab's device, without waiting for it."""
+        values = torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=not ON_CPU)
+        return values.to(self.slab.device, non_blocking=True)
 
     @classmethod
     def from_caches(cls, plan: MemoryPlan, caches: list[torch.Tensor], rope: Rope | None) -> "SlotPool":
@@ -60,11 +118,12 @@ class SlotPool:
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device = slab.device
-        cls.serving = cls(
+        pool = cls(
             slab=slab,
             layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=[{} for _ in range(layout.shape.layers)],
             rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
         )
-        return cls.serving
+        cls._serving = weakref.ref(pool)
+        return pool

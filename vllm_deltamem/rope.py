@@ -79,7 +79,8 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
     parameters = parameters.get("full_attention", parameters)
     known = {id(rope) for rope in _ROPE_DICT.values()}
     for neox in (True, False):
-        rope = get_rope(head_size, hf_config.max_position_embeddings, neox, parameters or None, dtype)
+        with torch.device("cpu"):
+            rope = get_rope(head_size, hf_config.max_position_embeddings, neox, parameters or None, dtype)
         if id(rope) in known:
             break
     else:
@@ -90,7 +91,8 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
             )
         logger.warning("deltamem found no rotary embedding it knows: merging compares rotated keys.")
         return None
-    cos, sin = rope._compute_cos_sin_cache().float().cpu().chunk(2, -1)
+    with torch.device("cpu"):
+        cos, sin = rope._compute_cos_sin_cache().float().cpu().chunk(2, -1)
     norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
     if len(cos) < positions:
         raise ValueError(

@@ -88,6 +88,7 @@ def _refuse_unsupported(vllm_config) -> None:
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "batches in halves (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "--worker-extension-cls (its own reaches the sessions)": parallel.worker_extension_cls
         not in ("", WORKER_EXTENSION),
         "--kv-transfer-config (its own connector carries sessions)": _foreign_connector(vllm_config),
