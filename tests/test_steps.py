@@ -84,11 +84,14 @@ def test_only_slots_of_new_sequences_are_cleared(builder):
 
 def test_a_prompt_is_cut_at_segments_and_merged_where_one_ends(builder):
     metadata = builder.build(0, make_batch([(3, 20, 52), (2, 1, 48), (1, 5, 5)]))
-    first, second = metadata.steps
-    assert listed(first.rows) == [[3, -1, 2, 1], [0, 16, 20, 21, 26], [48, 0, 48, 5]]
-    assert [(listed(rows), longest) for rows, longest in first.due] == [([[3, 2], [0, 1, 2], [48, 48]], 48)]
+    single, first, second = metadata.steps
+    assert listed(single.rows) == [[2], [20, 21], [48]], "what decodes has a step of its own"
+    assert [(listed(rows), longest) for rows, longest in single.due] == [([[2], [0, 1], [48]], 48)]
+    assert listed(first.rows) == [[3, -1, 1], [0, 16, 21, 26], [48, 0, 5]]
+    assert [(listed(rows), longest) for rows, longest in first.due] == [([[3], [0, 1], [48]], 48)]
     assert listed(second.rows) == [[3], [16, 20], [52]] and second.due == []
-    assert (first.longest, first.tokens, second.longest, second.tokens) == (16, 22, 4, 4)
+    sizes = [(step.longest, step.tokens, step.reach) for step in metadata.steps]
+    assert sizes == [(1, 1, 48), (16, 21, 48), (4, 4, 52)]
     assert builder.pool.due == [], "prompts merge inside the forward pass"
 
 

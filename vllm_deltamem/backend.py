@@ -73,6 +73,7 @@ class Step:
     rows: Rows
     longest: int  # tokens of the longest piece
     tokens: int  # of all pieces
+    reach: int | None  # tokens of the longest sequence, where the host may count on it
     due: list[Due]  # merged in every layer after it attended
 
 
@@ -128,17 +129,22 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
     def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
         """One token of every sequence, perhaps replayed from a CUDA graph: it merges after the forward pass."""
         rows = Rows(batch.block_table_tensor[:, 0], batch.query_start_loc, batch.seq_lens)
-        return DeltaMemMetadata([Step(rows, 1, batch.num_reqs, [])], batch.num_actual_tokens, self.pool)
+        return DeltaMemMetadata([Step(rows, 1, batch.num_reqs, None, [])], batch.num_actual_tokens, self.pool)
 
     def _cut(self, starts: list[int], ends: list[int], slots: torch.Tensor) -> list[Step]:
         """Cut every sequence's new tokens at segment boundaries; the k-th piece of each goes into step k.
 
-        Rows between the pieces of a step become padding, so that cu_seqlens covers the batch as it lies.
+        Sequences with a single new token have a step of their own, which decodes. Rows between the pieces of a
+        step become padding, so that cu_seqlens covers the batch as it lies.
         """
         segment = self.plan.layout.segment
+        single: list[tuple[int, int, int, int]] = []
         pieces: list[list[tuple[int, int, int, int]]] = []
         for i, end in enumerate(ends):
             done, row = end - (starts[i + 1] - starts[i]), starts[i]
+            if end - done == 1:
+                single.append((i, row, 1, end))
+                continue
             step = 0
             while done < end:
                 count = min(segment - done % segment, end - done)
@@ -146,13 +152,15 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
                     pieces.append([])
                 pieces[step].append((i, row, count, done + count))
                 done, row, step = done + count, row + count, step + 1
+        pieces = [single, *pieces] if single else pieces
         due = [self._due([(i, end) for i, _, _, end in rows]) for rows in pieces]
         tables = [[_spread(rows), *calls] for rows, calls in zip(pieces, due, strict=True)]
         placed = iter(self._place([table for step in tables for table in step], slots))
         steps = []
         for rows, calls in zip(pieces, due, strict=True):
-            counts = [count for _, _, count, _ in rows]
-            steps.append(Step(next(placed), max(counts), sum(counts), _with_longest(calls, placed)))
+            _, _, counts, reached = zip(*rows, strict=True)
+            placed_rows, sizes = next(placed), (max(counts), sum(counts), max(reached))
+            steps.append(Step(placed_rows, *sizes, _with_longest(calls, placed)))
         return steps
 
     def _due(self, rows: list[tuple[int, int]]) -> list[Table]:
@@ -263,6 +271,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         for step in attn_metadata.steps:
             known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
-            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known, **scratch)
+            known |= scratch if ON_CPU else {"max_seq_len": step.reach}
+            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known)
             pool.merge(self.position, step.due)
         return output
