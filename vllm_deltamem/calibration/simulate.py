@@ -8,8 +8,8 @@ from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attent
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu
-from vllm_deltamem.kernels.slot import Policy, Rope
-from vllm_deltamem.memory import Layout, Shape, plan_layout
+from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.memory import Layout, plan_layout
 from vllm_deltamem.profile import Profile, training_free
 
 
@@ -24,7 +24,7 @@ class Score:
 
 
 class MemoryAttention:
-    """Attention of every layer through a slot of the memory. Every call starts an empty one."""
+    """Attention of every layer with full attention through a slot of the memory. Every call starts an empty one."""
 
     def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
         self.model, self.layout, self.policies = model, layout, policies
@@ -33,7 +33,8 @@ class MemoryAttention:
         q, k, v = (x.transpose(0, 1).cpu().contiguous() for x in (q, k, v))
         slots = self.layout.views(torch.zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
         out, slot, scratch = torch.empty_like(q), torch.zeros(1, dtype=torch.int32), {}
-        rope = Rope(*(table.cpu() for table in self.model.rope(len(q))[:2]), interleaved=False)
+        rope = self.model.rope(len(q))
+        rope = rope and rope._replace(cos=rope.cos.cpu(), sin=rope.sin.cpu())
         for begin in range(0, len(q), slots.segment):
             piece = slice(begin, min(begin + slots.segment, len(q)))
             count = piece.stop - begin
@@ -48,16 +49,11 @@ def memory_attention(
     model: FrozenModel, profile: Profile | None, context: int, share: float, **settings
 ) -> MemoryAttention:
     """The memory at a share of full attention over `context` tokens; settings as in DeltaMemConfig."""
-    shape = model.fingerprint
-    memory = round(share * context)
-    budgets = profile and profile.budgets_for(memory, context)
+    shape, memory = model.shape(context), round(share * context)
     layout = plan_layout(
-        Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, context),
-        DeltaMemConfig(memory=memory, **settings),
-        budgets,
+        shape, DeltaMemConfig(memory=memory, **settings), profile and profile.budgets_for(memory, context)
     )
-    layers = range(shape["layers"])
-    policies = [profile.policy(i) if profile else training_free(shape["kv_heads"]) for i in layers]
+    policies = [profile.policy(i) if profile else training_free(shape.kv_heads) for i in range(shape.layers)]
     return MemoryAttention(model, layout, policies)
 
 
