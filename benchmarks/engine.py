@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -20,6 +21,7 @@ def start(model: str, settings: dict | None, length: int, **options):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     options |= {"model": model, "seed": 0, "max_logprobs": TOP}
+    options |= {"enforce_eager": torch.cuda.is_available()}  # compiling for a GPU takes longer than a run
     if settings is None:
         length = min(length, trained)
     else:
@@ -100,7 +102,7 @@ def main() -> None:
     plan = Plan.read()
     waiting = plan.waiting()
     if waiting:
-        run(start(plan.model, plan.settings, plan.length), plan, waiting)
+        run(start(plan.model, plan.settings, plan.length, kv_cache_memory_bytes=plan.cache), plan, waiting)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Plan:
     seed: int  # of the first sample
     n: int
     outputs: str = ""  # folder
+    cache: int | None = None  # bytes of vLLM's KV cache; None: what vLLM finds free
     settings: dict | None = None  # deltamem's
     alternative: str | None = None  # name in alternatives.ALTERNATIVES
     room: int = 0  # bytes that a sequence of it may hold

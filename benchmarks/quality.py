@@ -3,9 +3,10 @@
     python benchmarks/quality.py --model DIR --data DIR --small
     python benchmarks/quality.py --model DIR --data DIR --suites needle1,agent30 --context 8192 --n 40
     python benchmarks/quality.py --model DIR --data DIR --policies deltamem,streaming,keydiff --reductions .85
+    python benchmarks/quality.py --model DIR --data DIR --jobs 4                  on a GPU: four engines at a time
 
-Full attention runs first, by vLLM's own backend, then every policy at every reduction, each engine in a
-process of its own. Reduction r at a context of L tokens is a memory of round((1 - r) L) tokens per head.
+Full attention, by vLLM's own backend, and every policy at every reduction run in engines of their own, each in
+its process. Reduction r at a context of L tokens is a memory of round((1 - r) L) tokens per head.
 Alternatives (benchmarks/alternatives/) run in transformers and get as many bytes as deltamem's slot then takes.
 Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl.
 """
@@ -14,10 +15,13 @@ import argparse
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
+
+import torch
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -53,6 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reductions", type=shares, default=[0.5, 0.85, 0.95])
     parser.add_argument("--n", type=int, default=20, help="samples per suite")
     parser.add_argument("--seed", type=int, default=SPLIT_STARTS["reported"], help="seed of the first sample")
+    parser.add_argument("--jobs", type=int, default=1, help="engines that share the GPU at a time")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     parser.add_argument("--small", action="store_true", help="15 minutes on a CPU: " + " ".join(SMALL))
     args = parser.parse_args(SMALL + arguments if "--small" in arguments else arguments)
@@ -102,6 +107,15 @@ def execute(run: Run) -> None:
     subprocess.run([sys.executable, "-m", module], input=run.plan.written(), text=True, cwd=ROOT, check=True)
 
 
+def cache_bytes(jobs: int) -> int | None:
+    """Of the KV cache of each of several engines on one GPU: half of the memory goes to caches."""
+    if jobs == 1:
+        return None
+    if not torch.cuda.is_available():
+        raise SystemExit("--jobs is for engines that share a GPU: there is none.")
+    return torch.cuda.get_device_properties(0).total_memory // 2 // jobs
+
+
 def summary(part: str):
     """How the scores of a part's samples become one: the mean, but perplexity is exp(mean nll)."""
     return (lambda values: math.exp(fmean(values))) if part == "perplexity" else fmean
@@ -135,11 +149,11 @@ def rows(suite: str, samples: list, full: dict, outputs: dict) -> list[dict]:
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     model, data = (str(folder.absolute()) for folder in (args.model, args.data))
-    base = Plan(model, data, args.context, args.suites, args.seed, args.n)
+    base = Plan(model, data, args.context, args.suites, args.seed, args.n, cache=cache_bytes(args.jobs))
     runs = [prepare(base, "full", 0.0)]
     runs += [prepare(base, policy, reduction) for policy in args.policies for reduction in args.reductions]
-    for run in runs:
-        execute(run)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(execute, runs))
     found = []
     for run in runs:
         for suite, samples in base.samples.items():

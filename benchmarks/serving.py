@@ -6,7 +6,7 @@
     python benchmarks/serving.py --model CONFIG_DIR --load-format dummy ...   honest speed without weights
 
 Every backend (and memory size) is an engine of its own, one after the other, on the same random prompts. A
-batch of B prompts of C tokens is sent at once; the first figure of each is a warm-up and left out.
+batch of B prompts of C tokens is sent at once; before that, every batch has run once with prompts of WARM_UP tokens.
 Rows go to benchmarks/results.jsonl, metrics ttft_s, tpot_ms, tokens_per_s, bytes_per_sequence and
 sequences_that_fit.
 """
@@ -26,6 +26,7 @@ if not __package__:  # run as a script
 from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 16_384  # tokens, or as many as the longest context has
 
 
 def integers(text: str) -> list[int]:
@@ -42,8 +43,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contexts", type=integers, default=[1024, 4096])
     parser.add_argument("--batches", type=integers, default=[1])
     parser.add_argument("--memory", type=int, nargs="*", default=[None], help="sizes for DELTAMEM; default: its own")
+    parser.add_argument("--settings", type=json.loads, default={}, help="further settings of DELTAMEM, as JSON")
     parser.add_argument("--output-tokens", type=int, default=33)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--most-tokens", type=int, default=1 << 20, help="of a batch's prompts; larger ones are left out"
+    )
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     return parser.parse_args(arguments)
@@ -54,8 +59,7 @@ def measure(plan: dict) -> list[dict]:
     from vllm import LLM, SamplingParams
 
     longest = max(plan["contexts"]) + plan["output_tokens"]
-    settings = {} if plan["memory"] is None else {"memory": plan["memory"]}
-    own = {"additional_config": {"deltamem": settings}} if plan["backend"] == "DELTAMEM" else {}
+    own = {"additional_config": {"deltamem": plan["settings"]}} if plan["backend"] == "DELTAMEM" else {}
     llm = LLM(
         plan["model"],
         attention_backend=plan["backend"],
@@ -69,16 +73,21 @@ def measure(plan: dict) -> list[dict]:
     engine, vocabulary = llm.llm_engine, llm.llm_engine.model_config.get_vocab_size()
     params = SamplingParams(temperature=0, max_tokens=plan["output_tokens"], ignore_eos=True, detokenize=False)
     figures = memory_figures(engine, plan)
+
+    def run(context: int, batch: int, repeat: int) -> tuple[float, float, float]:
+        prompts = [
+            [(repeat * 7919 + i * 104729 + j * j) % (vocabulary - 10) for j in range(context)] for i in range(batch)
+        ]
+        return time_batch(engine, prompts, params)
+
+    for batch in plan["batches"]:
+        run(min(WARM_UP, max(plan["contexts"])), batch, 0)
     for context in plan["contexts"]:
         for batch in plan["batches"]:
-            runs = []
-            for repeat in range(plan["repeats"] + 1):
-                prompts = [
-                    [(repeat * 7919 + i * 104729 + j * j) % (vocabulary - 10) for j in range(context)]
-                    for i in range(batch)
-                ]
-                runs.append(time_batch(engine, prompts, params))
-            first, rest, total = (median(column) for column in zip(*runs[1:], strict=True))
+            if batch * context > plan["most_tokens"]:
+                continue
+            runs = [run(context, batch, repeat + 1) for repeat in range(plan["repeats"])]
+            first, rest, total = (median(column) for column in zip(*runs, strict=True))
             sizes = {"context": context, "batch": batch, "n": plan["repeats"]}
             tokens = batch * (context + plan["output_tokens"])
             figures += [
@@ -135,10 +144,12 @@ def main(arguments: list[str]) -> None:
     rows = []
     for backend in args.backends:
         for memory in args.memory if backend == "DELTAMEM" else [None]:
+            settings = args.settings | ({"memory": memory} if memory else {})
             plan = {
                 "model": str(args.model.absolute()),
                 "backend": backend,
-                "memory": memory,
+                "settings": settings,
+                "most_tokens": args.most_tokens,
                 "contexts": args.contexts,
                 "batches": args.batches,
                 "output_tokens": args.output_tokens,
@@ -152,6 +163,8 @@ def main(arguments: list[str]) -> None:
             options = dict(text=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment)
             done = subprocess.run(command, input=json.dumps(plan), **options)
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
+            if backend == "DELTAMEM":
+                here["settings"] = settings
             rows += [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
     common.append(rows, "serving", args.results)
     for row in rows:

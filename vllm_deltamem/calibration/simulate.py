@@ -1,13 +1,13 @@
 """The memory inside transformers: the serving path's own kernels and layout, one sequence at a time."""
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
 from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attention
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.memory import Layout, plan_layout
 from vllm_deltamem.profile import Profile, training_free
@@ -28,21 +28,22 @@ class MemoryAttention:
 
     def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
         self.model, self.layout, self.policies = model, layout, policies
+        on_cpu = torch.device(model.device).type == "cpu"
+        self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if on_cpu else "cuda"))
+        self.keeps_readouts = on_cpu
 
     def __call__(self, layer, q, k, v, scale):
-        q, k, v = (x.transpose(0, 1).cpu().contiguous() for x in (q, k, v))
-        slots = self.layout.views(torch.zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
-        out, slot, scratch = torch.empty_like(q), torch.zeros(1, dtype=torch.int32), {}
-        rope = self.model.rope(len(q))
-        rope = rope and rope._replace(cos=rope.cos.cpu(), sin=rope.sin.cpu())
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+        slots = self.layout.views(q.new_zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
+        out, options = torch.empty_like(q), {"scratch": {}} if self.keeps_readouts else {}
         for begin in range(0, len(q), slots.segment):
             piece = slice(begin, min(begin + slots.segment, len(q)))
-            count = piece.stop - begin
-            batch = slot, torch.tensor([0, count]), torch.tensor([piece.stop])
-            cpu.write(k[piece], v[piece], slots, *batch)
-            cpu.attend(q[piece], slots, *batch, scale, out[piece], scratch=scratch)
-            cpu.merge(slots, *batch, rope, self.policies[layer], scratch)
-        return out.transpose(0, 1).to(self.model.device)
+            rows = ([0], [0, piece.stop - begin], [piece.stop])
+            batch = [torch.tensor(row, dtype=torch.int32, device=q.device) for row in rows]
+            self.kernels.write(k[piece], v[piece], slots, *batch)
+            self.kernels.attend(q[piece], slots, *batch, scale, out[piece], **options)
+            self.kernels.merge(slots, *batch, self.model.rope(len(q)), self.policies[layer], **options)
+        return out.transpose(0, 1)
 
 
 def memory_attention(
@@ -53,7 +54,8 @@ def memory_attention(
     layout = plan_layout(
         shape, DeltaMemConfig(memory=memory, **settings), profile and profile.budgets_for(memory, context)
     )
-    policies = [profile.policy(i) if profile else training_free(shape.kv_heads) for i in range(shape.layers)]
+    device, layers = model.device, range(shape.layers)
+    policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]
     return MemoryAttention(model, layout, policies)
 
 
