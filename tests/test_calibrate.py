@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 from engines import MIXED, save_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate, trials
@@ -20,31 +20,13 @@ TEXT = "The tower stood by the sea, and no keeper had climbed it for many a long
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {chr(c): c for c in range(128)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="\x00"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+def folder(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("model"))
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=64,
-        intermediate_size=64,
-        vocab_size=128,
-        head_dim=16,
-        initializer_range=0.3,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +49,7 @@ def biased(bias, near):
 
 
 def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
-    ids = torch.randint(1, 128, (150,), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(1, 96, (150,), generator=torch.Generator().manual_seed(3))
     prompt = prompts.Prompt(ids, ((120, 150),), recall=False)
     seen = influence.observe(model, prompt, seed=9)
     bias = torch.zeros(2, 2, 150, requires_grad=True)
@@ -81,7 +63,7 @@ def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
 
 
 def test_observed_keys_are_those_before_rotation(model):
-    ids = torch.randint(1, 128, (100,), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(1, 96, (100,), generator=torch.Generator().manual_seed(4))
     rotated = {}
 
     def attention(layer, q, k, v, scale):
@@ -149,7 +131,10 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     assert not (tmp_path / "a.safetensors.partial").exists()
 
 
-@pytest.mark.parametrize("family", ["gemma3-mixed", "cohere2-mixed"])  # two ropes; no rope in full layers
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3-mixed", pytest.param("cohere2-mixed", marks=pytest.mark.slow)],  # two ropes; no rope in full layers
+)
 def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(gates, "CANDIDATES", {})
     tokenizer.save_pretrained(tmp_path)
@@ -168,7 +153,7 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
     monkeypatch.setattr(windows, "BEFORE", ())  # vLLM's Cohere 2 sees one token more than that of transformers
     tokenizer.save_pretrained(tmp_path)
     model = FrozenModel(str(save_model(tmp_path, family)))
-    ids, wanted = torch.randint(2, 128, (150,), generator=torch.Generator().manual_seed(6)), torch.arange(1, 150)
+    ids, wanted = torch.randint(2, 96, (150,), generator=torch.Generator().manual_seed(6)), torch.arange(1, 150)
     seen = set()
 
     def attention(layer, *given):
