@@ -14,8 +14,8 @@ from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.calibration.trials import trial_merges
 from vllm_deltamem.kernels.slot import rotate
+from vllm_deltamem.memory import NEAR
 
-NEAR = 64  # tokens that a query has in its window anyway
 QUERY_BLOCK = 256
 
 
