@@ -29,13 +29,13 @@ def make_rope(kind, size, trained=0, positions=POSITIONS) -> Rope | None:
     return Rope(angle.cos(), angle.sin(), kind == "interleaved", trained)
 
 
-def make_policy(kv_heads, size, learned=False, units=24) -> Policy:
+def make_policy(kv_heads=3, size=32, learned=False, units=24) -> Policy:
     gate = torch.tensor([[-1.0, 4.0, -0.1]]).expand(kv_heads, 3)
     shapes = (kv_heads, 2 * size, units), (kv_heads, units), (kv_heads, units), (kv_heads,)
     return Policy(tuple(torch.randn(shape) for shape in shapes) if learned else None, gate)
 
 
-def make_tokens(count, kv_heads, size, group, dtype=torch.float32):
+def make_tokens(count, kv_heads=3, size=32, group=2, dtype=torch.float32):
     """k, v [T, G, D] and q [T, H, D]; keys share a direction, as those of real models do."""
     k, v = torch.randn(count, kv_heads, size) + 2 * torch.randn(kv_heads, size), torch.randn(count, kv_heads, size)
     return k.to(dtype), v.to(dtype), torch.randn(count, kv_heads * group, size).to(dtype)

@@ -1,14 +1,14 @@
 """Calibration on a tiny random model: influence is a derivative, budgets an optimum, runs repeat."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from engines import MIXED, save_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_deltamem import calibrate
+from benchmarks.tiny_llama import save_tiny_llama
+from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate, trials
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
@@ -21,25 +21,12 @@ TEXT = "The tower stood by the sea, and no keeper had climbed it for many a long
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("model"))
-    vocabulary = {chr(c): c for c in range(128)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="\x00"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=64,
-        intermediate_size=64,
-        vocab_size=128,
-        head_dim=16,
-        initializer_range=0.3,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +49,7 @@ def biased(bias, near):
 
 
 def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
-    ids = torch.randint(1, 128, (150,), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(1, 96, (150,), generator=torch.Generator().manual_seed(3))
     prompt = prompts.Prompt(ids, ((120, 150),), recall=False)
     seen = influence.observe(model, prompt, seed=9)
     bias = torch.zeros(2, 2, 150, requires_grad=True)
@@ -76,7 +63,7 @@ def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
 
 
 def test_observed_keys_are_those_before_rotation(model):
-    ids = torch.randint(1, 128, (100,), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(1, 96, (100,), generator=torch.Generator().manual_seed(4))
     rotated = {}
 
     def attention(layer, q, k, v, scale):
@@ -144,13 +131,39 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     assert not (tmp_path / "a.safetensors.partial").exists()
 
 
-def test_models_with_sliding_layers_are_refused(tmp_path, monkeypatch):
-    config = LlamaConfig(
-        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=64, vocab_size=128
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3-mixed", pytest.param("cohere2-mixed", marks=pytest.mark.slow)],  # two ropes; no rope in full layers
+)
+def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "CANDIDATES", {})
+    tokenizer.save_pretrained(tmp_path)
+    made = calibrate.calibrate(
+        str(save_model(tmp_path, family)), tmp_path / "a", [TEXT * 8], prompts=8, length=1024, held_out=1
     )
-    monkeypatch.setattr(calibrate, "FrozenModel", lambda *_: SimpleNamespace(config=config))
-    with pytest.raises(ValueError, match="sliding-window layers cannot be calibrated yet"):
-        calibrate.calibrate("model", tmp_path / "a.safetensors", [TEXT * 8], prompts=8, length=1024)
+    sliding = [kind == "sliding_attention" for kind in MIXED]
+    for weight in (*made.importance[:3], made.gate):
+        assert [not row.any() for row in weight] == sliding
+    assert (made.budgets[:, sliding] == 1).all() and made.budgets[1, ~torch.tensor(sliding)].std() > 0
+    profiles.check(profiles.load(tmp_path / "a"), AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["gemma3-mixed", "mistral-mixed", "cohere2-mixed", "exaone4-mixed"])
+def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "BEFORE", ())  # vLLM's Cohere 2 sees one token more than that of transformers
+    tokenizer.save_pretrained(tmp_path)
+    model = FrozenModel(str(save_model(tmp_path, family)))
+    ids, wanted = torch.randint(2, 96, (150,), generator=torch.Generator().manual_seed(6)), torch.arange(1, 150)
+    seen = set()
+
+    def attention(layer, *given):
+        seen.add(layer)
+        return full_attention(layer, *given)
+
+    logits = model.logits(ids, attention, wanted)
+    assert seen == {2, 4}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation="sdpa")
+    torch.testing.assert_close(logits, theirs(ids[None]).logits[0, :-1], atol=1e-3, rtol=1e-3)
 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_promp
 from vllm_deltamem.calibration.simulate import Score, memory_attention, score
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
-from vllm_deltamem.windows import find_windows
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
 EVERY = 4  # one training prompt in so many is plain text
@@ -63,7 +62,7 @@ def calibrate(
     """Make and save a profile. Interrupted, it goes on where it was when called alike again.
 
     The same arguments give the same profile on the same machine. Raises ValueError when the prompts are too
-    few or too short, or a text is, or when layers of the model have sliding windows.
+    few or too short, or a text is, or when every layer of the model has a sliding window.
     """
     texts = texts or [default_text()]
     if prompts < 2 * EVERY:
@@ -74,9 +73,7 @@ def calibrate(
         if len(text) < 8 * length:
             raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
     model = FrozenModel(model_folder, device)
-    if any(find_windows(model.config.get_text_config(), length)):
-        raise ValueError("Models with sliding-window layers cannot be calibrated yet: serve them without a profile.")
-    shape = model.fingerprint
+    shape = model.shape(budgets.CONTEXT)
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)
     weights = importance.fit(seen, seed, device=device)
@@ -85,17 +82,17 @@ def calibrate(
         importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
         for fold in range(2)
     ]
-    slot = Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, budgets.CONTEXT)
+    shares = budgets.allocate(budgets.losses(seen, [crossed[fold] for fold in folds]), shape)
     profile = Profile(
-        fingerprint=shape,
+        fingerprint=model.fingerprint,
         sizes=budgets.SIZES,
-        budgets=budgets.allocate(budgets.losses(seen, [crossed[fold] for fold in folds]), slot),
-        gate=torch.tensor(DEFAULT_GATE).expand(shape["layers"], shape["kv_heads"], 3),
-        importance=weights,
+        budgets=torch.stack([_in_all_layers(share, shape, 1.0) for share in shares]),
+        gate=torch.tensor(DEFAULT_GATE).expand(shape.layers, shape.kv_heads, 3),
+        importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
     tuning = [_draw(model, texts, length, random.Random(f"{seed}-gate-{i}"), recall=i == 0) for i in range(2)]
-    profile.meta["gate"], profile = gates.choose(model, profile, gates.fit(seen), tuning)
+    profile.meta["gate"], profile = gates.choose(model, profile, _in_all_layers(gates.fit(seen), shape), tuning)
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
     shutil.rmtree(partial)
@@ -134,6 +131,16 @@ def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, l
         perplexity = exp(gains["text"][name]["loss"])
         print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {perplexity:16.2f}")
     return gains
+
+
+def _in_all_layers(learned: torch.Tensor, shape: Shape, other: float = 0.0) -> torch.Tensor:
+    """What was learned of the layers with full attention [F, ...], by their place in the model [L, ...].
+
+    other: fills the rows of sliding layers, which nothing reads.
+    """
+    rows = learned.new_full((shape.layers, *learned.shape[1:]), other)
+    rows[shape.full_layers] = learned
+    return rows
 
 
 def _mean(scores: list[Score]) -> Score:

@@ -16,6 +16,7 @@ from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
 ALIGNMENT = 16  # bytes: the widest load of a kernel
 MAX_PINS = 32  # spans of tokens that a client may pin in one sequence
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
+NEAR = 64  # tokens: importance is learned from queries that are at least so far from the token
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
         segment = config.segment or _default_segment((config.memory_bytes - shape.sliding_bytes(0)) // full)
         total = config.memory_bytes - shape.sliding_bytes(segment)
         memory = max(total, 0) // full
-    window = config.window or segment // 2
+    window = config.window or max(segment // 2, min(NEAR, memory // 4))
     pinned = config.pinned if config.pinned is not None else memory // 16
     codec = FIDELITIES[config.fidelity]
 

@@ -4,11 +4,10 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_deltamem.kernels.slot import Rope
-from vllm_deltamem.windows import SLIDING
+from vllm_deltamem.windows import is_unrotated
 
 logger = init_logger(__name__)
 
-UNROTATED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")  # their sliding layers alone have RoPE
 TRAINED = "deltamem_trained"  # in the text config: tokens of context that the model was made for, once extended
 EXTENDABLE = ("default", "llama3")  # rope types whose angles do not depend on how many positions there are
 
@@ -53,13 +52,9 @@ def _obstacle(text) -> str | None:
             return "a multimodal or Fourier rotary embedding"
     if getattr(text, "dual_chunk_attention_config", None):
         return "dual chunk attention"
-    if not ropes or 0 in (getattr(text, "no_rope_layers", None) or ()) or _unrotated(text):
+    if not ropes or 0 in (getattr(text, "no_rope_layers", None) or ()) or is_unrotated(text):
         return "layers that have no rotary embedding"
     return None
-
-
-def _unrotated(text) -> bool:
-    return text.model_type in UNROTATED and SLIDING in (getattr(text, "layer_types", None) or ())
 
 
 def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> Rope | None:
@@ -72,7 +67,7 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
     """
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
-    if _unrotated(hf_config):
+    if is_unrotated(hf_config):
         return None
     trained = getattr(hf_config, TRAINED, 0)
     parameters = getattr(hf_config, "rope_parameters", None) or {}

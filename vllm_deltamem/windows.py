@@ -1,7 +1,8 @@
-"""Which layers of a model see a sliding window only, and how wide it is."""
+"""Which layers of a model see a sliding window only, how wide it is, and whether the others have a RoPE."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
+UNROTATED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")  # their sliding layers alone have RoPE
 
 
 def find_windows(hf_config, max_model_len: int) -> tuple[int | None, ...]:
@@ -37,3 +38,8 @@ def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None],
                 f"--attention-backend deltamem does not support this model: its layer {layer} should see the last "
                 f"{expected:,} tokens by its config, but vLLM gives it a window of {window}."
             )
+
+
+def is_unrotated(hf_config) -> bool:
+    """Whether the full-attention layers of a model have no rotary embedding, as its sliding layers have one."""
+    return hf_config.model_type in UNROTATED and SLIDING in (getattr(hf_config, "layer_types", None) or ())

@@ -33,7 +33,7 @@ def losses(observations: list[Observation], weights: list[Weights | None]) -> to
 
 
 def allocate(loss: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Budgets [sizes, L, G], mean 1, for the memory sizes of SIZES.
+    """Budgets [sizes, L, G], mean 1, for the memory sizes of SIZES; L layers with full attention, as in the losses.
 
     Entries go one grid step at a time to the head whose loss falls most per entry, along the convex
     hulls of the loss curves: the optimum of a separable convex problem.
@@ -51,7 +51,7 @@ def _shares(steps, heads: int, shape: Shape, size: float) -> torch.Tensor:
     """Walk down the steps until the entries of one memory size are spent. Shares [heads] of its bytes."""
     memory = round(size * CONTEXT)
     layout = plan_layout(shape, DeltaMemConfig(memory=memory))
-    exact, coarse = layout.exact[0][0], layout.coarse[0][0]
+    exact, coarse = (counts[shape.full_layers[0]][0] for counts in (layout.exact, layout.coarse))
     if exact + coarse >= CONTEXT - layout.window:
         return torch.ones(heads)  # everything fits
     cost = (memory - layout.ring - exact) / coarse  # tokens' worth of bytes that a coarse entry takes

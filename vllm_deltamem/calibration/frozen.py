@@ -1,4 +1,4 @@
-"""A frozen Hugging Face model whose attention is ours to replace, layer by layer."""
+"""A frozen Hugging Face model whose full attention is ours to replace, layer by layer."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_deltamem.kernels.slot import Rope
+from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import fingerprint_of
+from vllm_deltamem.windows import FULL, find_windows, is_unrotated
 
 IMPLEMENTATION = "deltamem_calibration"
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -17,7 +19,7 @@ class FrozenModel:
     """A model of which no weight changes.
 
     An attention is called with (layer, q [H, T, D], k [G, T, D], v [G, T, D], scale), rotated and in the
-    model's dtype, and returns [H, T, D].
+    model's dtype, and returns [H, T, D]. Layers with a sliding window keep theirs.
     """
 
     def __init__(self, folder: str, device: str = "cpu"):
@@ -25,16 +27,27 @@ class FrozenModel:
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
-        self.config = self.model.config
+        self.config = self.model.config.get_text_config()
         self.fingerprint = fingerprint_of(self.config)
         self._rope: Rope | None = None
 
-    def rope(self, positions: int) -> Rope:
-        """Tables of the rotary embedding for at least that many positions, with unit norm."""
+    def shape(self, context: int) -> Shape:
+        """What decides the size of its memory in a context of that many tokens."""
+        layers, kv_heads, size = (self.fingerprint[name] for name in ("layers", "kv_heads", "head_size"))
+        return Shape(layers, kv_heads, size, self.model.dtype, context, find_windows(self.config, context))
+
+    def rope(self, positions: int) -> Rope | None:
+        """Tables of the rotary embedding for at least that many positions, with unit norm.
+
+        None when the layers with full attention have none.
+        """
+        if is_unrotated(self.config):
+            return None
         if self._rope is None or len(self._rope.cos) < positions:
             embedding = self.model.base_model.rotary_emb
             count = torch.arange(positions, device=self.device)[None]
-            cos, sin = embedding(torch.zeros(1, device=self.device), count)
+            own = {"layer_type": FULL} if FULL in (self.config.rope_parameters or {}) else {}
+            cos, sin = embedding(torch.zeros(1, device=self.device), count, **own)
             half = cos.shape[-1] // 2
             cos, sin = cos[0, :, :half].float(), sin[0, :, :half].float()
             norm = (cos.square() + sin.square()).sqrt()
@@ -51,9 +64,15 @@ class FrozenModel:
             return self.predict(self.hidden(embedded, attention)[wanted - 1])
 
     def hidden(self, embedded: torch.Tensor, attention: Attention, first: int = 0) -> torch.Tensor:
-        """Last hidden states [T, E] of embeddings [T, E] at positions from `first` on."""
-        positions = torch.arange(first, first + len(embedded), device=self.device)[None]
-        ACTIVE.append(attention)
+        """Last hidden states [T, E] of embeddings [T, E] at positions from `first` on.
+
+        Raises ValueError for a piece of a sequence where layers have sliding windows: only whole ones go through.
+        """
+        end = first + len(embedded)
+        positions, windows = torch.arange(first, end, device=self.device)[None], find_windows(self.config, end)
+        if first and any(windows):
+            raise ValueError("A model with sliding-window layers takes whole sequences here, not pieces.")
+        ACTIVE.append(lambda layer, *x: windowed(*x, windows[layer]) if windows[layer] else attention(layer, *x))
         try:
             return self.model.base_model(inputs_embeds=embedded[None], position_ids=positions, use_cache=False)[0][0]
         finally:
@@ -61,7 +80,7 @@ class FrozenModel:
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] fp32 of the tokens that follow last hidden states [..., E]."""
-        return self.model.get_output_embeddings()(hidden).float()
+        return self.model.get_output_embeddings()(hidden).float() * getattr(self.config, "logit_scale", 1.0)
 
 
 ACTIVE: list[Attention] = []
@@ -79,4 +98,13 @@ def full_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     """What the model was trained with."""
     return torch.nn.functional.scaled_dot_product_attention(
         q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+    )[0]
+
+
+def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+    """Attention of queries that see the last `window` tokens, themselves among them."""
+    distance = torch.arange(q.shape[1], device=q.device)[:, None] - torch.arange(q.shape[1], device=q.device)
+    seen = (distance >= 0) & (distance < window)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True
     )[0]

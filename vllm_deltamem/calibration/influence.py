@@ -14,13 +14,13 @@ from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.calibration.trials import trial_merges
 from vllm_deltamem.kernels.slot import rotate
+from vllm_deltamem.memory import NEAR
 
-NEAR = 64  # tokens that a query has in its window anyway
 QUERY_BLOCK = 256
 
 
 class Observation(NamedTuple):
-    """What one prompt shows of every token; T excludes the last NEAR tokens."""
+    """What one prompt shows of every token; L layers with full attention, T excludes the last NEAR tokens."""
 
     key: torch.Tensor  # [L, G, T, D] fp16, pre-RoPE, unit norm
     value: torch.Tensor  # [L, G, T, D] fp16, unit norm
@@ -57,7 +57,7 @@ class _Recording:
 
     def observation(self) -> Observation:
         def stacked(by_layer):
-            return torch.stack([by_layer[i] for i in range(len(by_layer))])
+            return torch.stack([by_layer[i] for i in sorted(by_layer)])
 
         tokens = slice(0, self.tokens - NEAR)
         influence = stacked(self.influence)[:, :, tokens].contiguous()

@@ -9,7 +9,7 @@ from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attent
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, Shape, plan_layout
+from vllm_deltamem.memory import Layout, plan_layout
 from vllm_deltamem.profile import Profile, training_free
 
 
@@ -24,7 +24,7 @@ class Score:
 
 
 class MemoryAttention:
-    """Attention of every layer through a slot of the memory. Every call starts an empty one."""
+    """Attention of every layer with full attention through a slot of the memory. Every call starts an empty one."""
 
     def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
         self.model, self.layout, self.policies = model, layout, policies
@@ -50,18 +50,12 @@ def memory_attention(
     model: FrozenModel, profile: Profile | None, context: int, share: float, **settings
 ) -> MemoryAttention:
     """The memory at a share of full attention over `context` tokens; settings as in DeltaMemConfig."""
-    shape = model.fingerprint
-    memory = round(share * context)
-    budgets = profile and profile.budgets_for(memory, context)
+    shape, memory = model.shape(context), round(share * context)
     layout = plan_layout(
-        Shape(shape["layers"], shape["kv_heads"], shape["head_size"], model.model.dtype, context),
-        DeltaMemConfig(memory=memory, **settings),
-        budgets,
+        shape, DeltaMemConfig(memory=memory, **settings), profile and profile.budgets_for(memory, context)
     )
-    device, layers = model.device, range(shape["layers"])
-    policies = [
-        profile.policy(i, device=device) if profile else training_free(shape["kv_heads"], device) for i in layers
-    ]
+    device, layers = model.device, range(shape.layers)
+    policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]
     return MemoryAttention(model, layout, policies)
 
 
