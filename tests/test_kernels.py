@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu, reference
+from vllm_deltamem.kernels import cpu, reference, slot
 from vllm_deltamem.kernels.slot import Policy, Rope, decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
@@ -96,6 +96,31 @@ def test_state_is_a_function_of_the_tokens(settings, rope, chunks):
     actual = run(cpu, cut, k, v, q, 1, chunks, rope, policy)
     assert torch.equal(slab, cut_slab)
     assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("bound", [1, 16, 50])
+@pytest.mark.parametrize("settings,rope", SETTINGS[1:5])
+def test_a_bounded_search_matches_reference(settings, rope, bound, monkeypatch):
+    """Heads of fewer and of more coarse entries than a merge looks among, which wraps around at their ends."""
+    k, v, q = make_tokens(253)
+    rope, policy = make_rope(rope[0], 32, rope[1]), make_policy()
+    (everywhere, _), (expected_slots, _), (actual_slots, _) = (make_slots(settings) for _ in range(3))
+    reference_out = run(reference, everywhere, k, v, q, 2, [253], rope, policy)
+    monkeypatch.setattr(slot, "CANDIDATES", bound)
+    coarse = expected_slots.coarse_start.diff()
+    assert coarse.max() > bound and (bound < 50 or coarse.min() < bound)
+    expected = run(reference, expected_slots, k, v, q, 2, [253], rope, policy)
+    actual = run(cpu, actual_slots, k, v, q, 2, [7] * 36 + [1], rope, policy)
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(expected, reference_out, atol=2e-3), "the bound must matter"
+
+
+def test_candidates_take_turns(monkeypatch):
+    monkeypatch.setattr(slot, "CANDIDATES", 6)
+    assert slot.candidates(6, 40, 8) == [range(6)]
+    blocks = [[e for r in slot.candidates(10, gone, 8) for e in r] for gone in range(3, 8 * 5, 8)]
+    assert blocks == [[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8, 9], [2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9], [4, 5, 6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize("trained", [0, 90])
