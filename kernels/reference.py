@@ -95,8 +95,9 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
 
     Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
     the next best; whatever loses its place is merged into the nearest coarse entry of slot.candidates
-    as far as the gate lets it. All merges of a segment read the coarse entries as they stand after the replacements. Before all
-    that, keys that become far are turned to position 0. A sliding layer keeps nothing of what leaves its ring.
+    as far as the gate lets it. All merges of a segment read the coarse entries as they stand after the
+    replacements. Before all that, keys that become far are turned to position 0. A sliding layer keeps nothing of
+    what leaves its ring.
     """
     if slots.sliding:
         return

@@ -120,7 +120,13 @@ def test_candidates_take_turns(monkeypatch):
     monkeypatch.setattr(slot, "CANDIDATES", 6)
     assert slot.candidates(6, 40, 8) == [range(6)]
     blocks = [[e for r in slot.candidates(10, gone, 8) for e in r] for gone in range(3, 8 * 5, 8)]
-    assert blocks == [[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8, 9], [2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9], [4, 5, 6, 7, 8, 9]]
+    assert blocks == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 6, 7, 8, 9],
+        [2, 3, 4, 5, 6, 7],
+        [0, 1, 2, 3, 8, 9],
+        [4, 5, 6, 7, 8, 9],
+    ]
 
 
 @pytest.mark.parametrize("trained", [0, 90])
@@ -131,9 +137,9 @@ def test_batch_rows_do_not_touch_each_other(trained):
     alone, alone_slab = make_slots(settings, torch.bfloat16)
     starts, outs, expected = [9, 130, 70], [], []
     tokens = [make_tokens(180, dtype=torch.bfloat16, seed=i) for i in range(3)]
-    for slot, (start, (k, v, q)) in enumerate(zip(starts, tokens, strict=True)):
-        run(cpu, together, k[:start], v[:start], q[:start], slot, [start], rope, policy)
-        expected.append(run(cpu, alone, k, v, q, slot, [start] + [1] * 40, rope, policy)[start : start + 40])
+    for i, (start, (k, v, q)) in enumerate(zip(starts, tokens, strict=True)):
+        run(cpu, together, k[:start], v[:start], q[:start], i, [start], rope, policy)
+        expected.append(run(cpu, alone, k, v, q, i, [start] + [1] * 40, rope, policy)[start : start + 40])
     indices, cu = torch.tensor([2, -1, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 3])
     for step in range(40):
         at = [starts[2] + step, starts[0] + step, starts[1] + step]
@@ -145,8 +151,8 @@ def test_batch_rows_do_not_touch_each_other(trained):
         cpu.merge(together, indices, cu, lens, rope, policy)
         outs.append(out)
     outs = torch.stack(outs)
-    for column, slot in enumerate((2, 0, 1)):
-        assert torch.equal(outs[:, column], expected[slot])
+    for column, row in enumerate((2, 0, 1)):
+        assert torch.equal(outs[:, column], expected[row])
     assert torch.equal(slab, alone_slab)
 
 
