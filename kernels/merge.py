@@ -29,12 +29,11 @@ PAIRS = 8  # pairs of columns of a program that adds up keys
 GROUPS, GROUPED = 16, 64  # groups of entries of a program that looks for the lowest, and entries of each at a time
 TURNED = 64  # entries of a program that turns what becomes far
 COUNTED = 1024  # entries of a program that counts
-PICKING, PICKED = 4, 1024  # programs that pick from a head, and entries that they go over at a time
-ORDERING = 16  # programs that order the picked entries of one tier of one head
+PICKED = 1024  # entries that a program picks from at a time
 ORDERED, COMPARED = 32, 128  # picked entries of a tile, and those it is compared with at a time
 CELLS = 16  # of a program that exchanges
-TARGETS, LOSERS = 128, 128  # entries and losers of a tile of the nearest search
-MERGED, MERGING = 16, 32  # entries of a program that updates, and losers that it adds up at a time
+TARGETS, LOSERS = 128, 64  # entries and losers of a tile of the nearest search
+MERGED, MERGING = 16, 16  # entries of a program that updates, and losers that it adds up at a time
 
 
 class Work(NamedTuple):
@@ -45,6 +44,7 @@ class Work(NamedTuple):
     norm: torch.Tensor  # [R, G, parts, C] fp32, squares of the keys likewise
     rank: torch.Tensor  # [R, G, C] int64, of what each cell holds
     mass: torch.Tensor  # [R, G, C] fp32
+    taker: torch.Tensor  # [R, G, C] fp32, see group
     unit: torch.Tensor  # [R, G, C, 2, HALF] what the cells hold: pre-RoPE, centred, norm 1
     nearest: torch.Tensor  # [R, G, C] int64, pack_rank(cosine, entry) of the nearest coarse entry; then see group
     first: torch.Tensor  # [R, G, 2C] int32, see group
@@ -112,9 +112,11 @@ def merge(
     )  # fmt: skip
     counted = heads.tiles(tuple(heads.held), COUNTED)
     count[(sequences * len(counted),)](*common, kv_heads, counted, len(counted), ENTRIES=COUNTED, **batch, num_warps=4)
-    pick[(per_head * PICKING,)](*common, kv_heads, PARTS=PICKING, ENTRIES=PICKED, **batch, num_warps=4)
-    order[(per_head * 2 * ORDERING,)](
-        *common, kv_heads, PARTS=ORDERING, ORDERED=ORDERED, COMPARED=COMPARED, **batch, num_warps=4
+    picking = triton.next_power_of_2(-(-max(heads.held) // (16 * PICKED)))  # few entries of a large head are listed
+    pick[(per_head * picking,)](*common, kv_heads, PARTS=picking, ENTRIES=PICKED, **batch, num_warps=4)
+    ordering = max(segment // ORDERED, 1)  # hardly more entries are picked than can lose
+    order[(per_head * 2 * ordering,)](
+        *common, kv_heads, PARTS=ordering, ORDERED=ORDERED, COMPARED=COMPARED, **batch, num_warps=4
     )
     cells = min(CELLS, segment)
     exchange[(per_head * (segment // cells),)](
@@ -125,11 +127,12 @@ def merge(
     targets = heads.tiles(tuple(min(coarse, slot.CANDIDATES) for coarse in heads.coarse), TARGETS)
     nearest[(sequences * len(targets),)](
         *common, cos, sin, kv_heads, targets, len(targets), CANDIDATES=slot.CANDIDATES, TARGETS=TARGETS,
-        LOSERS=max(16, min(LOSERS, segment)), KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8, num_stages=2,
+        LOSERS=max(16, min(LOSERS, segment)), KEY_BITS=bits["KEY_BITS"], **shape, **lies,
+        num_warps=8, num_stages=2, maxnreg=128 if size <= 128 else None,
     )  # fmt: skip
     group[(per_head,)](*common, policy.gate.contiguous(), kv_heads, **batch, num_warps=4)
-    update[(per_head * -(-segment // MERGED),)](
-        *common, cos, sin, kv_heads, ENTRIES=MERGED, LOSERS=MERGING, **shape, **lies, **bits, num_warps=4
+    update[(per_head * 2 * -(-segment // MERGED),)](
+        *common, cos, sin, kv_heads, ENTRIES=MERGED, LOSERS=MERGING, **shape, **lies, **bits, num_warps=2
     )
 
 
@@ -146,6 +149,7 @@ def _work(
         norm=((rows, kv_heads, parts, segment), torch.float32),
         rank=(cells, torch.int64),
         mass=(cells, torch.float32),
+        taker=(cells, torch.float32),
         unit=((*cells, 2, half_width(size)), operand),
         nearest=(cells, torch.int64),
         first=(pivots, torch.int32),
