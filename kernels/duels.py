@@ -12,6 +12,7 @@ from .tiles import at, due_tile, rank_position
 
 NOWHERE = tl.constexpr(1 << 30)  # an entry that no head has
 UNBOUND = tl.constexpr((1 << 63) - 1)  # no rank is higher
+_SKEW = tl.constexpr(37)  # odd, and far from a divisor of any segment
 
 # Work.plan of a head: duels won against exact entries (empty ones included) and exact entries that lose, the same
 # for coarse ones, how many entries of either tier were picked, and how many coarse ones were listed.
@@ -47,19 +48,18 @@ def _exact_count(slots, head):
 
 @triton.jit
 def lowest(slots, stride, slot, head, left, group, SEGMENT: tl.constexpr, GROUPED: tl.constexpr):
-    """Lowest rank in groups [B] of the SEGMENT that a head's coarse entries are cut into; UNBOUND if one is empty.
+    """Lowest rank in groups [B] of the SEGMENT that a head's coarse entries make up; UNBOUND if one is empty.
 
+    A group has one entry of every SEGMENT, not always the same one: a merge fills empty entries best first.
     GROUPED: entries of a group that are read at a time.
     """
     _, coarse_first, _, _, _, held = sizes(slots, head, left)
-    first = (group.to(tl.int64) * held // SEGMENT).to(tl.int32)
-    end = ((group + 1).to(tl.int64) * held // SEGMENT).to(tl.int32)
     ranks = at(slots.coarse_rank, slot, stride) + coarse_first
     low = tl.full(group.shape, UNBOUND, tl.int64)
-    for start in range(0, held // SEGMENT + 1, GROUPED):
-        entry = first[:, None] + start + tl.arange(0, GROUPED)[None, :]
-        rank = tl.load(ranks + entry, mask=entry < end[:, None], other=UNBOUND)
-        low = tl.minimum(low, tl.min(rank, 1))
+    for start in range(0, held, GROUPED * SEGMENT):
+        j = start // SEGMENT + tl.arange(0, GROUPED)[:, None]
+        entry = j * SEGMENT + (group[None, :] + _SKEW * j) % SEGMENT
+        low = tl.minimum(low, tl.min(tl.load(ranks + entry, mask=entry < held, other=UNBOUND), 0))
     return low
 
 

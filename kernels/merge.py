@@ -112,7 +112,7 @@ def merge(
     )  # fmt: skip
     counted = heads.tiles(tuple(heads.held), COUNTED)
     count[(sequences * len(counted),)](*common, kv_heads, counted, len(counted), ENTRIES=COUNTED, **batch, num_warps=4)
-    picking = triton.next_power_of_2(-(-max(heads.held) // (16 * PICKED)))  # few entries of a large head are listed
+    picking = max(8 * segment // PICKED, 1)  # about segment * ln(segment) entries of a large head are listed
     pick[(per_head * picking,)](*common, kv_heads, PARTS=picking, ENTRIES=PICKED, **batch, num_warps=4)
     ordering = max(segment // ORDERED, 1)  # hardly more entries are picked than can lose
     order[(per_head * 2 * ordering,)](
