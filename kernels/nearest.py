@@ -49,15 +49,15 @@ def nearest(
         high = high * cos_high - mate_high * sin_high
     key_sum = at(slots.key_sum, slot, stride) + head * D
     low, high = centred_unit(low.to(tl.float32), high.to(tl.float32), key_sum, gone, D, HALF)
-    low = tl.trans(low.to(OPERAND))
-    high = tl.trans(high.to(OPERAND))
-    d = tl.arange(0, HALF)
+    # one product of whole vectors: of two in a row, Triton lets all warps do the first
+    target = tl.permute(tl.join(low.to(OPERAND), high.to(OPERAND)), (0, 2, 1))
+    target = tl.trans(tl.reshape(target, (TARGETS, 2 * HALF)))
+    d = tl.arange(0, 2 * HALF)
     for start in range(0, SEGMENT, LOSERS):
         c = start + tl.arange(0, LOSERS)
-        mask = (c < SEGMENT)[:, None]
         loser = work.unit + ((base * SEGMENT + c) * (2 * HALF))[:, None] + d[None, :]
-        cosine = tl.dot(tl.load(loser, mask=mask, other=0.0), low, input_precision="ieee")
-        cosine = tl.dot(tl.load(loser + HALF, mask=mask, other=0.0), high, cosine, input_precision="ieee")
+        unit = tl.load(loser, mask=(c < SEGMENT)[:, None], other=0.0)
+        cosine = tl.dot(unit, target, input_precision="ieee")
         cosine = tl.where(inside[None, :], cosine, -2.0)
         best = tl.max(cosine, 1)
         # cheaper than a maximum that carries its place along; of equals the lowest entry
