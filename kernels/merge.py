@@ -92,7 +92,7 @@ def merge(
         turned = heads.tiles(tuple(heads.held), TURNED)
         demote[(sequences * len(turned),)](
             slots, heads.stride, *rows, cos, sin, turned, len(turned),
-            ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=4,
+            ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8,
         )  # fmt: skip
     if learned:
         weights = [w.contiguous() for w in policy.importance]
