@@ -78,9 +78,9 @@ def _pair(pair, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
 
 @triton.jit
 def _add_keys(
-    slots, stride, work, cos, sin, slot, gone, base, column, D: tl.constexpr, PAIRS: tl.constexpr,
+    slots, stride, work, cos, sin, slot, gone, head, base, column, D: tl.constexpr, PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr, LEARNED: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, head,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Add a few columns of all outgoing keys to key_sum, and write their part of products with the mean and norms."""
     c = tl.arange(0, SEGMENT)
@@ -133,8 +133,8 @@ def prepare(
     base = index * kv_heads + head
     if tile % TILES < COLUMNS:
         _add_keys(
-            slots, stride, work, cos, sin, slot, gone, base, tile % TILES, D, PAIRS, COLUMNS, LEARNED,
-            WINDOW, SEGMENT, ROTARY, INTERLEAVED, head,
+            slots, stride, work, cos, sin, slot, gone, head, base, tile % TILES, D, PAIRS, COLUMNS, LEARNED,
+            WINDOW, SEGMENT, ROTARY, INTERLEAVED,
         )  # fmt: skip
     else:
         group = (tile % TILES - COLUMNS) * GROUPS + tl.arange(0, GROUPS)
