@@ -24,7 +24,7 @@ if not __package__:  # run as a script
 
 from benchmarks import common
 from benchmarks.random_memory import Memory, Scale, make_memory
-from vllm_deltamem.kernels.slot import decode
+from vllm_deltamem.kernels.slot import CANDIDATES, decode
 
 REPEATS = 15
 LONG = 10e-3  # seconds of calls in one CUDA graph: to start it takes 15 microseconds
@@ -154,9 +154,11 @@ def merging(meter: Meter, kernels, memory: int, held: Memory) -> None:
     if not slots.coarse_mass.double().sum() > before:
         raise SystemExit("merge is wrong: it added no mass.")
     exchanged = 8 * scale.kv_heads * slots.segment * scale.vector_bytes
-    angles = 4 * scale.size * min(batch * held.coarse, scale.context)
-    moved = batch * (8 * held.entries + held.field_bytes("coarse_k", "coarse_k_affine") + exchanged) + angles
-    operations = 2 * batch * slots.segment * scale.size * held.coarse
+    searched = sum(min(coarse, CANDIDATES) for coarse in slots.coarse_start.diff().tolist())
+    angles = 4 * scale.size * min(batch * searched, scale.context)
+    keys = held.field_bytes("coarse_k", "coarse_k_affine") * searched // held.coarse
+    moved = batch * (8 * held.entries + keys + exchanged) + angles
+    operations = 2 * batch * slots.segment * scale.size * searched
     meter.add(f"merge {held.name}", memory, batch, [lambda r=r: merge(r) for r in rows], moved, operations)
     if meter.cuda:
         breakdown(lambda: merge(rows[0]))

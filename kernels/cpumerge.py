@@ -4,7 +4,7 @@ import torch
 
 from .readout import MASKED, Readout
 from .reference import freshness, gate, importance, is_pinned
-from .slot import EMPTY, LayerSlots, Policy, key_position, pack_rank, rotate
+from .slot import EMPTY, LayerSlots, Policy, candidates, key_position, pack_rank, rotate
 
 
 def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
@@ -27,7 +27,7 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     _keep_exact(k, v, plain, rank, readout)
     v, mass = _keep_coarse(k, v, plain, rank, readout)
     if (rank != EMPTY).any():
-        _merge_rest(v, plain, rank, mass, mean, policy.gate, readout, readout.widths(gone))
+        _merge_rest(v, plain, rank, mass, mean, policy.gate, readout, _columns(readout, gone))
 
 
 def _duels(order, rank):
@@ -70,11 +70,28 @@ def _keep_coarse(k, v, plain, rank, readout):
     return v, mass
 
 
-def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, widths):
-    """Every loser into the coarse entry nearest to it, as far as the gate lets it."""
+def _columns(readout, gone) -> list[list[slice]]:
+    """Columns of each head among which losers look for the nearest entry: all of those that hold something, or few."""
+    columns, segment = [], readout.slots.segment
+    for exact, coarse, width in zip(
+        readout.exact_count.tolist(), readout.coarse_count.tolist(), readout.widths(gone), strict=True
+    ):
+        among = candidates(coarse, gone, segment)
+        if len(among) == 1 or gone <= exact + coarse:  # before it is full, a head has no losers
+            columns.append([slice(0, width)])
+        else:
+            columns.append([slice(exact + r.start, exact + r.stop) for r in among if r])
+    return columns
+
+
+def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, columns):
+    """Every loser into the coarse entry nearest to it, as far as the gate lets it.
+
+    columns: see _columns.
+    """
     (kv_heads, count), width = rank.shape, readout.width
     centred = torch.nn.functional.normalize(plain.view(kv_heads, count, -1) - mean[:, None], dim=-1)
-    cosines = [_cosines(centred[g], readout, g, w, mean[g]) for g, w in enumerate(widths)]
+    cosines = [_cosines(centred[g], readout, g, mine, mean[g]) for g, mine in enumerate(columns)]
     best = torch.stack([cosine.amax(-1) for cosine in cosines])
     # Finding out which entry it is costs more than all the products: only for losers that some mass would let in.
     heaviest = torch.where(gate_weights[:, 2] > 0, readout.mass.amax(-1).clamp(min=1.0), 1.0)
@@ -82,7 +99,8 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, widths):
     loser = (could & (rank != EMPTY) & (best > MASKED / 2)).view(-1).nonzero().squeeze(1)
     head = loser // count
     rows = (loser - head * count).split(head.bincount(minlength=kv_heads).tolist())
-    column = torch.cat([cosine.index_select(0, row).argmax(-1) for cosine, row in zip(cosines, rows, strict=True)])
+    found = [cosine.index_select(0, row).argmax(-1) for cosine, row in zip(cosines, rows, strict=True)]
+    column = torch.cat([_column(mine, nearest) for mine, nearest in zip(columns, found, strict=True)])
     place = column + head * width
     entry_mass = readout.mass.view(-1).index_select(0, place)
     opened = gate(best.view(-1)[loser][:, None], entry_mass[:, None], gate_weights.index_select(0, head))
@@ -102,9 +120,19 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, widths):
     readout.store(target, *merged, total, entry_rank)
 
 
-def _cosines(centred, readout, g, width, mean):
+def _cosines(centred, readout, g, columns, mean):
     """Cosines [C, E] of losers' centred unit keys to those of one head's coarse entries, near MASKED elsewhere."""
-    entries = readout.plain[g, :width] - mean
-    entries.mul_(entries.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
-    hidden = torch.where(readout.mass[g, :width] > 0, 0.0, MASKED)
-    return torch.addmm(hidden, centred, entries.T)
+    parts = []
+    for mine in columns:
+        entries = readout.plain[g, mine] - mean
+        entries.mul_(entries.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
+        hidden = torch.where(readout.mass[g, mine] > 0, 0.0, MASKED)
+        parts.append(torch.addmm(hidden, centred, entries.T))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _column(columns, place):
+    """The columns that stand at places [W] of the slices together."""
+    first = columns[0].stop - columns[0].start
+    column = columns[0].start + place
+    return column if len(columns) == 1 else torch.where(place < first, column, columns[1].start + place - first)

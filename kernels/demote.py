@@ -9,8 +9,7 @@ from .tiles import (
     angles,
     at,
     decode,
-    due_row,
-    due_rows,
+    due_tile,
     far_limit,
     halves,
     mates,
@@ -30,41 +29,36 @@ def demote(
 ):  # fmt: skip
     """See reference._turn_far: a tile of a head's entries, of which few or none are due."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
-    row_order, due = due_rows(rows, WINDOW, SEGMENT, ROWS)
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
-    for item in range(tl.program_id(0), due * tiles, tl.num_programs(0)):
-        slot, gone = due_row(rows, row_order, item // tiles, WINDOW, ROWS)
-        limit = far_limit(gone + WINDOW + 1, SEGMENT, TRAINED)
-        if limit > 0:
-            head = tl.load(table + 4 * (item % tiles))
-            entry = tl.load(table + 4 * (item % tiles) + 1) + tl.arange(0, ENTRIES)
-            left = tl.maximum(gone - SEGMENT, 0)
-            exact_first, coarse_first, exact, _, _, _ = sizes(slots, head, left)
-            rank = held_ranks(slots, stride, slot, head, left, entry)
-            position = rank_position(rank)
-            turns = (rank > 0) & (position < limit) & (position >= limit - SEGMENT)
-            if tl.max(turns.to(tl.int32)) > 0:
-                cos_low, sin_low, cos_high, sin_high = angles(cos, sin, position, turns, D, HALF, ROTARY, INTERLEAVED)
-                codes = at(slots.exact_k, slot, stride)
-                affine = at(slots.coarse_k_affine, slot, stride)
-                row = exact_first + entry
-                mine = turns & (entry < exact)
-                low, high = halves(codes, row, mine, D, HALF)
-                mate_low, mate_high = mates(
-                    codes, affine, row, mine, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
-                )
-                low = low * cos_low - mate_low * sin_low
-                high = high * cos_high - mate_high * sin_high
-                tl.debug_barrier()  # all lanes have read their mates
-                store_halves(codes, row, mine, low, high, D, HALF)
-                codes = at(slots.coarse_k, slot, stride)
-                row = coarse_first + entry - exact
-                mine = turns & (entry >= exact)
-                low, high = decode(codes, affine, row, mine, D, HALF, KEY_BITS, DTYPE)
-                mate_low, mate_high = mates(
-                    codes, affine, row, mine, low, high, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
-                )
-                low = low.to(tl.float32) * cos_low - mate_low * sin_low
-                high = high.to(tl.float32) * cos_high - mate_high * sin_high
-                tl.debug_barrier()
-                store_encoded(codes, affine, row, mine, low, high, D, HALF, KEY_BITS)
+    slot, gone, _, tile = due_tile(rows, tiles, WINDOW, SEGMENT, ROWS)
+    limit = far_limit(gone + WINDOW + 1, SEGMENT, TRAINED)
+    if (gone == 0) | (limit == 0):
+        return
+    head = tl.load(table + 4 * tile)
+    entry = tl.load(table + 4 * tile + 1) + tl.arange(0, ENTRIES)
+    left = tl.maximum(gone - SEGMENT, 0)
+    exact_first, coarse_first, exact, _, _, _ = sizes(slots, head, left)
+    rank = held_ranks(slots, stride, slot, head, left, entry)
+    position = rank_position(rank)
+    turns = (rank > 0) & (position < limit) & (position >= limit - SEGMENT)
+    if tl.max(turns.to(tl.int32)) > 0:
+        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, position, turns, D, HALF, ROTARY, INTERLEAVED)
+        codes = at(slots.exact_k, slot, stride)
+        affine = at(slots.coarse_k_affine, slot, stride)
+        row = exact_first + entry
+        mine = turns & (entry < exact)
+        low, high = halves(codes, row, mine, D, HALF)
+        mate_low, mate_high = mates(codes, affine, row, mine, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED)
+        low = low * cos_low - mate_low * sin_low
+        high = high * cos_high - mate_high * sin_high
+        tl.debug_barrier()  # all lanes have read their mates
+        store_halves(codes, row, mine, low, high, D, HALF)
+        codes = at(slots.coarse_k, slot, stride)
+        row = coarse_first + entry - exact
+        mine = turns & (entry >= exact)
+        low, high = decode(codes, affine, row, mine, D, HALF, KEY_BITS, DTYPE)
+        mate_low, mate_high = mates(codes, affine, row, mine, low, high, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED)
+        low = low.to(tl.float32) * cos_low - mate_low * sin_low
+        high = high.to(tl.float32) * cos_high - mate_high * sin_high
+        tl.debug_barrier()
+        store_encoded(codes, affine, row, mine, low, high, D, HALF, KEY_BITS)

@@ -12,6 +12,7 @@ from .slot import (
     LayerSlots,
     Policy,
     Rope,
+    candidates,
     decode,
     encode,
     forgetting,
@@ -93,9 +94,10 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
     """Move the oldest segment out of the ring of every sequence whose last token completes a segment.
 
     Each outgoing token is scored once. Exact entries are the best-ranked tokens so far, coarse entries
-    the next best; whatever loses its place is merged into the nearest coarse entry as far as the gate
-    lets it. All merges of a segment read the coarse entries as they stand after the replacements. Before all
-    that, keys that become far are turned to position 0. A sliding layer keeps nothing of what leaves its ring.
+    the next best; whatever loses its place is merged into the nearest coarse entry of slot.candidates
+    as far as the gate lets it. All merges of a segment read the coarse entries as they stand after the
+    replacements. Before all that, keys that become far are turned to position 0. A sliding layer keeps nothing of
+    what leaves its ring.
     """
     if slots.sliding:
         return
@@ -120,7 +122,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             rank = pack_rank(score.masked_fill(pinned, torch.inf), position).masked_fill(~live, EMPTY)
             k, v, rank = _keep_exact(slots, slot, g, k, v, rank)
             k, v, rank, mass = _keep_coarse(slots, slot, g, k, v, rank)
-            _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, policy.gate[g])
+            _merge_rest(slots, slot, g, gone, k, v, rank, mass, mean, rope, policy.gate[g])
 
 
 def is_pinned(slots: LayerSlots, slot: int, position):
@@ -236,7 +238,7 @@ def _keep_coarse(slots, slot, g, k, v, rank):
     return k, v, rank, mass
 
 
-def _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, gate_weights):
+def _merge_rest(slots, slot, g, gone, k, v, rank, mass, mean, rope, gate_weights):
     """entry += gate * mass * delta / (sum of masses), the loser's key turned to where the entry's lies."""
     y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
     losers, held = rank != EMPTY, slots.coarse_rank[slot, y] != EMPTY
@@ -245,7 +247,8 @@ def _merge_rest(slots, slot, g, k, v, rank, mass, mean, rope, gate_weights):
     unit = torch.nn.functional.normalize
     k, v, mass = k[losers], v[losers], mass[losers]
     plain = rotate(k, key_position(rank[losers], rope), rope, inverse=True)
-    entries = y.start + held.nonzero().squeeze(1)
+    among = torch.cat([torch.arange(r.start, r.stop) for r in candidates(len(held), gone, slots.segment)])
+    entries = y.start + among[held[among]]
     entry_k, entry_v = _coarse(slots, slot, entries)
     entry_rank, entry_mass = slots.coarse_rank[slot, entries], slots.coarse_mass[slot, entries]
     entry_plain = rotate(entry_k, key_position(entry_rank, rope), rope, inverse=True)

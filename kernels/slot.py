@@ -10,6 +10,7 @@ import torch
 
 FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
 KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about
+CANDIDATES = 4096  # coarse entries of a head among which a merge looks for the nearest ones
 EMPTY = 0  # rank of an entry that holds nothing: a slot full of zero bytes is an empty memory
 POSITION_BITS = 31
 MAX_POSITION = (1 << POSITION_BITS) - 1
@@ -92,6 +93,18 @@ def forgetting(rope: Rope | None, policy: Policy) -> float:
     if rope is None or not rope.trained:
         return 0.0
     return FORGETTING / rope.trained / (KEYDIFF_NATS if policy.importance is None else 1)
+
+
+def candidates(coarse: int, gone: int, segment: int) -> list[range]:
+    """Which of a full head's coarse entries a merge looks among, the lowest first, once `gone` tokens have left.
+
+    A block of CANDIDATES that moves on by as many with every segment, and goes on at the front at the end.
+    """
+    if coarse <= CANDIDATES:
+        return [range(coarse)]
+    first = gone // segment * CANDIDATES % coarse
+    wrapped = max(first + CANDIDATES - coarse, 0)
+    return [range(wrapped), range(first, first + CANDIDATES - wrapped)]
 
 
 def group_size(head_size: int, bits: int) -> int:

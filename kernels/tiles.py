@@ -57,20 +57,18 @@ def locate(rows, block, TOKENS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def due_rows(rows, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
-    """Which sequences complete a segment with this call: their order or -1 [ROWS], and how many there are."""
+def due_tile(rows, tiles, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
+    """What this program works on, if every sequence that completes a segment with this call has so many tiles.
+
+    Slot (int64), tokens that have left the ring after this call (0: nothing to do), the sequence's order among those
+    that are due (int64), and the tile.
+    """
+    index = tl.program_id(0) // tiles
     slot, _, seq_len = all_rows(rows, ROWS)
     due = (slot >= 0) & (seq_len % SEGMENT == 0) & (seq_len > WINDOW)
-    order = tl.cumsum(due.to(tl.int32)) - 1
-    return tl.where(due, order, -1), tl.sum(due.to(tl.int32))
-
-
-@triton.jit
-def due_row(rows, order, index, WINDOW: tl.constexpr, ROWS: tl.constexpr):
-    """Slot (int64) of the index-th due sequence, and how many of its tokens have left the ring after this call."""
-    n = tl.sum(tl.where(order == index, tl.arange(0, ROWS), 0))
-    slot, _, _, seq_len = row_at(rows, n)
-    return slot, seq_len - WINDOW
+    mine = due & (tl.cumsum(due.to(tl.int32)) == index + 1)
+    gone = tl.sum(tl.where(mine, seq_len - WINDOW, 0))
+    return tl.sum(tl.where(mine, slot, 0)).to(tl.int64), gone, index.to(tl.int64), tl.program_id(0) % tiles
 
 
 @triton.jit

@@ -33,8 +33,8 @@ def test_kernels_compile(capability, shape):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    names = set("_write _reset _attend _combine _rank count pick order exchange nearest apply".split())
-    names |= ({"_score"} if shape[4] else set()) | ({"demote"} if shape[6] else set())
+    names = set("_write _reset _attend _combine prepare rank count pick order exchange nearest group update".split())
+    names |= ({"score"} if shape[4] else set()) | ({"demote"} if shape[6] else set())
     assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["spilled_bytes"] <= SPILLED and kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel

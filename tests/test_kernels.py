@@ -5,7 +5,7 @@ import torch
 
 from tests.layers import make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu, reference
+from vllm_deltamem.kernels import cpu, reference, slot
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
@@ -79,6 +79,37 @@ def test_state_is_a_function_of_the_tokens(settings, rope, chunks):
     assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("bound", [1, 16, 50])
+@pytest.mark.parametrize("settings,rope", SETTINGS[1:5])
+def test_a_bounded_search_matches_reference(settings, rope, bound, monkeypatch):
+    """Heads of fewer and of more coarse entries than a merge looks among, which wraps around at their ends."""
+    k, v, q = make_tokens(253)
+    rope, policy = make_rope(rope[0], 32, rope[1]), make_policy()
+    (everywhere, _), (expected_slots, _), (actual_slots, _) = (make_slots(settings) for _ in range(3))
+    reference_out = run(reference, everywhere, k, v, q, 2, [253], rope, policy)
+    monkeypatch.setattr(slot, "CANDIDATES", bound)
+    coarse = expected_slots.coarse_start.diff()
+    assert coarse.max() > bound and (bound < 50 or coarse.min() < bound)
+    expected = run(reference, expected_slots, k, v, q, 2, [253], rope, policy)
+    actual = run(cpu, actual_slots, k, v, q, 2, [7] * 36 + [1], rope, policy)
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(expected, reference_out, atol=2e-3), "the bound must matter"
+
+
+def test_candidates_take_turns(monkeypatch):
+    monkeypatch.setattr(slot, "CANDIDATES", 6)
+    assert slot.candidates(6, 40, 8) == [range(6)]
+    blocks = [[e for r in slot.candidates(10, gone, 8) for e in r] for gone in range(3, 8 * 5, 8)]
+    assert blocks == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 6, 7, 8, 9],
+        [2, 3, 4, 5, 6, 7],
+        [0, 1, 2, 3, 8, 9],
+        [4, 5, 6, 7, 8, 9],
+    ]
+
+
 @pytest.mark.parametrize("trained", [0, 90])
 def test_batch_rows_do_not_touch_each_other(trained):
     """Decoding many sequences of different lengths in one call leaves each as it would be alone."""
@@ -86,10 +117,10 @@ def test_batch_rows_do_not_touch_each_other(trained):
     together, slab = make_slots(settings, torch.bfloat16)
     alone, alone_slab = make_slots(settings, torch.bfloat16)
     starts, outs, expected = [9, 130, 70], [], []
-    tokens = [make_tokens(180, dtype=torch.bfloat16) for _ in range(3)]
-    for slot, (start, (k, v, q)) in enumerate(zip(starts, tokens, strict=True)):
-        run(cpu, together, k[:start], v[:start], q[:start], slot, [start], rope, policy)
-        expected.append(run(cpu, alone, k, v, q, slot, [start] + [1] * 40, rope, policy)[start : start + 40])
+    tokens = [make_tokens(180, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    for i, (start, (k, v, q)) in enumerate(zip(starts, tokens, strict=True)):
+        run(cpu, together, k[:start], v[:start], q[:start], i, [start], rope, policy)
+        expected.append(run(cpu, alone, k, v, q, i, [start] + [1] * 40, rope, policy)[start : start + 40])
     indices, cu = torch.tensor([2, -1, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 3])
     for step in range(40):
         at = [starts[2] + step, starts[0] + step, starts[1] + step]
@@ -101,8 +132,8 @@ def test_batch_rows_do_not_touch_each_other(trained):
         cpu.merge(together, indices, cu, lens, rope, policy)
         outs.append(out)
     outs = torch.stack(outs)
-    for column, slot in enumerate((2, 0, 1)):
-        assert torch.equal(outs[:, column], expected[slot])
+    for column, row in enumerate((2, 0, 1)):
+        assert torch.equal(outs[:, column], expected[row])
     assert torch.equal(slab, alone_slab)
 
 

@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in tests/gpu", allow_module_level=True)
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
-    from vllm_deltamem.kernels import cuda, launch
+    from vllm_deltamem.kernels import cuda, launch, slot
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked-out lanes
 
@@ -106,6 +106,21 @@ def test_merge(shape):
         view(actual), view(expected), 4e-3 if half else 1e-4, flipped=0.05 if half else 0, turned=shape[6] > 0
     )
     assert (view(expected).coarse_mass > 1.5).any(), "the test must merge"
+
+
+@pytest.mark.parametrize("bound", [20, 32])
+@pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[7]], ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{s[6]}")
+def test_merge_looks_among_few_entries(shape, bound, monkeypatch):
+    """Heads with as many coarse entries as a merge looks among, with fewer, and with more, so that it wraps around."""
+    monkeypatch.setattr(slot, "CANDIDATES", bound)
+    expected, view, rope, policy = make_memory(*shape, lengths=(208, 64, 176), coarse=(20, 0, 70), exact=(4, 0, 6))
+    wraps = [len(slot.candidates(70, length - 12, 16)[0]) > 0 for length in (208, 176)]
+    assert wraps == [False, True]
+    actual = expected.clone()
+    batch = make_batch([(2, 1, 208), (0, 1, 64), (1, 1, 176)])
+    cuda.merge(view(actual), *batch, rope, policy)
+    reference.merge(view(expected), *batch, rope, policy)
+    assert_same_memory(view(actual), view(expected), turned=shape[6] > 0)
 
 
 def test_merge_leaves_other_rows_alone():

@@ -85,7 +85,10 @@ def test_attend(shape, rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-{s[1]}-{s[3]}-{sum(s[5]['coarse'])}-{s[6]}")
 def test_merge(shape, dtype):
-    """fp32 agrees to rounding; in 16 bits a loser may find another entry as near as the reference's."""
+    """fp32 agrees to rounding; in 16 bits a loser may find another entry as near as the reference's.
+
+    Past the trained context scores are large numbers that lie close to each other.
+    """
     expected, view, rope, policy, (full, first, middle) = make_memory(shape, dtype, [(6, 0), (1, 0), (3, 0)])
     view(expected).pins[2, 0] = torch.tensor([full - 40, full - 36])
     actual = expected.cuda()
@@ -95,7 +98,8 @@ def test_merge(shape, dtype):
     exact = dtype == torch.float32
     tolerance = 1e-3 if exact else 3e-2
     flipped = 0.002 if exact else 0.05
-    assert_same_memory(view(actual.cpu()), view(expected), tolerance, flipped, turned=shape[6] > 0)
+    far = dict(turned=True, misplaced=0.002) if shape[6] else {}
+    assert_same_memory(view(actual.cpu()), view(expected), tolerance, flipped, **far)
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:6:3], ids=str)
@@ -110,7 +114,10 @@ def test_a_row_is_merged_alike_alone_and_among_others(shape):
 
 
 def test_decoding_replayed_from_a_graph():
-    """A captured step decodes over several boundaries, with padding, like eager steps, and allocates nothing."""
+    """A captured step decodes over several boundaries, with padding, like eager steps, and allocates nothing.
+
+    Merging is no part of it: as in serving, it comes between steps.
+    """
     dtype, size = torch.bfloat16, 128
     torch.manual_seed(0)
     slab, view = make_layer("k8v4", size, exact=(4, 9), coarse=(60, 200), dtype=dtype)
@@ -122,18 +129,20 @@ def test_decoding_replayed_from_a_graph():
         cuda.reset(slab, *rows)
         cuda.write(k, v, views, *rows, max_query_len=1)
         cuda.attend(q, views, *rows, size**-0.5, out, max_query_len=1)
-        cuda.merge(views, *rows, rope, policy)
 
     rows = on_cuda(make_batch([(0, 1, 1), (1, 1, 1), (-1, 0, 0)]))
     views = view(captured)
     now = [tensor[:3].clone() for tensor in (k, v, q)]
     out = torch.zeros_like(now[2])
-    step(captured, views, *now, out, rows)  # compiles, and reads the layer's sizes
+    eager_views, eager_out = view(eager), torch.zeros_like(out)
+    for memory, its_views, its_out in ((captured, views, out), (eager, eager_views, eager_out)):
+        step(memory, its_views, *now, its_out, rows)  # compiles, and reads the layer's sizes
+        cuda.merge(its_views, *rows, rope, policy)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(captured, views, *now, out, rows)
-    held, eager_views, eager_out = torch.cuda.memory_allocated(), view(eager), torch.zeros_like(out)
+    held = torch.cuda.memory_allocated()
     for length in range(1, 120):
         slots, second = rows[0], max(length - 30, 0)  # the second sequence starts later: padding until then
         slots.copy_(torch.tensor([0, 1 if second else -1, -1]))
@@ -143,5 +152,7 @@ def test_decoding_replayed_from_a_graph():
         graph.replay()
         assert torch.cuda.memory_allocated() == held
         step(eager, eager_views, *now, eager_out, rows)
+        for its_views in (views, eager_views):
+            cuda.merge(its_views, *rows, rope, policy)
         assert torch.equal(out[: 1 + (second > 0)], eager_out[: 1 + (second > 0)])
     assert torch.equal(captured[:2], eager[:2])
