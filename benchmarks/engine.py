@@ -102,7 +102,8 @@ def main() -> None:
     plan = Plan.read()
     waiting = plan.waiting()
     if waiting:
-        run(start(plan.model, plan.settings, plan.length, kv_cache_memory_bytes=plan.cache), plan, waiting)
+        shared = {} if plan.cache is None else {"kv_cache_memory_bytes": plan.cache, "gpu_memory_utilization": 0.01}
+        run(start(plan.model, plan.settings, plan.length, **shared), plan, waiting)
 
 
 if __name__ == "__main__":
