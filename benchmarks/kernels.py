@@ -250,7 +250,7 @@ def main() -> None:
     scale = TINY if options.interpret else CARD
     meter = Meter(scale)
     for memory in scale.memories:
-        for fidelity, ragged in (("k8v4", False), ("k8v4", True), ("bf16", False)):
+        for fidelity, ragged in (("k8v4", True), ("bf16", False)):
             for batch in scale.batches:
                 held = make_memory(scale, memory, fidelity, ragged, batch)
                 attention(meter, kernels, memory, held, 1)

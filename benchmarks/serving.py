@@ -27,6 +27,7 @@ from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 16_384  # tokens, or as many as the longest context has
+ENOUGH = 5.0  # seconds of runs after which none is repeated
 
 
 def integers(text: str) -> list[int]:
@@ -86,9 +87,11 @@ def measure(plan: dict) -> list[dict]:
         for batch in plan["batches"]:
             if batch * context > plan["most_tokens"]:
                 continue
-            runs = [run(context, batch, repeat + 1) for repeat in range(plan["repeats"])]
+            runs = []
+            while len(runs) < plan["repeats"] and sum(total for _, _, total in runs) < ENOUGH:
+                runs.append(run(context, batch, len(runs) + 1))
             first, rest, total = (median(column) for column in zip(*runs, strict=True))
-            sizes = {"context": context, "batch": batch, "n": plan["repeats"]}
+            sizes = {"context": context, "batch": batch, "n": len(runs)}
             tokens = batch * (context + plan["output_tokens"])
             figures += [
                 sizes | {"metric": "ttft_s", "value": round(first, 4)},
@@ -141,7 +144,6 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(figures), flush=True)
         return
     args = parse(arguments)
-    rows = []
     for backend in args.backends:
         for memory in args.memory if backend == "DELTAMEM" else [None]:
             settings = args.settings | ({"memory": memory} if memory else {})
@@ -165,13 +167,14 @@ def main(arguments: list[str]) -> None:
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
             if backend == "DELTAMEM":
                 here["settings"] = settings
-            rows += [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
-    common.append(rows, "serving", args.results)
-    for row in rows:
-        print(
-            f"{row['backend']:12} memory {row['memory_tokens'] or '-':>6} context {row['context']:7} "
-            f"batch {row['batch']:3}  {row['metric']:20} {row['value']:>14,}"
-        )
+            rows = [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
+            common.append(rows, "serving", args.results)
+            for row in rows:
+                print(
+                    f"{row['backend']:12} memory {row['memory_tokens'] or '-':>6} context {row['context']:7} "
+                    f"batch {row['batch']:3}  {row['metric']:20} {row['value']:>14,}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
