@@ -15,7 +15,7 @@ import triton.language as tl
 from .decoding import attend_token
 from .launch import ROW_ARGUMENTS, Heads, Pieces, buffer, half_width, heads_of, processors, rows_of, rows_width
 from .prompt import attend_prompt, read_coarse
-from .slot import LayerSlots, Rope, group_size
+from .slot import LayerSlots, Rope
 from .tiles import locate, row_at
 
 INTERPRETED_KEYS = 16
@@ -92,9 +92,7 @@ def attend(
 def _attend_tokens(call: Call, rows: tuple) -> None:
     """One query token per sequence: programs are tiles of a head's keys."""
     slots, count = call.slots, len(rows[0])
-    size, heads = call.q.shape[2], triton.next_power_of_2(call.group)
-    parts = size // group_size(size, 4) if slots.codec.value_bits == 4 else 1  # of a value, each with its scale
-    tile = _fit(TOKEN, call, heads * triton.next_power_of_2(parts))
+    tile, size = _fit(TOKEN, call), call.q.shape[2]
     counts = tuple(slots.ring_k.shape[2] + held for held in call.heads.held)
     resident = processors(call.q.device) * tile.resident
     pieces = call.heads.pieces(counts, tile.keys, count, resident, call.group * size * 4)
@@ -105,8 +103,7 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
         call.q, call.out, partial, lse, slots, call.heads.stride, pieces.table, pieces.size, *rows_of(*rows),
         call.scale, *call.strides, *call.angles, **call.turn, **_slot_constants(slots), SLIDING=slots.sliding,
         HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
-        VALUE_BITS=slots.codec.value_bits, GROUP=call.group, HEADS=heads, D=size, num_warps=tile.warps,
-        num_stages=tile.stages,
+        VALUE_BITS=slots.codec.value_bits, GROUP=call.group, D=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine_parts(call, rows, pieces, partial, lse, count, 1)
 
@@ -127,7 +124,7 @@ def _read(call: Call, rows: tuple) -> torch.Tensor:
 def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tensor) -> None:
     """Pieces of prompts: programs are tiles of query rows over tiles of a head's keys."""
     slots, size = call.slots, call.q.shape[2]
-    tile = _fit(PROMPT, call, triton.next_power_of_2(call.group))
+    tile = _fit(PROMPT, call)
     tokens = tile.rows // call.group
     blocks = live_tokens // tokens + len(rows[0])
     counts = tuple(slots.ring_k.shape[2] + held for held in call.heads.held)
@@ -160,11 +157,11 @@ def _slot_constants(slots: LayerSlots) -> dict:
     return dict(WINDOW=slots.window, SEGMENT=slots.segment)
 
 
-def _fit(tile: Tile, call: Call, rows: int) -> Tile:
-    """The tile with that many rows at least, and so few keys and stages that its vectors fit in shared memory."""
+def _fit(tile: Tile, call: Call) -> Tile:
+    """The tile with rows for a group at least, and so few keys and stages that its vectors fit in shared memory."""
     if not call.q.is_cuda:
         tile = tile._replace(keys=INTERPRETED_KEYS)
-    tile = tile._replace(rows=max(tile.rows, rows))
+    tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(call.group)))
     vector = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size()
     if vector > 256:  # more registers, too, for the same rows
         tile = tile._replace(warps=2 * tile.warps, resident=max(tile.resident // 2, 1))

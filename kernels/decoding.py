@@ -1,18 +1,13 @@
 """Attention of single tokens over memory, window and segment: bound by the bytes of the slot, codes read as they are.
 
-The heads of a group are the rows of a tile. Vectors are handled as two halves, see tiles.py. Codes are operands of the
-matrix products as they are, and their scales and zeros are applied to the products (README.md, 3), which are
-smaller. Where values have a scale per group of columns, a tile has the rows once per group, each good for its columns.
+The heads of a group are the rows of a tile. Vectors are handled as two halves, see tiles.py.
 """
 
 import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .slot import group_size
-from .tiles import angles, at, decode, far_limit, halves, mate, nibbles, rank_position, row_at, scale_zero, turn
-
-_group_size = triton.constexpr_function(group_size)
+from .tiles import angles, at, decode, far_limit, halves, mate, rank_position, row_at, turn
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
@@ -23,12 +18,9 @@ def attend_token(
     TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One token's heads of a group over one piece of their keys. scale includes log2(e): softmax is in base 2.
-
-    HEADS: the power of two that a group's heads are padded to.
-    """
+    """One token's heads of a group over one piece of their keys. scale includes log2(e): softmax is in base 2."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     RING: tl.constexpr = WINDOW + SEGMENT
     DTYPE: tl.constexpr = q.dtype.element_ty
@@ -39,11 +31,9 @@ def attend_token(
     start = tl.load(table + 4 * tl.program_id(1) + 1)
     part = tl.load(table + 4 * tl.program_id(1) + 2)
 
-    COLUMNS: tl.constexpr = _group_size(D, 4) if VALUE_BITS == 4 else D  # that a row is good for
     row = tl.arange(0, TILE)
-    query_head = head * GROUP + row % HEADS
-    group = row // HEADS
-    valid = (row % HEADS < GROUP) & (group < D // COLUMNS)
+    query_head = head * GROUP + row
+    valid = row < GROUP
     i = tl.arange(0, HALF)
     mask = valid[:, None] & (i < D // 2)[None, :]
     query = q + token.to(tl.int64) * q_token + (query_head * q_head)[:, None] + i[None, :]
@@ -82,8 +72,7 @@ def attend_token(
             sees &= seen >= seq_len - WINDOW
         mass = tl.where(sees, 1.0, 0.0)[None, :]
         logits = _logits(q_low, q_high, k_low, k_high)
-        weight, shrink, top, total = _weigh(logits, mass, scale, top, total)
-        low, high = _absorb(weight, shrink, v_low, v_high, low, high)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     exact_k = at(slots.exact_k, slot, stride)
     exact_v = at(slots.exact_v, slot, stride)
@@ -95,13 +84,8 @@ def attend_token(
         k_low, k_high = halves(exact_k, entry, inside, D, HALF)
         v_low, v_high = halves(exact_v, entry, inside, D, HALF)
         mass = tl.where(inside, 1.0, 0.0)[None, :]
-        logits = _logits(q_low, q_high, k_low, k_high)
-        if TRAINED > 0:
-            if limit > 0:
-                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
-                logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
-        weight, shrink, top, total = _weigh(logits, mass, scale, top, total)
-        low, high = _absorb(weight, shrink, v_low, v_high, low, high)
+        logits = _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks + entry, inside, limit, TRAINED)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     coarse_k = at(slots.coarse_k, slot, stride)
     coarse_v = at(slots.coarse_v, slot, stride)
@@ -109,57 +93,28 @@ def attend_token(
     v_affine = at(slots.coarse_v_affine, slot, stride)
     masses = at(slots.coarse_mass, slot, stride)
     ranks = at(slots.coarse_rank, slot, stride)
-    zeros = tl.zeros([TILE], tl.float32)
     end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
     for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
         inside = at_key + key < end
         entry = coarse_first + at_key + key
-        if KEY_BITS == 8:
-            k_low, k_high = halves(coarse_k, entry, inside, D, HALF)
-            k_low = k_low.to(DTYPE)
-            k_high = k_high.to(DTYPE)
-            k_scale, k_zero = scale_zero(k_affine, entry, inside)
-        else:
-            k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
-            k_scale, k_zero = 1.0, 0.0
-        logits = _coded_logits(q_low, q_high, k_low, k_high, k_scale, k_zero, KEY_BITS)
-        if TRAINED > 0:
-            if limit > 0:
-                far = rank_position(tl.load(ranks + entry, mask=inside, other=0)) < limit
-                seen = _coded_logits(far_low, far_high, k_low, k_high, k_scale, k_zero, KEY_BITS)
-                logits = tl.where(far[None, :], seen, logits)
+        k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
+        v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
         mass = tl.load(masses + entry, mask=inside, other=0.0)[None, :]
-        weight, shrink, top, total = _weigh(logits, mass, scale, top, total)
-        if VALUE_BITS == 16:
-            v_low, v_high = halves(coarse_v, entry, inside, D, HALF)
-        else:
-            if VALUE_BITS == 8:
-                v_low, v_high = halves(coarse_v, entry, inside, D, HALF)
-            else:
-                v_low, v_high = nibbles(coarse_v, entry, inside, D, HALF)
-            cell = entry[None, :] * (D // COLUMNS) + group[:, None]
-            v_scale, v_zero = scale_zero(v_affine, cell, inside[None, :] & (group < D // COLUMNS)[:, None])
-            zeros = zeros * shrink + tl.sum(weight * v_zero, 1)
-            weight *= v_scale
-        low, high = _absorb(weight, shrink, v_low.to(DTYPE), v_high.to(DTYPE), low, high)
-    if VALUE_BITS < 16:
-        low += zeros[:, None]
-        high += zeros[:, None]
+        logits = _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks + entry, inside, limit, TRAINED)
+        top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)
 
     some = total > 0
     share = tl.where(some, 1.0 / total, 0.0)[:, None]
-    low_mask = mask & ((i // COLUMNS)[None, :] == group[:, None])
-    high_mask = mask & (((i + D // 2) // COLUMNS)[None, :] == group[:, None])
     if part < 0:
         target = out + token.to(tl.int64) * out_token + (query_head * out_head)[:, None] + i[None, :]
-        tl.store(target, (low * share).to(DTYPE), mask=low_mask)
-        tl.store(target + D // 2, (high * share).to(DTYPE), mask=high_mask)
+        tl.store(target, (low * share).to(DTYPE), mask=mask)
+        tl.store(target + D // 2, (high * share).to(DTYPE), mask=mask)
     else:
-        cell = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * GROUP + row % HEADS
+        cell = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * GROUP + row
         scratch = partial + cell[:, None] * D + i[None, :]
-        tl.store(scratch, low * share, mask=low_mask)
-        tl.store(scratch + D // 2, high * share, mask=high_mask)
-        tl.store(lse + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=valid & (group == 0))
+        tl.store(scratch, low * share, mask=mask)
+        tl.store(scratch + D // 2, high * share, mask=mask)
+        tl.store(lse + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=valid)
 
 
 @triton.jit
@@ -187,31 +142,27 @@ def _logits(q_low, q_high, k_low, k_high):
 
 
 @triton.jit
-def _coded_logits(q_low, q_high, k_low, k_high, scale, zero, BITS: tl.constexpr):
-    """Products with keys z + a c of which c is given: a (q.c) + z sum(q)."""
+def _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks, inside, limit, TRAINED: tl.constexpr):
+    """Products with memory entries; far ones, which lie before the limit, with the queries turned to see them."""
     logits = _logits(q_low, q_high, k_low, k_high)
-    if BITS == 8:
-        total = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)
-        logits = logits * scale[None, :] + total[:, None] * zero[None, :]
+    if TRAINED > 0:
+        if limit > 0:
+            far = rank_position(tl.load(ranks, mask=inside, other=0)) < limit
+            logits = tl.where(far[None, :], _logits(far_low, far_high, k_low, k_high), logits)
     return logits
 
 
 @triton.jit
-def _weigh(logits, mass, scale, top, total):
-    """Weights of a tile of keys in a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
+def _absorb(logits, v_low, v_high, mass, scale, top, total, low, high):
+    """Add a tile of keys to a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
     new_top = tl.maximum(top, tl.max(tl.where(mass > 0, logits, float("-inf")), 1) * scale)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
     weight = mass * tl.exp2(logits * scale - base[:, None])
-    shrink = tl.exp2(top - base)
-    return weight, shrink, new_top, total * shrink + tl.sum(weight, 1)
-
-
-@triton.jit
-def _absorb(weight, shrink, v_low, v_high, low, high):
-    """Add weighted values to what a shrinking softmax has summed up."""
     if v_low.dtype == tl.float16:
         weight = tl.minimum(weight, 65504.0)  # what fp16 holds
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weight, 1)
     weight = weight.to(v_low.dtype)
     low = tl.dot(weight, v_low, low * shrink[:, None], input_precision="ieee")
     high = tl.dot(weight, v_high, high * shrink[:, None], input_precision="ieee")
-    return low, high
+    return new_top, total, low, high

@@ -156,21 +156,12 @@ def store_halves(field, row, inside, low, high, D: tl.constexpr, HALF: tl.conste
 
 
 @triton.jit
-def scale_zero(field, cell, mask):
-    """Scale and zero, fp32, of one group of codes per cell: one load of 4 bytes, the least that can be pipelined."""
+def _affine(field, cell, mask):
+    """Scale and zero, fp32, of one group of codes each: one load of 4 bytes, the least that can be pipelined."""
     both = tl.load(field.to(tl.pointer_type(tl.int32)) + cell, mask=mask, other=0)
     scale = both.to(tl.int16).to(tl.float16, bitcast=True)
     zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return scale.to(tl.float32), zero.to(tl.float32)
-
-
-@triton.jit
-def nibbles(codes, row, inside, D: tl.constexpr, HALF: tl.constexpr):
-    """4-bit codes of rows [B]: two [B, HALF]."""
-    i = tl.arange(0, HALF)
-    mask = inside[:, None] & (i < D // 2)[None, :]
-    both = tl.load(codes + row[:, None] * (D // 2) + i[None, :], mask=mask, other=0)
-    return both & 15, both >> 4
 
 
 @triton.jit
@@ -182,13 +173,13 @@ def _group_affine(field, row, inside, first: tl.constexpr, D: tl.constexpr, HALF
         # one load per group, spread over its columns in registers
         GROUPS: tl.constexpr = HALF // GROUP
         cell = row[:, None] * (D // GROUP) + first // GROUP + tl.arange(0, GROUPS)[None, :]
-        scale, zero = scale_zero(field, cell, tl.broadcast_to(inside[:, None], (B, GROUPS)))
+        scale, zero = _affine(field, cell, tl.broadcast_to(inside[:, None], (B, GROUPS)))
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (B, GROUPS, GROUP)), (B, HALF))
         zero = tl.reshape(tl.broadcast_to(zero[:, :, None], (B, GROUPS, GROUP)), (B, HALF))
     else:
         i = tl.arange(0, HALF)
         cell = row[:, None] * (D // GROUP) + ((first + i) // GROUP)[None, :]
-        scale, zero = scale_zero(field, cell, inside[:, None] & (i < D // 2)[None, :])
+        scale, zero = _affine(field, cell, inside[:, None] & (i < D // 2)[None, :])
     return scale, zero
 
 
@@ -199,15 +190,17 @@ def decode(codes, affine, row, inside, D: tl.constexpr, HALF: tl.constexpr, BITS
         low, high = halves(codes, row, inside, D, HALF)
     elif BITS == 8:
         low, high = halves(codes, row, inside, D, HALF)
-        scale, zero = scale_zero(affine, row, inside)
+        scale, zero = _affine(affine, row, inside)
         low = (low.to(tl.int32).to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
         high = (high.to(tl.int32).to(tl.float32) * scale[:, None] + zero[:, None]).to(DTYPE)
     else:
-        low, high = nibbles(codes, row, inside, D, HALF)
+        i = tl.arange(0, HALF)
+        mask = inside[:, None] & (i < D // 2)[None, :]
+        both = tl.load(codes + row[:, None] * (D // 2) + i[None, :], mask=mask, other=0)
         scale, zero = _group_affine(affine, row, inside, 0, D, HALF)
-        low = (low.to(tl.float32) * scale + zero).to(DTYPE)
+        low = ((both & 15).to(tl.float32) * scale + zero).to(DTYPE)
         scale, zero = _group_affine(affine, row, inside, D // 2, D, HALF)
-        high = (high.to(tl.float32) * scale + zero).to(DTYPE)
+        high = ((both >> 4).to(tl.float32) * scale + zero).to(DTYPE)
     return low, high
 
 
@@ -225,7 +218,7 @@ def _decode_columns(codes, affine, row, mask, column, D: tl.constexpr, BITS: tl.
             byte = tl.load(codes + row[:, None] * (D // 2) + (column % (D // 2))[None, :], mask=mask, other=0)
             code = (byte.to(tl.int32) >> (column // (D // 2) * 4)[None, :]) & 15
             cell = row[:, None] * (D // GROUP) + (column // GROUP)[None, :]
-        scale, zero = scale_zero(affine, cell, mask)
+        scale, zero = _affine(affine, cell, mask)
         value = (code.to(tl.float32) * scale + zero).to(DTYPE)
     return value
 
