@@ -38,10 +38,10 @@ TINY = Scale(
 
 
 class Meter:
-    """Times calls, knows what the card can do, prints the table and keeps the rows of results.jsonl."""
+    """Times calls, knows what the card can do, prints the table and adds the rows to the results, if any are kept."""
 
-    def __init__(self, scale: Scale):
-        self.scale, self.cuda, self.rows = scale, scale.device == "cuda", []
+    def __init__(self, scale: Scale, results: Path | None):
+        self.scale, self.cuda, self.results = scale, scale.device == "cuda", results
         extent, side = (2 << 30, 8192) if self.cuda else (1 << 20, 64)
         source = torch.ones(extent, dtype=torch.uint8, device=scale.device)
         target = torch.empty_like(source)
@@ -92,7 +92,9 @@ class Meter:
         origin = {"model": self.scale.model, "n": REPEATS, "backend": backend or "DELTAMEM", "call": call}
         origin |= {"context": self.scale.context, "batch": batch, "memory_tokens": memory}
         metrics = {"us": seconds * 1e6, "bandwidth_share": shares[0], "matrix_share": shares[1]}
-        self.rows += [origin | {"metric": metric, "value": value} for metric, value in metrics.items()]
+        if self.results:
+            rows = [origin | {"metric": metric, "value": value} for metric, value in metrics.items()]
+            common.append(rows, "kernels", self.results)
 
 
 def attention(meter: Meter, kernels, memory: int, held: Memory, tokens: int) -> None:
@@ -248,7 +250,7 @@ def main() -> None:
     kernels = importlib.import_module("vllm_deltamem.kernels.cuda")
     torch.manual_seed(0)
     scale = TINY if options.interpret else CARD
-    meter = Meter(scale)
+    meter = Meter(scale, None if options.interpret else options.results)
     for memory in scale.memories:
         for fidelity, ragged in (("k8v4", True), ("bf16", False)):
             for batch in scale.batches:
@@ -264,8 +266,6 @@ def main() -> None:
         for batch in scale.batches:
             full_attention(meter, keys, batch, 1)
         full_attention(meter, keys, 1, 512 if meter.cuda else 16)
-    if not options.interpret:
-        common.append(meter.rows, "kernels", options.results)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -139,9 +140,8 @@ def memory_figures(engine, plan: dict) -> list[dict]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--engine"]:
-        figures = measure(json.load(sys.stdin))
-        print(json.dumps(figures), flush=True)
+    if arguments[:1] == ["--engine"]:  # vLLM owns the standard output
+        Path(arguments[1]).write_text(json.dumps(measure(json.load(sys.stdin))))
         return
     args = parse(arguments)
     for backend in args.backends:
@@ -161,13 +161,15 @@ def main(arguments: list[str]) -> None:
             print(f"{backend} {memory or ''} ...", file=sys.stderr, flush=True)
             quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ | quiet
-            command = [sys.executable, "-m", "benchmarks.serving", "--engine"]
-            options = dict(text=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment)
-            done = subprocess.run(command, input=json.dumps(plan), **options)
+            with tempfile.TemporaryDirectory() as folder:
+                written = Path(folder, "figures.json")
+                command = [sys.executable, "-m", "benchmarks.serving", "--engine", str(written)]
+                subprocess.run(command, input=json.dumps(plan), text=True, cwd=ROOT, check=True, env=environment)
+                figures = json.loads(written.read_text())
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
             if backend == "DELTAMEM":
                 here["settings"] = settings
-            rows = [here | figure for figure in json.loads(done.stdout.strip().splitlines()[-1])]
+            rows = [here | figure for figure in figures]
             common.append(rows, "serving", args.results)
             for row in rows:
                 print(

@@ -105,9 +105,9 @@ def far_limit(seq_len, SEGMENT: tl.constexpr, TRAINED: tl.constexpr):
 
 @triton.jit
 def key_position(rank, limit):
-    """See slot.key_position, of entries that hold something; int32."""
+    """See slot.key_position; int32."""
     position = rank_position(rank)
-    return tl.where(position < limit, 0, position)
+    return tl.where((rank == 0) | (position < limit), 0, position)
 
 
 @triton.jit
