@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+STOCK = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"  # vLLM's own backend that takes fp32
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
@@ -53,10 +54,10 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
 
     if backend == "DELTAMEM":
         options["additional_config"] = {"deltamem": settings or {}}
+    options = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True} | options
     llm = LLM(
-        str(folder), attention_backend=backend, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True,
-        disable_log_stats=True, **({"max_model_len": 1024, "max_num_seqs": 8} | options),
-    )  # fmt: skip
+        str(folder), attention_backend=backend, dtype=dtype, skip_tokenizer_init=True, disable_log_stats=True, **options
+    )
     try:
         yield llm
     finally:

@@ -10,7 +10,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, engine, save_model, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STOCK, engine, save_model, tokens  # noqa: E402
 
 SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
 
@@ -56,7 +56,7 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     """Log-probabilities of a prompt and a whole greedy generation, fp32, against the stock backend."""
     params = greedy(64, logprobs=1, prompt_logprobs=1)
     prompt, found = tokens(300), {}
-    for backend in ("CPU_ATTN", "DELTAMEM"):
+    for backend in (STOCK, "DELTAMEM"):
         settings = {"memory": 1200, "segment": 64, "fidelity": "bf16"}
         options = {"max_model_len": 512} | OPTIONS.get(family, {})
         with engine(folders(family), backend, "float32", settings, **options) as llm:
@@ -64,7 +64,7 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
         chosen = [row[token].logprob for row, token in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)]
         chosen += [row[t].logprob for row, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True)]
         found[backend] = torch.tensor(chosen)
-    difference = (found["DELTAMEM"] - found["CPU_ATTN"]).abs().max().item()
+    difference = (found["DELTAMEM"] - found[STOCK]).abs().max().item()
     print(f"{family}: largest difference in log-probability {difference:.2e}")
     assert difference < 2e-4
 
