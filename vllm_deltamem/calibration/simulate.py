@@ -27,14 +27,17 @@ class MemoryAttention:
     """Attention of every layer with full attention through a slot of the memory. Every call starts an empty one."""
 
     def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
-        self.model, self.layout, self.policies = model, layout, policies
+        self.model, self.policies = model, policies
+        self.slab = torch.zeros(1, layout.slot_bytes, dtype=torch.uint8, device=model.device)
+        self.slots = [layout.views(self.slab, layer) for layer in range(layout.shape.layers)]
         on_cpu = torch.device(model.device).type == "cpu"
         self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if on_cpu else "cuda"))
         self.keeps_readouts = on_cpu
 
     def __call__(self, layer, q, k, v, scale):
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-        slots = self.layout.views(q.new_zeros(1, self.layout.slot_bytes, dtype=torch.uint8), layer)
+        slots = self.slots[layer]
+        self.slab.zero_()
         out, options = torch.empty_like(q), {"scratch": {}} if self.keeps_readouts else {}
         for begin in range(0, len(q), slots.segment):
             piece = slice(begin, min(begin + slots.segment, len(q)))
