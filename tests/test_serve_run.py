@@ -169,14 +169,17 @@ def test_a_killed_replica_loses_no_request(served):
     victim, *_ = served.engines()
     family = [victim, *victim.children(recursive=True)]
     with ThreadPoolExecutor(1) as thread:
-        answers = thread.submit(served.ask_all, 300, firsts)
+        answers = thread.submit(served.ask_all, 800, firsts)
         time.sleep(1)
         assert not answers.done(), "too fast to be disturbed"
         victim.kill()
         answers = answers.result()
     assert [answer.text for answer in answers] == [answer.text for answer in expected]
     assert len({answer.replica for answer in answers}) == 1, "the survivor answers all"
-    assert all(answer.restored > 60 for answer in answers), "from the directory that the replicas share"
+    # Not of all: the text of some answers is not read as the tokens that it was made of.
+    restored = [answer.restored for answer in answers]
+    assert restored == [answer.restored for answer in expected], "from the directory that the replicas share"
+    assert sum(count > 60 for count in restored) > 6, "more than the survivor's own"
     assert not psutil.wait_procs(family, timeout=30)[1], "the engine of a dead replica lives on"
     wait_for(lambda: len({answer.replica for answer in served.ask_all(1)}) == 2)
 
