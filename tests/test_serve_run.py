@@ -169,7 +169,7 @@ def test_a_killed_replica_loses_no_request(served):
     victim, *_ = served.engines()
     family = [victim, *victim.children(recursive=True)]
     with ThreadPoolExecutor(1) as thread:
-        answers = thread.submit(served.ask_all, 800, firsts)
+        answers = thread.submit(served.ask_all, 300, firsts)
         time.sleep(1)
         assert not answers.done(), "too fast to be disturbed"
         victim.kill()
