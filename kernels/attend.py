@@ -93,12 +93,7 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
     """One query token per sequence: programs are tiles of a head's keys."""
     slots, count = call.slots, len(rows[0])
     tile, size = _fit(TOKEN, call), call.q.shape[2]
-    counts = tuple(slots.ring_k.shape[2] + held for held in call.heads.held)
-    resident = processors(call.q.device) * tile.resident
-    pieces = call.heads.pieces(counts, tile.keys, count, resident, call.group * size * 4)
-    shape = (pieces.parts, count, call.group)
-    partial = buffer("partial", (*shape, size), torch.float32, call.q.device)
-    lse = buffer("lse", shape, torch.float32, call.q.device)
+    pieces, partial, lse = _pieces(call, tile, count, 1)
     attend_token[(count, len(pieces.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, pieces.table, pieces.size, *rows_of(*rows),
         call.scale, *call.strides, *call.angles, **call.turn, **_slot_constants(slots), SLIDING=slots.sliding,
@@ -127,12 +122,7 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
     tile = _fit(PROMPT, call)
     tokens = tile.rows // call.group
     blocks = live_tokens // tokens + len(rows[0])
-    counts = tuple(slots.ring_k.shape[2] + held for held in call.heads.held)
-    resident = processors(call.q.device) * tile.resident
-    pieces = call.heads.pieces(counts, tile.keys, blocks, resident, tokens * call.group * size * 4)
-    shape = (pieces.parts, blocks, tokens * call.group)
-    partial = buffer("partial", (*shape, size), torch.float32, call.q.device)
-    lse = buffer("lse", shape, torch.float32, call.q.device)
+    pieces, partial, lse = _pieces(call, tile, blocks, tokens)
     attend_prompt[(blocks, len(pieces.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, *read, slots.coarse_rank.shape[1],
         pieces.table, pieces.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, **call.turn,
@@ -141,6 +131,17 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
         ROWS=rows_width(rows[0]), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine_parts(call, rows, pieces, partial, lse, blocks, tokens)
+
+
+def _pieces(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Pieces, torch.Tensor, torch.Tensor]:
+    """The cut of the heads' keys for so many blocks of query tokens, and buffers for the parts and their lse."""
+    size, rows = call.q.shape[2], tokens * call.group
+    counts = tuple(call.slots.ring_k.shape[2] + held for held in call.heads.held)
+    resident = processors(call.q.device) * tile.resident
+    pieces = call.heads.pieces(counts, tile.keys, blocks, resident, rows * size * 4)
+    shape = (pieces.parts, blocks, rows)
+    partial = buffer("partial", (*shape, size), torch.float32, call.q.device)
+    return pieces, partial, buffer("lse", shape, torch.float32, call.q.device)
 
 
 def _combine_parts(call: Call, rows: tuple, pieces: Pieces, partial, lse, blocks: int, tokens: int) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, decode, far_limit, halves, mate, rank_position, row_at, turn
+from .tiles import angles, at, decode, far_limit, halves, left_ring, mate, rank_position, row_at, sizes, turn
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
@@ -49,11 +49,8 @@ def attend_token(
                 query, mask, q_low, q_high, cos, sin, position, valid, D, HALF, TRAINED, ROTARY, INTERLEAVED
             )
 
-    gone = tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)  # left_ring: how many tokens memory holds
-    exact_first = tl.load(slots.exact_start + head)
-    exact = tl.load(slots.exact_start + head + 1) - exact_first
-    coarse_first = tl.load(slots.coarse_start + head)
-    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
+    gone = left_ring(seq_len, WINDOW, SEGMENT)
+    exact_first, coarse_first, exact, _, held_exact, held_coarse = sizes(slots, head, gone)
     key = tl.arange(0, KEYS)
     top = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -77,7 +74,7 @@ def attend_token(
     exact_k = at(slots.exact_k, slot, stride)
     exact_v = at(slots.exact_v, slot, stride)
     ranks = at(slots.exact_rank, slot, stride)
-    end = tl.minimum(tl.minimum(start + size - RING, exact), gone)
+    end = tl.minimum(start + size - RING, held_exact)
     for at_key in range(tl.maximum(start - RING, 0), end, KEYS):
         inside = at_key + key < end
         entry = exact_first + at_key + key
@@ -93,7 +90,7 @@ def attend_token(
     v_affine = at(slots.coarse_v_affine, slot, stride)
     masses = at(slots.coarse_mass, slot, stride)
     ranks = at(slots.coarse_rank, slot, stride)
-    end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
+    end = tl.minimum(start + size - RING - exact, held_coarse)
     for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
         inside = at_key + key < end
         entry = coarse_first + at_key + key

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .duels import held_ranks, sizes
+from .duels import held_ranks
 from .launch import ROW_ARGUMENTS
 from .tiles import (
     angles,
@@ -14,6 +14,7 @@ from .tiles import (
     halves,
     mates,
     rank_position,
+    sizes,
     store_encoded,
     store_halves,
 )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import at, due_tile, rank_position
+from .tiles import at, due_tile, rank_position, sizes
 
 NOWHERE = tl.constexpr(1 << 30)  # an entry that no head has
 UNBOUND = tl.constexpr((1 << 63) - 1)  # no rank is higher
@@ -17,18 +17,6 @@ _SKEW = tl.constexpr(37)  # odd, and far from a divisor of any segment
 # Work.plan of a head: duels won against exact entries (empty ones included) and exact entries that lose, the same
 # for coarse ones, how many entries of either tier were picked, and how many coarse ones were listed.
 _EXACT, _COARSE, _PICKED, _LISTED = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4), tl.constexpr(6)
-
-
-@triton.jit
-def sizes(slots, head, left):
-    """Of one head: first exact and coarse entry, numbers of both, and how many hold something after `left` tokens."""
-    exact_first = tl.load(slots.exact_start + head)
-    coarse_first = tl.load(slots.coarse_start + head)
-    exact = tl.load(slots.exact_start + head + 1) - exact_first
-    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
-    held_exact = tl.minimum(left, exact)
-    held_coarse = tl.minimum(left - held_exact, coarse)
-    return exact_first, coarse_first, exact, coarse, held_exact, held_coarse
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .duels import above, sizes
+from .duels import above
 from .launch import ROW_ARGUMENTS
 from .tiles import (
     angles,
@@ -16,6 +16,7 @@ from .tiles import (
     key_position,
     mates,
     outgoing,
+    sizes,
     store_encoded,
     store_halves,
 )

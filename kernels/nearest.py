@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, centred_unit, decode, due_tile, far_limit, key_position, mates, pack_rank
+from .tiles import angles, at, centred_unit, decode, due_tile, far_limit, key_position, mates, pack_rank, sizes
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
@@ -23,9 +23,7 @@ def nearest(
     head = tl.load(table + 4 * tile)
     first = tl.load(table + 4 * tile + 1)
     base = index * kv_heads + head
-    exact = tl.load(slots.exact_start + head + 1) - tl.load(slots.exact_start + head)
-    coarse_first = tl.load(slots.coarse_start + head)
-    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
+    _, coarse_first, exact, coarse, _, _ = sizes(slots, head, gone)
     if (gone <= exact + coarse) | (first >= coarse):  # a head that is not full has no losers
         return
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty

@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import at, column_angles, decode, far_limit, locate, mate, rank_position, row_at, store_halves
+from .tiles import (
+    at,
+    column_angles,
+    decode,
+    far_limit,
+    left_ring,
+    locate,
+    mate,
+    rank_position,
+    row_at,
+    sizes,
+    store_halves,
+)
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["coarse_total"])
@@ -25,12 +37,9 @@ def read_coarse(
         return
     head = tl.load(table + 4 * tl.program_id(0))
     entry = tl.load(table + 4 * tl.program_id(0) + 1) + tl.arange(0, ENTRIES)
-    gone = tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)
-    exact = tl.load(slots.exact_start + head + 1) - tl.load(slots.exact_start + head)
-    first = tl.load(slots.coarse_start + head)
-    coarse = tl.load(slots.coarse_start + head + 1) - first
-    inside = entry < tl.minimum(coarse, gone - exact)
-    row = first + entry
+    _, coarse_first, _, _, _, held = sizes(slots, head, left_ring(seq_len, WINDOW, SEGMENT))
+    inside = entry < held
+    row = coarse_first + entry
     DTYPE: tl.constexpr = read_k.dtype.element_ty
     base = n.to(tl.int64) * coarse_total * D
     k_affine, v_affine = at(slots.coarse_k_affine, slot, stride), at(slots.coarse_v_affine, slot, stride)
@@ -80,11 +89,8 @@ def attend_prompt(
         if limit > 0:
             far = _far_query(query, mask, near, cos, sin, position, valid, WIDTH, TRAINED, ROTARY, INTERLEAVED)
 
-    gone = tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)  # left_ring: how many tokens memory holds
-    exact_first = tl.load(slots.exact_start + head)
-    exact = tl.load(slots.exact_start + head + 1) - exact_first
-    coarse_first = tl.load(slots.coarse_start + head)
-    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
+    gone = left_ring(seq_len, WINDOW, SEGMENT)
+    exact_first, coarse_first, exact, _, held_exact, held_coarse = sizes(slots, head, gone)
     newest = seq_len - count + tl.minimum(first + TOKENS, count) - 1
     key = tl.arange(0, KEYS)
     top = tl.full([TILE], float("-inf"), tl.float32)
@@ -114,21 +120,12 @@ def attend_prompt(
     k = at(slots.exact_k, slot, stride) + exact_first * D
     v = at(slots.exact_v, slot, stride) + exact_first * D
     ranks = at(slots.exact_rank, slot, stride) + exact_first
-    end = tl.minimum(tl.minimum(start + size - RING, exact), gone)
-    begin_key = tl.maximum(start - RING, 0)
-    full = begin_key + tl.maximum(end - begin_key, 0) // KEYS * KEYS
     masses = at(slots.coarse_mass, slot, stride) + coarse_first
-    for at_key in range(begin_key, full, KEYS):
-        top, total, sums = _absorb(
-            near, far, k, v, ranks, masses, at_key + key, end, limit, scale, top, total, sums,
-            False, False, TRAINED, D, WIDTH,
-        )  # fmt: skip
-    if full < end:
-        top, total, sums = _absorb(
-            near, far, k, v, ranks, masses, full + key, end, limit, scale, top, total, sums,
-            True, False, TRAINED, D, WIDTH,
-        )  # fmt: skip
-
+    begin_key, end_key = tl.maximum(start - RING, 0), tl.minimum(start + size - RING, held_exact)
+    top, total, sums = _absorb_entries(
+        near, far, k, v, ranks, masses, begin_key, end_key, limit, scale, top, total, sums,
+        False, TRAINED, D, WIDTH, KEYS,
+    )  # fmt: skip
     if CODED:
         k = read_k + (n.to(tl.int64) * coarse_total + coarse_first) * D
         v = read_v + (n.to(tl.int64) * coarse_total + coarse_first) * D
@@ -136,19 +133,11 @@ def attend_prompt(
         k = at(slots.coarse_k, slot, stride) + coarse_first * D
         v = at(slots.coarse_v, slot, stride) + coarse_first * D
     ranks = at(slots.coarse_rank, slot, stride) + coarse_first
-    end = tl.minimum(tl.minimum(start + size - RING - exact, coarse), gone - exact)
-    begin_key = tl.maximum(start - RING - exact, 0)
-    full = begin_key + tl.maximum(end - begin_key, 0) // KEYS * KEYS
-    for at_key in range(begin_key, full, KEYS):
-        top, total, sums = _absorb(
-            near, far, k, v, ranks, masses, at_key + key, end, limit, scale, top, total, sums,
-            False, True, TRAINED, D, WIDTH,
-        )  # fmt: skip
-    if full < end:
-        top, total, sums = _absorb(
-            near, far, k, v, ranks, masses, full + key, end, limit, scale, top, total, sums,
-            True, True, TRAINED, D, WIDTH,
-        )  # fmt: skip
+    begin_key, end_key = tl.maximum(start - RING - exact, 0), tl.minimum(start + size - RING - exact, held_coarse)
+    top, total, sums = _absorb_entries(
+        near, far, k, v, ranks, masses, begin_key, end_key, limit, scale, top, total, sums,
+        True, TRAINED, D, WIDTH, KEYS,
+    )  # fmt: skip
 
     some = total > 0
     mean = sums * tl.where(some, 1.0 / total, 0.0)[:, None]
@@ -174,6 +163,27 @@ def _far_query(
     turned = near * (cos_here * cos_there + sin_here * sin_there)
     turned += other * (sin_there * cos_here - cos_there * sin_here)
     return turned.to(near.dtype)
+
+
+@triton.jit
+def _absorb_entries(
+    near, far, k, v, ranks, masses, begin, end, limit, scale, top, total, sums,
+    COARSE: tl.constexpr, TRAINED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add a tier's entries from begin to end: whole tiles without a mask, then what is left."""
+    key = tl.arange(0, KEYS)
+    full = begin + tl.maximum(end - begin, 0) // KEYS * KEYS
+    for at_key in range(begin, full, KEYS):
+        top, total, sums = _absorb(
+            near, far, k, v, ranks, masses, at_key + key, end, limit, scale, top, total, sums,
+            False, COARSE, TRAINED, D, WIDTH,
+        )  # fmt: skip
+    if full < end:
+        top, total, sums = _absorb(
+            near, far, k, v, ranks, masses, full + key, end, limit, scale, top, total, sums,
+            True, COARSE, TRAINED, D, WIDTH,
+        )  # fmt: skip
+    return top, total, sums
 
 
 @triton.jit

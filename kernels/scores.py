@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .duels import NOWHERE, UNBOUND, held_ranks, lowest, sizes
+from .duels import NOWHERE, UNBOUND, held_ranks, lowest
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, due_tile, halves, mates, outgoing, pack_rank, rank_position, unit
+from .tiles import angles, at, due_tile, halves, mates, outgoing, pack_rank, rank_position, sizes, unit
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)

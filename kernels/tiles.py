@@ -72,6 +72,24 @@ def due_tile(rows, tiles, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
+def left_ring(seq_len, WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
+    """See reference.left_ring; int32."""
+    return tl.maximum((seq_len - 1) // SEGMENT * SEGMENT - WINDOW, 0)
+
+
+@triton.jit
+def sizes(slots, head, left):
+    """Of one head: first exact and coarse entry, numbers of both, and how many hold something after `left` tokens."""
+    exact_first = tl.load(slots.exact_start + head)
+    coarse_first = tl.load(slots.coarse_start + head)
+    exact = tl.load(slots.exact_start + head + 1) - exact_first
+    coarse = tl.load(slots.coarse_start + head + 1) - coarse_first
+    held_exact = tl.minimum(left, exact)
+    held_coarse = tl.minimum(left - held_exact, coarse)
+    return exact_first, coarse_first, exact, coarse, held_exact, held_coarse
+
+
+@triton.jit
 def outgoing(head, gone, c, WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
     """Positions of the outgoing tokens c [B], whether they exist, and their ring cells, counted over all heads."""
     RING: tl.constexpr = WINDOW + SEGMENT
