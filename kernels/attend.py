@@ -160,7 +160,7 @@ def _slot_constants(slots: LayerSlots) -> dict:
 
 def _fit(tile: Tile, call: Call) -> Tile:
     """The tile with rows for a group at least, and so few keys and stages that its vectors fit in shared memory."""
-    if not call.q.is_cuda:
+    if triton.knobs.runtime.interpret:
         tile = tile._replace(keys=INTERPRETED_KEYS)
     tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(call.group)))
     vector = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size()

@@ -71,16 +71,12 @@ def _keep_coarse(k, v, plain, rank, readout):
 
 
 def _columns(readout, gone) -> list[list[slice]]:
-    """Columns of each head among which losers look for the nearest entry: all of those that hold something, or few."""
+    """Columns of each head's coarse entries among which losers look for the nearest: none before a head has losers."""
     columns, segment = [], readout.slots.segment
-    for exact, coarse, width in zip(
-        readout.exact_count.tolist(), readout.coarse_count.tolist(), readout.widths(gone), strict=True
-    ):
-        among = candidates(coarse, gone, segment)
-        if len(among) == 1 or gone <= exact + coarse:  # before it is full, a head has no losers
-            columns.append([slice(0, width)])
-        else:
-            columns.append([slice(exact + r.start, exact + r.stop) for r in among if r])
+    for exact, coarse in zip(readout.exact_count.tolist(), readout.coarse_count.tolist(), strict=True):
+        full = gone > exact + coarse  # then every entry is taken, and before that every token has one
+        among = candidates(coarse, gone, segment) if full else []
+        columns.append([slice(exact + r.start, exact + r.stop) for r in among if r])
     return columns
 
 
@@ -91,17 +87,20 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, columns):
     """
     (kv_heads, count), width = rank.shape, readout.width
     centred = torch.nn.functional.normalize(plain.view(kv_heads, count, -1) - mean[:, None], dim=-1)
-    cosines = [_cosines(centred[g], readout, g, mine, mean[g]) for g, mine in enumerate(columns)]
-    best = torch.stack([cosine.amax(-1) for cosine in cosines])
+    cosines = [_cosines(centred[g], readout.plain[g], mine, mean[g]) for g, mine in enumerate(columns)]
+    nowhere = torch.full((count,), MASKED)
+    best = torch.stack([nowhere if cosine is None else cosine.amax(-1) for cosine in cosines])
     # Finding out which entry it is costs more than all the products: only for losers that some mass would let in.
     heaviest = torch.where(gate_weights[:, 2] > 0, readout.mass.amax(-1).clamp(min=1.0), 1.0)
     could = gate(best, heaviest[:, None].expand_as(best), gate_weights) > 0
     loser = (could & (rank != EMPTY) & (best > MASKED / 2)).view(-1).nonzero().squeeze(1)
     head = loser // count
     rows = (loser - head * count).split(head.bincount(minlength=kv_heads).tolist())
-    found = [cosine.index_select(0, row).argmax(-1) for cosine, row in zip(cosines, rows, strict=True)]
-    column = torch.cat([_column(mine, nearest) for mine, nearest in zip(columns, found, strict=True)])
-    place = column + head * width
+    searched = zip(columns, cosines, rows, strict=True)
+    column = [_column(mine, cosine.index_select(0, row).argmax(-1)) for mine, cosine, row in searched if len(row)]
+    if not column:
+        return
+    place = torch.cat(column) + head * width
     entry_mass = readout.mass.view(-1).index_select(0, place)
     opened = gate(best.view(-1)[loser][:, None], entry_mass[:, None], gate_weights.index_select(0, head))
     weight = mass.index_select(0, loser) * opened.squeeze(1)
@@ -120,15 +119,14 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, columns):
     readout.store(target, *merged, total, entry_rank)
 
 
-def _cosines(centred, readout, g, columns, mean):
-    """Cosines [C, E] of losers' centred unit keys to those of one head's coarse entries, near MASKED elsewhere."""
+def _cosines(centred, entries, columns, mean):
+    """Cosines [C, E] of losers' centred unit keys to the entries [D] of these columns; None where there are none."""
     parts = []
     for mine in columns:
-        entries = readout.plain[g, mine] - mean
-        entries.mul_(entries.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
-        hidden = torch.where(readout.mass[g, mine] > 0, 0.0, MASKED)
-        parts.append(torch.addmm(hidden, centred, entries.T))
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        unit = entries[mine] - mean
+        unit.mul_(unit.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
+        parts.append(centred @ unit.T)
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
 
 
 def _column(columns, place):

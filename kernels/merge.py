@@ -128,7 +128,7 @@ def merge(
     nearest[(sequences * len(targets),)](
         *common, cos, sin, kv_heads, targets, len(targets), CANDIDATES=slot.CANDIDATES, TARGETS=TARGETS,
         LOSERS=max(16, min(LOSERS, segment)), KEY_BITS=bits["KEY_BITS"], **shape, **lies,
-        num_warps=8, num_stages=2, maxnreg=128 if size <= 128 else None,
+        num_warps=8, num_stages=2, maxnreg=128 if size in (64, 128) else None,
     )  # fmt: skip
     group[(per_head,)](*common, policy.gate.contiguous(), kv_heads, **batch, num_warps=4)
     update[(per_head * 2 * -(-segment // MERGED),)](

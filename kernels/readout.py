@@ -4,7 +4,7 @@ import torch
 
 from .slot import EMPTY, LayerSlots, Rope, decode, encode, key_position, rank_position, rotate
 
-KEY_BLOCK = 512  # keys per block of PyTorch's CPU flash attention: sums are split at its multiples
+KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
 TAKEN = torch.iinfo(torch.int64).max  # order of a column that no token may take: nothing outranks it
 

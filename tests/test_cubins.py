@@ -1,4 +1,6 @@
-"""The Triton kernels compiled for GPUs that need not be there: no error, few spills, shared memory that fits.
+"""The Triton kernels compiled for GPUs that need not be there: no error, shared memory that fits, few spills.
+
+Registers are judged where tiles were chosen: Triton 3.6, which vLLM 0.32 brings on CUDA, for capability 9.0.
 
 python -m tests.test_cubins 90        # a table of every kernel, for compute capability 9.0
 """
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 SPILLED = 64  # bytes per thread that cost nothing one could measure
+TUNED = "3.6.", 90
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
 SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment, trained tokens (0: any)
     ("k8v4", 128, 4, "neox", True, 512, 0),
@@ -33,11 +36,15 @@ def test_kernels_compile(capability, shape):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    names = set("_write _reset _attend _combine prepare rank count pick order exchange nearest group update".split())
+    names = set("_write _reset attend_token attend_prompt _combine".split())
+    names |= set("prepare rank count pick order exchange nearest group update".split())
     names |= ({"score"} if shape[4] else set()) | ({"demote"} if shape[6] else set())
+    names |= {"read_coarse"} if shape[0] != "bf16" else set()
     assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
-        assert kernel["spilled_bytes"] <= SPILLED and kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
+        assert kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
+        if triton.__version__.startswith(TUNED[0]) and capability == TUNED[1]:
+            assert kernel["spilled_bytes"] <= SPILLED, kernel
 
 
 class Absent:
