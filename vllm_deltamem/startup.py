@@ -70,9 +70,10 @@ def apply_patches() -> None:
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
-        from vllm_deltamem.patches import cpu_platform
+        from vllm_deltamem.patches import cpu_platform, single_row
 
         cpu_platform.apply()
+        single_row.apply()
 
 
 def _refuse_unsupported(vllm_config) -> None:
