@@ -16,6 +16,7 @@ FAMILIES = {  # name: (transformers model type, what its config adds)
     "llama": ("llama", {}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-wide": ("llama", {"hidden_size": 1536, "intermediate_size": 1536, "initializer_range": 0.05}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2-bias": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),

@@ -100,6 +100,17 @@ def crowded_slab(llm, prompt, others):
     return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), "crowd").slab
 
 
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_slot_does_not_depend_on_decoding_alone(folders, eager):
+    """A model with wide products: decoded alone, decoded among others, prefilled: the same bytes."""
+    with engine(folders("llama-wide"), settings=SMALL, enforce_eager=eager) as llm:
+        prompt = tokens(333)
+        text, decoded = slab_of(llm, prompt)
+        assert torch.equal(crowded_slab(llm, prompt, [tokens(n, seed=n) for n in (5, 90)]), decoded)
+        following, prefilled = slab_of(llm, prompt + text[:-1], count=1, name="prefilled")
+    assert following == text[-1:] and torch.equal(prefilled, decoded)
+
+
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
 @pytest.mark.parametrize("family", ["qwen2-bias", "mistral-mixed"])
 def test_slot_does_not_depend_on_preemption(folders, family, after):

@@ -73,6 +73,22 @@ def test_settings_refused(llama, settings, message):
     assert "VllmConfig" not in str(error.value), "ours alone, without pydantic's words"
 
 
+def test_a_key_or_directory_that_cannot_hold_sessions_is_refused(llama, tmp_path):
+    def start(**sessions):
+        return vllm_config(llama, {"sessions": {"directory": str(tmp_path / "kept")} | sessions})
+
+    with pytest.raises(ValueError, match="missing must hold 64 hex digits"):
+        start(key_file=str(tmp_path / "missing"))
+    assert start() and not (tmp_path / "kept").exists(), "the engine makes it"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot use the directory .*file: File exists"):
+        start(directory=str(tmp_path / "file"))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "store.json").write_text("[]")
+    with pytest.raises(ValueError, match="store.json is damaged"):
+        start()
+
+
 def test_a_server_that_is_refused_ends_in_one_line(llama, tmp_path):
     options = ["--attention-backend", "deltamem", "--skip-tokenizer-init"]
     options += ["--additional-config", '{"deltamem": {"memroy": 512}}']

@@ -6,6 +6,8 @@ has its own, and once the salt is wiped, the rest of the file is unreadable even
 
 from __future__ import annotations
 
+from vllm_deltamem.sessionsettings import SessionSettings
+
 PIECE = 1 << 20  # bytes encrypted at once: AES-GCM allows 2 GiB, the processor's cache likes 1 MiB
 TAG = 16  # bytes that AES-GCM adds to a piece
 
@@ -24,6 +26,12 @@ class Seal:
         self._master = master
         self._aes = AESGCM
         self.key_id = self.derive("key id", 8).hex()
+
+    @classmethod
+    def of(cls, settings: SessionSettings) -> Seal | None:
+        """Under the key of these settings; None if they name none. Raises ValueError as SessionSettings.key does."""
+        key = settings.key()
+        return cls(key) if key else None
 
     def derive(self, purpose: str, length: int, salt: bytes = b"") -> bytes:
         """HKDF-SHA256 (RFC 5869) of the master key: `length` bytes for one purpose and salt."""

@@ -33,6 +33,7 @@ import torch
 
 from vllm_deltamem.seal import Seal
 from vllm_deltamem.sessionfile import HEADER_LIMIT, Header, SessionRefused, write_session
+from vllm_deltamem.sessionsettings import SessionSettings
 
 MARKER = "store.json"
 FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{32})-(\d{1,4})of(\d{1,4})\.safetensors")
@@ -95,6 +96,11 @@ class SessionDirectory:
         self._writer = secrets.token_hex(8)
         self._lock: BinaryIO | None = None  # on the file that says that this writer lives
         self._locking = threading.Lock()
+
+    @classmethod
+    def of(cls, settings: SessionSettings) -> SessionDirectory | None:
+        """The directory of these settings, made if need be; None if they name none. Raises ValueError for a bad key."""
+        return None if settings.directory is None else cls(Path(settings.directory), Seal.of(settings))
 
     def tenant_tag(self, tenant: str) -> str:
         return self._tag(f"tenant {tenant}")

@@ -25,11 +25,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from vllm_deltamem.seal import Seal
 from vllm_deltamem.sessiondirectory import Entry, Save, SessionDirectory, newest
 from vllm_deltamem.sessionfile import Fingerprint, Header, SessionFile, SessionRefused
 from vllm_deltamem.sessionhost import HostSessions
@@ -64,10 +62,7 @@ class SessionStore:
         self.settings = settings
         self._fingerprint = fingerprint
         self._host = HostSessions(settings.max_sessions, settings.host_bytes)
-        self.directory = None
-        if settings.directory is not None:
-            key = settings.key()
-            self.directory = SessionDirectory(Path(settings.directory), Seal(key) if key else None)
+        self.directory = SessionDirectory.of(settings)
         self.sweeper = Sweeper(settings, self.directory, self._host)
         if self.directory is not None:
             self.sweep()

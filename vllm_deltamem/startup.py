@@ -1,5 +1,7 @@
 """What happens at start-up once the backend is chosen: checks, adjustments of vLLM's config, patches."""
 
+import os
+
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
@@ -7,6 +9,8 @@ from vllm_deltamem import BACKEND
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.rope import extend
+from vllm_deltamem.seal import Seal
+from vllm_deltamem.sessiondirectory import SessionDirectory
 from vllm_deltamem.sessionsettings import SessionSettings
 
 logger = init_logger(__name__)
@@ -26,7 +30,7 @@ def configure(vllm_config) -> None:
     """Check a config that chose the backend and adjust it.
 
     Raises ValueError for an unsupported model or feature of vLLM, an unknown or contradictory setting,
-    or a profile of another model.
+    a profile of another model, or a key or directory that cannot hold sessions.
     """
     if vllm_config.model_config is None or not is_chosen(vllm_config):
         return
@@ -38,7 +42,7 @@ def configure(vllm_config) -> None:
         vllm_config.cache_config.enable_prefix_caching = False
     layout = plan_memory(vllm_config, settings).layout
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
-    SessionSettings.from_dict(settings.sessions)
+    _check_sessions(SessionSettings.from_dict(settings.sessions))
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_deltamem.connector",
@@ -70,9 +74,10 @@ def apply_patches() -> None:
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
-        from vllm_deltamem.patches import cpu_platform
+        from vllm_deltamem.patches import cpu_platform, single_row
 
         cpu_platform.apply()
+        single_row.apply()
 
 
 def _refuse_unsupported(vllm_config) -> None:
@@ -98,6 +103,13 @@ def _refuse_unsupported(vllm_config) -> None:
     for feature, present in refusals.items():
         if present:
             raise ValueError(f"--attention-backend deltamem does not support {feature}.")
+
+
+def _check_sessions(settings: SessionSettings) -> None:
+    """Raise ValueError here, not in the engine, for a bad key or directory. Makes no directory: the engine does."""
+    Seal.of(settings)
+    if settings.directory is not None and os.path.lexists(settings.directory):
+        SessionDirectory.of(settings)
 
 
 def _foreign_connector(vllm_config) -> bool:
