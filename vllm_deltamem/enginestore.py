@@ -7,6 +7,7 @@ from dataclasses import asdict
 import vllm
 
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.slot import STATE
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
@@ -35,6 +36,7 @@ def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
         model=f"{model.hf_text_config.model_type}-{_digest({'model': model.model, **config})}",
         profile=profile,
         settings=_digest(layout),
+        state=str(STATE),
         dtype=str(model.dtype),
         vllm=vllm.__version__,
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
