@@ -120,7 +120,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
-            self._step.restores.append(Transfer(request.request_id, slot, matched[0]))
+            pins = self._pins(request.sampling_params)
+            self._step.restores.append(Transfer(request.request_id, slot, matched[0], pins=pins))
             self._restoring[request.request_id] = num_external_tokens
 
     def build_connector_meta(self, scheduler_output):
@@ -128,11 +129,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            step.pins[request.block_ids[0][0]] = self._pins(request.req_id)
-            self._count("tokens_pinned", sum(end - first for first, end in self._pins(request.req_id)))
+            pins = step.pins[request.block_ids[0][0]] = self._pins(request.sampling_params)
+            self._count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                step.pins[blocks[0][0]] = self._pins(request_id)
+                step.pins[blocks[0][0]] = self._pins(self._requests[request_id])
         self._count_tokens(scheduler_output)
         return step
 
@@ -229,8 +230,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}
         return extra.get(SESSION), extra.get(TENANT)
 
-    def _pins(self, request_id: str) -> list[list[int]]:
-        params = self._requests.get(request_id)
+    def _pins(self, params) -> list[list[int]]:
         return ((params and params.extra_args) or {}).get(PINS, [])
 
     def _count(self, name: str, amount: float) -> None:
@@ -280,6 +280,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                     raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
+                read = len(session.tokens)
+                if pool.pins_of(transfer.slot) != [[a, min(b, read)] for a, b in transfer.pins if a < read]:
+                    raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
             except SessionRefused as refused:
                 logger.warning("deltamem computes a prompt anew: %s", refused)
                 self._refusals[transfer.request_id] = refused.reason

@@ -97,6 +97,10 @@ class SlotPool:
         if claimed:
             self.write_pins()
 
+    def pins_of(self, slot: int) -> list[list[int]]:
+        """The spans that are written in a slot."""
+        return [span for span in self.layers[0].pins[slot].tolist() if any(span)]
+
     def write_pins(self) -> None:
         """Write all spans again: the reset of a slot and the restoring of a session wipe them."""
         for slot, spans in self.pins.items():

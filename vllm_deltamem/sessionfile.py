@@ -37,8 +37,8 @@ NAME, TOKENS, SLAB = range(3)  # sections of a sealed file
 class SessionRefused(ValueError):
     """A session that must not be used, or could not be saved.
 
-    reason is one word for metrics: foreign, version, truncated, altered, key, fingerprint, expired,
-    incomplete, replaced, erased, size, unreadable or unwritable. The message is for people.
+    reason goes into the response: foreign, version, truncated, altered, key, fingerprint, expired, incomplete,
+    replaced, erased, other pins, size, unreadable or unwritable. The message is for people.
     """
 
     def __init__(self, reason: str, message: str):

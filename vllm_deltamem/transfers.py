@@ -25,6 +25,7 @@ class Transfer:
     slot: int
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
+    pins: list[list[int]] = field(default_factory=list)  # of a restore: spans that its request pins
 
 
 @dataclass(frozen=True)
