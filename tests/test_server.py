@@ -17,20 +17,22 @@ ANN, BOB = "key-of-ann", "key-of-bob"
 STORY = "It was a bright cold day in April, and the clocks were striking thirteen. " * 10
 
 
-def start_server(folder, sessions):
+def start_server(folder, sessions, *more):
     settings = {"memory": 160, "segment": 16, "window": 32, "pinned": 16, "sessions": sessions}
     options = ["--attention-backend", "deltamem", "--additional-config", json.dumps({"deltamem": settings})]
     options += ["--max-num-seqs", str(SLOTS), "--num-gpu-blocks-override", str(SLOTS + 1), "--enforce-eager"]
     options += ["--dtype", "float32", "--served-model-name", "tiny"]
-    options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log", "--enable-prompt-tokens-details", *more]
     return VllmServer(save_tiny_llama(folder / "model"), options, folder / "log", ONE_THREAD).start()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
+    (folder / "key").write_text("5a" * 32)
     # Host memory for three sessions: those before them come back from the directory.
-    server = start_server(folder, {"directory": str(folder / "sessions"), "host_bytes": 500_000})
+    kept = {"directory": str(folder / "sessions"), "key_file": str(folder / "key"), "host_bytes": 500_000}
+    server = start_server(folder, kept)
     server.sessions = folder / "sessions"
     yield server
     server.stop()
@@ -150,6 +152,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_a_damaged_file_is_computed_anew(server, reason):
+    chat(server, [user("Hello")])  # a step, in which what came before is saved
     others = set(server.sessions.rglob("*.safetensors"))
     messages = two_turns(server, reason)
     listed(server, ANN, reason)
