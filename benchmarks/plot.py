@@ -107,23 +107,28 @@ def needle_depth(rows: list[dict], out: Path) -> None:
 
 
 def first_token_of_turns(rows: list[dict], out: Path) -> None:
-    """One figure per model: seconds and tokens of the prompt computed, against the turn of the conversation."""
+    """One figure per model, of its newest run: seconds and computed tokens of every turn, against its whole prompt."""
     labels = {"ttft_s": "time to first token, s", "computed_tokens": "tokens of the prompt computed"}
     for model in values(rows, "model"):
+        run = pick(rows, model=model, date=max(row["date"] for row in pick(rows, model=model)))
+        lines = sorted({(row["backend"], row["reuse"], row["memory_tokens"]) for row in run}, key=str)
+        longest = max(row["context"] for row in run)
+        limit = min(max(row["context"] for row in pick(run, backend=backend)) for backend in values(run, "backend"))
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         for panel, (metric, label) in zip(panels, labels.items(), strict=True):
-            here = pick(rows, model=model, metric=metric)
-            for kind in sorted({(row["backend"], row["reuse"], row["memory_tokens"]) for row in here}, key=str):
-                fields = dict(zip(("backend", "reuse", "memory_tokens"), kind, strict=True))
-                line = sorted(pick(here, **fields), key=lambda row: row["turn"])
-                name = f"{kind[0].lower()}, {'recomputed' if kind[1] == 'none' else kind[1]}"
-                name += f", memory {kind[2]:,}" if kind[2] else ""
-                panel.plot([row["turn"] for row in line], [row["value"] for row in line], marker=".", label=name)
+            for backend, reuse, memory in lines:
+                line = pick(run, metric=metric, backend=backend, reuse=reuse, memory_tokens=memory)
+                line.sort(key=lambda row: row["turn"])
+                name = f"{backend.lower()}, {'recomputed' if reuse == 'none' else reuse}"
+                name += f", memory {memory:,}" if memory else ""
+                tokens, measured = ([row[key] for row in line] for key in ("context", "value"))
+                panel.plot(tokens, measured, marker=".", label=name)
+            if limit < longest:
+                panel.axvline(limit, color="black", linestyle=":", label="last turn within the model's limit")
             panel.set_ylabel(label)
             panel.set_ylim(bottom=0)
-        longest = max(row["context"] for row in pick(rows, model=model))
         figure.suptitle(f"{model}, a conversation that grows to {longest:,.0f} tokens")
-        figure.supxlabel("turn")
+        figure.supxlabel("tokens of the prompt")
         panels[0].legend(fontsize=8)
         figure.savefig(out / f"turns_{model}.png", dpi=150)
         plt.close(figure)

@@ -3,8 +3,9 @@
     python -m benchmarks.sessions turns --model DIR    first-token time of every turn of a growing conversation
     python -m benchmarks.sessions soak                 thousands of turns of many sessions, on the CPU
 
-`turns`: one conversation grows to the model's limit, with and without sessions, and on the stock backend with
-its prefix caching on and off. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
+`turns`: one conversation grows to the model's limit, or past it (--context), with and without sessions, and on the
+stock backend with its prefix caching on and off, which ends at the limit. The memory is 15% of the limit, however
+far the conversation goes. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
 
 `soak`: sessions talk several at a time to a model with random weights. Some turns are broken off, some sessions
 are erased in the middle of a turn, most slots do not fit into host memory and come back from the directory.
@@ -29,6 +30,8 @@ from statistics import linear_regression, median
 
 import psutil
 from tqdm import tqdm
+
+from vllm_deltamem.memory import DEFAULT_SHARE
 
 from . import common
 from .server import VllmServer
@@ -92,33 +95,40 @@ def turns(args: argparse.Namespace) -> list[dict]:
     from transformers import AutoConfig, AutoTokenizer
 
     limit = AutoConfig.from_pretrained(args.model).max_position_embeddings
-    per_turn = (args.context or limit) // args.turns
+    context = args.context or limit
+    memory = args.memory or round(DEFAULT_SHARE * limit)
+    per_turn = context // args.turns
     if per_turn <= args.answer:
         raise ValueError(f"a turn of {per_turn} tokens has no room for an answer of {args.answer}: take fewer turns")
     text = AutoTokenizer.from_pretrained(args.model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
     text *= -(-(per_turn * args.turns + 1000 * args.repeats) // len(text))
     stock = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
-    servers = [(OURS, [], ("sessions", "none")), (stock, ["--enable-prefix-caching"], ("prefix caching",))]
-    servers += [(stock, ["--no-enable-prefix-caching"], ("none",))]
+    settings = json.dumps({"deltamem": {"memory": memory}})
+    servers = [(OURS, ["--additional-config", settings], ("sessions", "none"), max(context, limit))]
+    servers += [(stock, ["--enable-prefix-caching"], ("prefix caching",), limit)]
+    servers += [(stock, ["--no-enable-prefix-caching"], ("none",), limit)]
     rows = []
-    for backend, options, reuses in servers:
+    for backend, options, reuses, longest in servers:
         options += ["--attention-backend", backend, "--max-num-seqs", "2", "--enable-prompt-tokens-details"]
-        options += ["--max-model-len", str(limit), *([] if torch.cuda.is_available() else ["--enforce-eager"])]
-        if backend == OURS and args.memory:
-            options += ["--additional-config", json.dumps({"deltamem": {"memory": args.memory}})]
-        with tempfile.TemporaryDirectory() as folder, VllmServer(args.model, options, Path(folder, "log")) as server:
+        options += ["--max-model-len", str(longest), *([] if torch.cuda.is_available() else ["--enforce-eager"])]
+        count = min(args.turns, longest // per_turn)  # turns that fit
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            VllmServer(args.model, options, Path(folder, "log"), {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}) as server,
+        ):
             complete(server, text[-per_turn:], args.answer)
             for reuse in reuses:
                 runs = []
                 for repeat in range(args.repeats):
                     start = 1000 * repeat  # nothing of one conversation is the beginning of another
                     session = f"conversation-{repeat}" if reuse == "sessions" else None
-                    run = measure_turns(server, text[start:], args.turns, per_turn, args.answer, session)
-                    runs.append(list(tqdm(run, f"{backend}, reuse: {reuse}", args.turns, unit="turn")))
-                shape = {"model": args.model.name, "backend": backend, "reuse": reuse, "memory_tokens": args.memory}
+                    run = measure_turns(server, text[start:], count, per_turn, args.answer, session)
+                    runs.append(list(tqdm(run, f"{backend}, reuse: {reuse}", count, unit="turn")))
+                shape = {"model": args.model.name, "backend": backend, "reuse": reuse}
+                shape |= {"memory_tokens": memory if backend == OURS else None}
                 for turn, figures in enumerate(zip(*runs, strict=True), 1):
-                    context, first, computed = (median(column) for column in zip(*figures, strict=True))
-                    shape |= {"turn": turn, "context": context, "batch": 1, "n": args.repeats}
+                    tokens, first, computed = (median(column) for column in zip(*figures, strict=True))
+                    shape |= {"turn": turn, "context": tokens, "batch": 1, "n": args.repeats}
                     rows.append(shape | {"metric": "ttft_s", "value": round(first, 4)})
                     rows.append(shape | {"metric": "computed_tokens", "value": computed})
     return rows
@@ -251,8 +261,8 @@ def main() -> None:
     command = commands.add_parser("turns", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("--model", type=Path, required=True, help="model folder; its name names the rows")
     command.add_argument("--turns", type=int, default=30)
-    command.add_argument("--context", type=int, help="tokens that it grows to; the model's limit if not given")
-    command.add_argument("--memory", type=int, help="of deltamem, in tokens; its own default if not given")
+    command.add_argument("--context", type=int, help="tokens that it grows to; default: the model's limit")
+    command.add_argument("--memory", type=int, help="of deltamem, in tokens; default: 15%% of the limit")
     command.add_argument("--answer", type=int, default=32, help="tokens of an answer")
     command.add_argument("--repeats", type=int, default=3)
     command.set_defaults(run=turns)

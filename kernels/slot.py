@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+# Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, or bytes are
+# read otherwise: memories that were saved under another one are then computed anew.
+STATE = 1
+
 FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
 KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about
 CANDIDATES = 4096  # coarse entries of a head among which a merge looks for the nearest ones

@@ -15,7 +15,7 @@ def apply() -> None:
     def process_inputs(self, *args, **kwargs):
         from vllm.exceptions import VLLMValidationError
 
-        from vllm_deltamem.options import resolve
+        from vllm_deltamem.options import SESSION, check_session, resolve
         from vllm_deltamem.plan import plan_memory
         from vllm_deltamem.startup import is_chosen
 
@@ -26,6 +26,8 @@ def apply() -> None:
             tokenizer = self.renderer.tokenizer
             try:
                 params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
+                if SESSION in params.extra_args:
+                    check_session(request)
             except ValueError as error:
                 raise VLLMValidationError(str(error)) from error
         return request

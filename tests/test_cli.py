@@ -94,7 +94,7 @@ def test_calibrate_knows_its_options(capsys):
 @pytest.fixture
 def directory(tmp_path):
     """Sessions of two API keys, one of them older than the command's own limits would allow."""
-    store = SessionStore(SessionSettings(directory=str(tmp_path)), Fingerprint("m", "p", "s", "d", "v"))
+    store = SessionStore(SessionSettings(directory=str(tmp_path)), Fingerprint("m", "p", "s", "1", "d", "v"))
     for key, names in (("ann", ("one", "two")), ("bob", ("three",))):
         for name in names:
             store.save(tenant_of(key), name, range(50), torch.zeros(1000, dtype=torch.uint8))
@@ -139,7 +139,7 @@ def test_sessions_of_an_encrypted_directory(tmp_path, capsys):
     key = tmp_path / "key"
     key.write_text("ab" * 32)
     settings = SessionSettings(directory=str(tmp_path / "sealed"), key_file=str(key))
-    store = SessionStore(settings, Fingerprint("m", "p", "s", "d", "v"))
+    store = SessionStore(settings, Fingerprint("m", "p", "s", "1", "d", "v"))
     store.save(tenant_of(None), "hidden", range(9), torch.zeros(100, dtype=torch.uint8))
     where = ["--directory", str(tmp_path / "sealed")]
     assert sessions("list", *where) == 2

@@ -149,6 +149,30 @@ def test_a_restored_session_goes_on_as_if_it_had_never_ended(folders):
     assert resumed[0] == expected[0] and torch.equal(resumed[1], expected[1])
 
 
+def test_a_session_goes_on_with_its_own_pins_only(folders):
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
+
+    with engine(folders("llama"), settings=SMALL) as llm:
+
+        def turn(prompt, *pins, name="pinned"):
+            """Answer, saved state, and what became of the session."""
+            extra = {"deltamem_session": name} | ({"deltamem_pin_tokens": list(pins)} if pins else {})
+            out = llm.generate([{"prompt_token_ids": prompt}], greedy(20, extra_args=extra), use_tqdm=False)[0]
+            saved = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name).slab
+            return list(out.outputs[0].token_ids), saved, out.kv_transfer_params["deltamem_session"]["history"]
+
+        prompt = tokens(100)
+        prompt += turn(prompt, 20, 23)[0] + tokens(30, seed=1)
+        for i, (pins, history) in enumerate(
+            [((20, 23), "restored"), ((20, 23, 140, 142), "restored"), ((), "other pins"), ((40, 42), "other pins")]
+        ):
+            turn(tokens(100), 20, 23, name=f"talk-{i}")
+            again, fresh = turn(prompt, *pins, name=f"talk-{i}"), turn(prompt, *pins, name=f"fresh-{i}")
+            assert (again[2], fresh[2]) == (history, "new")
+            assert again[0] == fresh[0] and torch.equal(again[1], fresh[1]), f"pins {pins}"
+
+
 def test_slots_come_back_and_bytes_stay_constant(folders):
     """Long and short sequences hold the same slot; a pool of few slots serves many requests in turn."""
     with engine(folders("llama"), settings=SMALL, max_num_seqs=3) as llm:

@@ -1,9 +1,11 @@
 """What clients may ask of one request, and what the engine gets of it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vllm_deltamem.memory import MAX_PINS
-from vllm_deltamem.options import PINS, SESSION, TENANT, resolve, tenant
+from vllm_deltamem.options import PINS, SESSION, TENANT, check_session, resolve, tenant
 from vllm_deltamem.sessionname import tenant_of
 
 
@@ -98,23 +100,43 @@ def test_a_long_option_is_quoted_in_part():
     assert len(str(error.value)) < 400
 
 
-def test_a_malformed_option_is_the_clients_error(monkeypatch):
-    """vLLM answers 500 to a ValueError from here, 400 to its own kind."""
-    from types import SimpleNamespace
+TOKENS_ALONE = {"lora_request": None, "mm_features": None, "prompt_embeds": None}
 
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"lora_request": "adapter"}, "does not go with a LoRA adapter"),
+        ({"mm_features": ["image"]}, "does not go with images"),
+        ({"prompt_embeds": [[0.1]]}, "does not go with a prompt of embeddings"),
+    ],
+)
+def test_a_session_takes_what_its_tokens_tell(more, message):
+    check_session(SimpleNamespace(**TOKENS_ALONE))
+    check_session(SimpleNamespace(**TOKENS_ALONE | {"mm_features": []}))
+    with pytest.raises(ValueError, match=message):
+        check_session(SimpleNamespace(**TOKENS_ALONE | more))
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [("deltamem_sesion", "Unknown option 'deltamem_sesion'"), ("deltamem_session", "does not go with a LoRA adapter")],
+)
+def test_a_malformed_option_is_the_clients_error(monkeypatch, asked, message):
+    """vLLM answers 500 to a ValueError from here, 400 to its own kind."""
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     from vllm_deltamem import plan, startup
     from vllm_deltamem.patches import request_options
 
-    request = SimpleNamespace(
-        sampling_params=SimpleNamespace(extra_args={"deltamem_sesion": "a"}), prompt_token_ids=PROMPT
-    )
+    params = SimpleNamespace(extra_args={asked: "a"})
+    others = TOKENS_ALONE | {"lora_request": "adapter"}
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=PROMPT, **others)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     monkeypatch.setattr(startup, "is_chosen", lambda config: True)
     monkeypatch.setattr(plan, "plan_memory", lambda config: SimpleNamespace(layout=SimpleNamespace(pinned=8)))
     request_options.apply()
     processor = SimpleNamespace(vllm_config=None, renderer=SimpleNamespace(tokenizer=None))
-    with pytest.raises(VLLMValidationError, match="Unknown option 'deltamem_sesion'"):
+    with pytest.raises(VLLMValidationError, match=message):
         InputProcessor.process_inputs(processor)

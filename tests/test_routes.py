@@ -23,7 +23,7 @@ class Engine:
     vllm_config = SimpleNamespace(additional_config={})
 
     def __init__(self):
-        self.store = SessionStore(SessionSettings(), Fingerprint("m", "p", "s", "d", "v"))
+        self.store = SessionStore(SessionSettings(), Fingerprint("m", "p", "s", "1", "d", "v"))
 
     async def collective_rpc(self, method, args):
         if method == "deltamem_list":

@@ -17,19 +17,22 @@ ANN, BOB = "key-of-ann", "key-of-bob"
 STORY = "It was a bright cold day in April, and the clocks were striking thirteen. " * 10
 
 
-def start_server(folder, sessions):
+def start_server(folder, sessions, *more):
     settings = {"memory": 160, "segment": 16, "window": 32, "pinned": 16, "sessions": sessions}
     options = ["--attention-backend", "deltamem", "--additional-config", json.dumps({"deltamem": settings})]
     options += ["--max-num-seqs", str(SLOTS), "--num-gpu-blocks-override", str(SLOTS + 1), "--enforce-eager"]
     options += ["--dtype", "float32", "--served-model-name", "tiny"]
-    options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log"]
+    options += ["--api-key", ANN, BOB, "--disable-uvicorn-access-log", "--enable-prompt-tokens-details", *more]
     return VllmServer(save_tiny_llama(folder / "model"), options, folder / "log", ONE_THREAD).start()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    server = start_server(folder, {"directory": str(folder / "sessions")})
+    (folder / "key").write_text("5a" * 32)
+    # Host memory for three sessions: those before them come back from the directory.
+    kept = {"directory": str(folder / "sessions"), "key_file": str(folder / "key"), "host_bytes": 500_000}
+    server = start_server(folder, kept)
     server.sessions = folder / "sessions"
     yield server
     server.stop()
@@ -138,6 +141,45 @@ def test_other_history_is_computed_anew(server):
     fresh, _ = chat(server, messages)
     answer, said = chat(server, messages, "changed")
     assert answer == fresh and said["history"] == "other history"
+
+
+DAMAGES = {
+    "altered": lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:],  # what only the worker reads
+    "truncated": lambda raw: raw[:-100],
+    "foreign": lambda raw: b"no session " * 99,
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_damaged_file_is_computed_anew(server, reason):
+    chat(server, [user("Hello")])  # a step, in which what came before is saved
+    others = set(server.sessions.rglob("*.safetensors"))
+    messages = two_turns(server, reason)
+    listed(server, ANN, reason)
+    (path,) = set(server.sessions.rglob("*.safetensors")) - others
+    for i in range(4):  # push it out of host memory
+        chat(server, [user("Hello")], f"pushing-{i}")
+    path.write_bytes(DAMAGES[reason](path.read_bytes()))
+    fresh, _ = chat(server, messages)
+    before = server.metrics()
+    answer, said = chat(server, messages, reason)
+    after = server.metrics()
+    assert answer == fresh and said["history"] == reason
+    counters = ("sessions_saved", "sessions_refused", "sessions_restored", "session_tokens_reused")
+    assert [after[name] - before[name] for name in counters] == [1, 1, 0, 0]
+    messages += [{"role": "assistant", "content": answer}, user("And then?")]
+    assert chat(server, messages, reason)[1]["history"] == "restored", "the turn has healed it"
+
+
+def test_a_stream_says_what_was_restored(server):
+    """vLLM's streams carry no kv_transfer_params."""
+    messages = two_turns(server, "streamed")
+    saved = listed(server, ANN, "streamed")["streamed"]["tokens"]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 4, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "vllm_xargs": {"deltamem_session": "streamed"}}
+    text = server.call("POST", "/v1/chat/completions", ANN, json=body).text
+    usage = json.loads(text.split("data: ")[-2])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == saved > 300
 
 
 def test_session_is_out_of_reach_for_another_key(server):

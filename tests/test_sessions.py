@@ -21,7 +21,7 @@ from vllm_deltamem.sessionname import tenant_of
 from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionSettings, SessionStore
 
 KEY, OTHER_KEY = "5a" * 32, "a5" * 32
-FINGERPRINT = Fingerprint("model@rev", "profile", "settings", "bfloat16", "0.32.0")
+FINGERPRINT = Fingerprint("model@rev", "profile", "settings", "1", "bfloat16", "0.32.0")
 ALICE, BOB = tenant_of("alice's key"), tenant_of("bob's key")
 GONE = {"truncated", "altered", "foreign", "version", "key"}  # reasons to refuse a damaged file
 
@@ -111,7 +111,7 @@ def test_a_clear_file_is_plain_safetensors(tmp_path):
     with safe_open(only_file(tmp_path), "pt") as file:
         assert file.get_tensor("tokens").tolist() == [3, 1, 4]
         assert torch.equal(file.get_tensor("slab"), random_slab())
-        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "1"
+        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "2"
 
 
 def test_a_sealed_file_is_safetensors_that_tells_nothing(tmp_path, monkeypatch):
@@ -189,11 +189,11 @@ def test_foreign_files(tmp_path, key_env):
     store = open_store(tmp_path, key_env)
     store.save(ALICE, "chat", [1], random_slab())
     tensors = {"tokens": torch.tensor([1], dtype=torch.int32), "slab": random_slab()}
-    own = {"format": "deltamem-session", "version": "1"}
+    own = {"format": "deltamem-session", "version": "2"}
     assert damaged(tmp_path, store, save(tensors)) == "foreign"
     assert damaged(tmp_path, store, save(tensors, {"format": "pt"})) == "foreign"
     assert damaged(tmp_path, store, save(tensors, own)) in {"altered", "key"}
-    assert damaged(tmp_path, store, save(tensors, own | {"version": "2"})) == "version"
+    assert damaged(tmp_path, store, save(tensors, own | {"version": "1"})) == "version"
     torch.save(tensors, tmp_path / "pickle")
     assert damaged(tmp_path, store, (tmp_path / "pickle").read_bytes()) == "foreign"
     for text in (b"[]", b"{}", b'{"__metadata__": 3}', b"[" * 60000):
@@ -268,7 +268,7 @@ def test_a_file_moved_to_another_tenant_or_name_is_refused(tmp_path, key_env):
     assert refused(store.restore, ALICE, "chat").reason == "altered"
 
 
-@pytest.mark.parametrize("field", ["model", "profile", "settings", "dtype", "vllm", "tp_size"])
+@pytest.mark.parametrize("field", ["model", "profile", "settings", "state", "dtype", "vllm", "tp_size"])
 def test_another_fingerprint_is_refused_and_the_field_named(tmp_path, key_env, field):
     open_store(tmp_path, key_env).save(ALICE, "chat", [1], random_slab())
     value = 2 if field == "tp_size" else "another"

@@ -93,6 +93,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         shape = self.plan.layout.shape
         given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
         check_windows(shape.windows, given, shape.max_model_len)
+        SlotPool.held_by(self)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         batch, pool = common_attn_metadata, self.pool

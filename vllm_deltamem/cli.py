@@ -109,7 +109,7 @@ def _open(args: argparse.Namespace):
         max_bytes=UNLIMITED,
         max_age_s=UNLIMITED,
     )
-    return SessionStore(settings, Fingerprint("any", "any", "any", "any", "any"))  # nothing is restored here
+    return SessionStore(settings, Fingerprint(*["any"] * 6))  # nothing is restored here
 
 
 def _tenant(args: argparse.Namespace) -> str:

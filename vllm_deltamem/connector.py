@@ -1,24 +1,21 @@
 """The plugin's KV connector: carries pins to the slots, merges after decoding, saves and restores sessions, counts.
 
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
-others. A session is restored before the step that computes its first new token, and saved when its request
-has finished: at once by a worker in the scheduler's process, which nobody may step again, else in the next
-step, and the slot is held back until then. Of several requests on one session each starts from the last save
-when it is admitted, and the last to finish is the one that stays. A turn begins when its request arrives: an
-erasure that comes later is final for it (one in host memory alone, once a step has told the worker).
+others. A session is restored in a step before the one that computes its first new token: no token is ever
+computed on what turns out to be unreadable. It is saved when its request has finished: at once by a worker in
+the scheduler's process, which nobody may step again, else in the next step, and the slot is held back until
+then. Of several requests on one session each starts from the last save when it is admitted, and the last to
+finish is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for
+it (one in host memory alone, once a step has told the worker).
 """
 
-import hashlib
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.logger import init_logger
@@ -30,54 +27,9 @@ from vllm_deltamem.options import PINS, SESSION, TENANT
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
+from vllm_deltamem.transfers import Note, Refusals, StepMetadata, Transfer, Turn
 
 logger = init_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A request on a session, and the save that it will end in."""
-
-    tenant: str
-    name: str
-    save_id: str
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A session to save from a slot or to restore into it, and the save that it is."""
-
-    request_id: str
-    slot: int
-    turn: Turn
-    tokens: list[int] = field(default_factory=list)  # of a save
-
-
-@dataclass(frozen=True)
-class Note:
-    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell whether it fits."""
-
-    save_id: str
-    n_tokens: int
-    digest: bytes  # of the tokens
-
-    @classmethod
-    def of(cls, save_id: str, tokens: Sequence[int]) -> "Note":
-        ids = np.asarray(tokens, dtype=np.int32)
-        return cls(save_id, len(ids), hashlib.blake2b(ids.tobytes(), digest_size=32).digest())
-
-    def prefix_of(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt begins with the saved tokens, and goes on."""
-        return self.n_tokens < len(prompt) and self == Note.of(self.save_id, prompt[: self.n_tokens])
-
-
-@dataclass
-class StepMetadata(KVConnectorMetadata):
-    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
-    restores: list[Transfer] = field(default_factory=list)
-    saves: list[Transfer] = field(default_factory=list)
-    begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
-    ended: list[Turn] = field(default_factory=list)
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -94,13 +46,15 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests = {}  # scheduler: running requests by id
         self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
         self._matched: dict[str, tuple[Turn, int]] = {}  # scheduler: what to restore once there is a slot; its tokens
+        self._restoring: dict[str, int] = {}  # scheduler: tokens of what workers are restoring, by request
         self._step = StepMetadata()  # scheduler: being put together
         self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
         self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
         self._outcome: dict[str, str] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._saved: set[str] = set()  # worker: requests whose save is done
-        self._failed: set[int] = set()  # worker: slots that could not be restored
+        self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
+        self._refusals: dict[str, str] = {}  # worker: why, by request
         self._block_pool = None
 
     def _say_sizes(self):
@@ -140,9 +94,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         name, tenant = self._session_of(request)
-        if name is None or num_computed_tokens or request.request_id in self._matched:
-            _, reused = self._matched.get(request.request_id, (None, 0))
-            return (0 if num_computed_tokens else reused), False
+        refused = self._outcome.get(request.request_id, "new") not in ("new", "restored")
+        if name is None or num_computed_tokens or refused:
+            return 0, False
+        if request.request_id in self._matched:
+            return self._matched[request.request_id][1], True
         if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
         outcome, last = "new", None
@@ -158,32 +114,33 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._count("sessions_refused", outcome != "new")
             return 0, False
         self._matched[request.request_id] = Turn(tenant, name, last.save_id), last.n_tokens
-        return last.n_tokens, False
+        return last.n_tokens, True
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
-            self._step.restores.append(Transfer(request.request_id, slot, matched[0]))
-            self._count("sessions_restored", 1)
-            self._count("session_tokens_reused", num_external_tokens)
+            pins = self._pins(request.sampling_params)
+            self._step.restores.append(Transfer(request.request_id, slot, matched[0], pins=pins))
+            self._restoring[request.request_id] = num_external_tokens
 
     def build_connector_meta(self, scheduler_output):
         step, self._step = self._step, StepMetadata()
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            step.pins[request.block_ids[0][0]] = self._pins(request.req_id)
-            self._count("tokens_pinned", sum(end - first for first, end in self._pins(request.req_id)))
+            pins = step.pins[request.block_ids[0][0]] = self._pins(request.sampling_params)
+            self._count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                step.pins[blocks[0][0]] = self._pins(request_id)
+                step.pins[blocks[0][0]] = self._pins(self._requests[request_id])
         self._count_tokens(scheduler_output)
         return step
 
     def request_finished_all_groups(self, request, block_ids):
         self._requests.pop(request.request_id, None)
         self._matched.pop(request.request_id, None)
+        self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
         if turn is None:
@@ -212,6 +169,17 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             save = self._saving.pop(request_id, None)
             if save is not None:
                 self._saved_by_worker(save)
+        refusals = connector_output.kv_connector_worker_meta
+        for request_id in connector_output.finished_recving or ():
+            tokens = self._restoring.pop(request_id, 0)
+            if not tokens:  # aborted meanwhile
+                continue
+            if refusals is not None and request_id in refusals.reasons:
+                self._outcome[request_id] = refusals.reasons[request_id]
+                self._count("sessions_refused", 1)
+            else:
+                self._count("sessions_restored", 1)
+                self._count("session_tokens_reused", tokens)
 
     def get_kv_connector_stats(self):
         if self._block_pool is None:  # in a worker
@@ -262,8 +230,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}
         return extra.get(SESSION), extra.get(TENANT)
 
-    def _pins(self, request_id: str) -> list[list[int]]:
-        params = self._requests.get(request_id)
+    def _pins(self, params) -> list[list[int]]:
         return ((params and params.extra_args) or {}).get(PINS, [])
 
     def _count(self, name: str, amount: float) -> None:
@@ -303,6 +270,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
         for transfer in restores:
             row = pool.slab[transfer.slot]
+            pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
             pool.forget([transfer.slot])
             try:
                 staging = row if row.device.type == "cpu" else None
@@ -312,11 +280,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                     raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
+                read = len(session.tokens)
+                if pool.pins_of(transfer.slot) != [[a, min(b, read)] for a, b in transfer.pins if a < read]:
+                    raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
             except SessionRefused as refused:
                 logger.warning("deltamem computes a prompt anew: %s", refused)
-                self._failed.add(transfer.slot)
-        if restores:
-            pool.write_pins()
+                self._refusals[transfer.request_id] = refused.reason
+            self._restored.add(transfer.request_id)
 
     def wait_for_save(self):
         """After every forward pass, also one that was replayed from a CUDA graph."""
@@ -340,13 +310,14 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         except SessionRefused as refused:
             logger.warning("deltamem could not save a session: %s", refused)
 
-    def get_finished(self, finished_req_ids):
-        saved, self._saved = self._saved, set()
-        return saved or None, None
+    def get_transfer_results(self, finished_req_ids):
+        results = KVConnectorTransferResults(self._saved, self._restored, set(self._refusals))
+        self._saved, self._restored = set(), set()
+        return results
 
-    def get_block_ids_with_load_errors(self):
-        failed, self._failed = self._failed, set()
-        return failed
+    def build_connector_worker_meta(self):
+        refusals, self._refusals = self._refusals, {}
+        return Refusals(refusals) if refusals else None
 
     def wait_for_layer_load(self, layer_name):
         return

@@ -7,9 +7,11 @@ from dataclasses import asdict
 import vllm
 
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.slot import STATE
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.sessions import Fingerprint, SessionStore
 from vllm_deltamem.sessionsettings import SessionSettings
+from vllm_deltamem.weights import weights_digest
 
 # scheduler and worker of one process share a store
 _stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}
@@ -30,11 +32,13 @@ def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
     plan, model = plan_memory(vllm_config), vllm_config.model_config
     layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
     profile = plan.profile.digest if plan.profile else "none"
-    config = model.hf_text_config.to_dict() | {"revision": model.revision}
+    config = model.hf_text_config.to_dict() | {"revision": model.revision, "quantization": model.quantization}
+    config |= {"commit": getattr(model.hf_config, "_commit_hash", None), "weights": weights_digest(model.model)}
     return Fingerprint(
         model=f"{model.hf_text_config.model_type}-{_digest({'model': model.model, **config})}",
         profile=profile,
         settings=_digest(layout),
+        state=str(STATE),
         dtype=str(model.dtype),
         vllm=vllm.__version__,
         tp_size=vllm_config.parallel_config.tensor_parallel_size,

@@ -45,6 +45,21 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     return resolved
 
 
+def check_session(request) -> None:
+    """Raise ValueError for vLLM's request if its tokens do not tell all that its memory will depend on.
+
+    A session is continued by its tokens alone.
+    """
+    untold = {
+        "a LoRA adapter": request.lora_request is not None,
+        "images or other media": bool(request.mm_features),
+        "a prompt of embeddings": request.prompt_embeds is not None,
+    }
+    for what, present in untold.items():
+        if present:
+            raise ValueError(f"deltamem_session does not go with {what}: leave the session out.")
+
+
 def _token_ranges(flat, length: int) -> list[tuple[int, int]]:
     if not isinstance(flat, list) or len(flat) % 2 or not all(type(p) is int for p in flat):
         raise ValueError(

@@ -41,13 +41,19 @@ class SlotPool:
     readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
-    # of the model that this process loaded last; vLLM makes and drops a small one before the real one
-    _serving: ClassVar["weakref.ref[SlotPool] | None"] = None
+    # of the model that this process loaded last; vLLM makes and drops a small cache before the real one
+    _holder: ClassVar[weakref.ref | None] = None
+
+    @classmethod
+    def held_by(cls, builder) -> None:
+        """Let serving() answer the `pool` of this metadata builder, as long as it lives."""
+        cls._holder = weakref.ref(builder)
 
     @classmethod
     def serving(cls) -> "SlotPool | None":
         """The pool of the model that this process loaded last, while its metadata builder lives."""
-        return cls._serving and cls._serving()
+        builder = cls._holder and cls._holder()
+        return builder.pool if builder is not None else None
 
     @property
     def slots(self) -> int:
@@ -91,6 +97,10 @@ class SlotPool:
         if claimed:
             self.write_pins()
 
+    def pins_of(self, slot: int) -> list[list[int]]:
+        """The spans that are written in a slot."""
+        return [span for span in self.layers[0].pins[slot].tolist() if any(span)]
+
     def write_pins(self) -> None:
         """Write all spans again: the reset of a slot and the restoring of a session wipe them."""
         for slot, spans in self.pins.items():
@@ -118,12 +128,10 @@ class SlotPool:
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device = slab.device
-        pool = cls(
+        return cls(
             slab=slab,
             layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=[{} for _ in range(layout.shape.layers)],
             rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
         )
-        cls._serving = weakref.ref(pool)
-        return pool

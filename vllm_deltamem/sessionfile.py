@@ -28,7 +28,7 @@ import torch
 from vllm_deltamem.seal import PIECE, TAG, Cipher, Seal
 
 FORMAT = "deltamem-session"
-VERSION = "1"
+VERSION = "2"
 HEADER_LIMIT = 64 << 10  # bytes; a longer header is not one of ours
 NAME_LIMIT = 128  # characters, all of them ASCII
 NAME, TOKENS, SLAB = range(3)  # sections of a sealed file
@@ -37,8 +37,8 @@ NAME, TOKENS, SLAB = range(3)  # sections of a sealed file
 class SessionRefused(ValueError):
     """A session that must not be used, or could not be saved.
 
-    reason is one word for metrics: foreign, version, truncated, altered, key, fingerprint, expired,
-    incomplete, replaced, erased, size, unreadable or unwritable. The message is for people.
+    reason goes into the response: foreign, version, truncated, altered, key, fingerprint, expired, incomplete,
+    replaced, erased, other pins, size, unreadable or unwritable. The message is for people.
     """
 
     def __init__(self, reason: str, message: str):
@@ -56,13 +56,14 @@ class Fingerprint:
     model: str  # weights and revision
     profile: str
     settings: str  # of the memory, not of the store
+    state: str  # version of what the bytes of a slot mean, see kernels.slot.STATE
     dtype: str
     vllm: str  # version
     tp_size: int = 1
     tp_rank: int = 0
 
     def __post_init__(self):
-        for key in ("model", "profile", "settings", "dtype", "vllm"):
+        for key in ("model", "profile", "settings", "state", "dtype", "vllm"):
             value = getattr(self, key)
             if not isinstance(value, str) or not 1 <= len(value) <= 256:
                 raise ValueError(f"fingerprint: {key} must be a string of 1 to 256 characters, got {value!r}")
