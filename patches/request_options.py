@@ -15,6 +15,7 @@ def apply() -> None:
     def process_inputs(self, *args, **kwargs):
         from vllm.exceptions import VLLMValidationError
 
+        from vllm_deltamem.config import DeltaMemConfig
         from vllm_deltamem.options import SESSION, check_session, resolve
         from vllm_deltamem.plan import plan_memory
         from vllm_deltamem.startup import is_chosen
@@ -27,7 +28,8 @@ def apply() -> None:
             try:
                 params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
                 if SESSION in params.extra_args:
-                    check_session(request)
+                    directory = DeltaMemConfig.from_vllm(self.vllm_config).sessions.get("directory")
+                    check_session(request, self.vllm_config.parallel_config.tensor_parallel_size, directory)
             except ValueError as error:
                 raise VLLMValidationError(str(error)) from error
         return request

@@ -112,10 +112,16 @@ TOKENS_ALONE = {"lora_request": None, "mm_features": None, "prompt_embeds": None
     ],
 )
 def test_a_session_takes_what_its_tokens_tell(more, message):
-    check_session(SimpleNamespace(**TOKENS_ALONE))
-    check_session(SimpleNamespace(**TOKENS_ALONE | {"mm_features": []}))
+    check_session(SimpleNamespace(**TOKENS_ALONE), 1, None)
+    check_session(SimpleNamespace(**TOKENS_ALONE | {"mm_features": []}), 1, None)
     with pytest.raises(ValueError, match=message):
-        check_session(SimpleNamespace(**TOKENS_ALONE | more))
+        check_session(SimpleNamespace(**TOKENS_ALONE | more), 1, None)
+
+
+def test_sessions_of_several_workers_need_a_directory():
+    check_session(SimpleNamespace(**TOKENS_ALONE), 2, "folder")
+    with pytest.raises(ValueError, match="sessions.directory"):
+        check_session(SimpleNamespace(**TOKENS_ALONE), 2, None)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,8 @@ def test_a_malformed_option_is_the_clients_error(monkeypatch, asked, message):
     monkeypatch.setattr(startup, "is_chosen", lambda config: True)
     monkeypatch.setattr(plan, "plan_memory", lambda config: SimpleNamespace(layout=SimpleNamespace(pinned=8)))
     request_options.apply()
-    processor = SimpleNamespace(vllm_config=None, renderer=SimpleNamespace(tokenizer=None))
+    parallel = SimpleNamespace(tensor_parallel_size=1)
+    config = SimpleNamespace(additional_config={}, parallel_config=parallel)
+    processor = SimpleNamespace(vllm_config=config, renderer=SimpleNamespace(tokenizer=None))
     with pytest.raises(VLLMValidationError, match=message):
         InputProcessor.process_inputs(processor)

@@ -1,7 +1,7 @@
 """Two tensor-parallel workers under vLLM's own executor: a session is theirs together; test_ray.py has Ray's."""
 
 import pytest
-from test_server import chat, start_server, two_turns
+from test_server import chat, complete, start_server, two_turns, user
 
 pytestmark = pytest.mark.slow
 
@@ -32,5 +32,18 @@ def test_a_session_of_two_workers(tmp_path, monkeypatch):
     try:
         answer, said = chat(server, messages, "left")
         assert answer == fresh and said["history"] == "fingerprint", "saved by two workers, refused by one"
+    finally:
+        server.stop()
+
+
+def test_two_workers_without_a_directory_keep_no_sessions(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    server = start_server(tmp_path, {}, "--tensor-parallel-size", "2")
+    try:
+        answer, _ = chat(server, [user("Why thirteen?")])
+        body = {"prompt": "Why?", "vllm_xargs": {"deltamem_session": "a"}}
+        refused = complete(server, **body)
+        assert refused.status_code == 400 and "sessions.directory" in refused.text
+        assert chat(server, [user("Why thirteen?")])[0] == answer
     finally:
         server.stop()

@@ -45,11 +45,16 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     return resolved
 
 
-def check_session(request) -> None:
-    """Raise ValueError for vLLM's request if its tokens do not tell all that its memory will depend on.
+def check_session(request, workers: int, directory: str | None) -> None:
+    """Raise ValueError for vLLM's request if its session cannot be kept by this server, or not by its tokens alone.
 
-    A session is continued by its tokens alone.
+    workers: tensor-parallel, whose parts of a session meet in the directory.
     """
+    if workers > 1 and directory is None:
+        raise ValueError(
+            "deltamem_session: this server has several workers and no directory where their parts of a session meet. "
+            "Start it with the setting 'sessions.directory', or leave the session out."
+        )
     untold = {
         "a LoRA adapter": request.lora_request is not None,
         "images or other media": bool(request.mm_features),

@@ -55,7 +55,7 @@ class SessionStore:
 
     Tenants come from tenant_of(). A name has 1 to 128 characters of A-Z a-z 0-9 . _ : @ = + ~ - and begins
     with a letter, digit or underscore; every method raises ValueError for another one.
-    Raises ValueError for a bad key or directory, and for tensor parallelism without a directory.
+    Raises ValueError for a bad key or directory. The parts of tensor-parallel workers need a directory to meet in.
     """
 
     def __init__(self, settings: SessionSettings, fingerprint: Fingerprint):
@@ -66,8 +66,6 @@ class SessionStore:
         self.sweeper = Sweeper(settings, self.directory, self._host)
         if self.directory is not None:
             self.sweep()
-        elif fingerprint.tp_size > 1:
-            raise ValueError("deltamem sessions with tensor parallelism need 'sessions.directory'.")
 
     def begin(self, tenant: str, name: str, save_id: str | None = None) -> str:
         """Announce the save of a turn that begins now, for all ranks; returns its id. end() must follow.
