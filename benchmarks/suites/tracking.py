@@ -61,4 +61,4 @@ def tracking(source: Source, seed: int, chains: int = 2, hops: int = 1) -> Sampl
     def score(outputs, full):
         return {"": exact(outputs[-1]["text"], asked.value)}
 
-    return Sample(seed, prompt, score, source.context, ROOM)
+    return Sample(seed, prompt, score, ROOM)
