@@ -132,7 +132,9 @@ def test_multiple_choice_questions_are_not_padded(tmp_path):
     sample = mmlu(short, 2000)
     assert sample.prompt([]) == mmlu(long, 2000).prompt([])
     text = read(sample)
-    assert text.count("Answer:") == 6 and text.endswith("law 102?\nA. option 0\nB. option 1\nC. option 2\nD. option 3\nAnswer:")
+    assert text.count("Answer:") == 6 and text.endswith(
+        "law 102?\nA. option 0\nB. option 1\nC. option 2\nD. option 3\nAnswer:"
+    )
     assert "art" not in text
     assert [sample.score([{"choice": choice}], []) for choice in sample.choices] == [{"": c == 2} for c in range(4)]
     with pytest.raises(ValueError, match="too short"):
