@@ -1,5 +1,8 @@
 """What the quality benchmark compares: bytes, ablations and the table of them. No weights."""
 
+import os
+from threading import Barrier
+
 import pytest
 from transformers import LlamaConfig
 
@@ -65,6 +68,20 @@ def test_full_attention_holds_what_it_read(base):
     sample = Sample(2000, ask([1] * 10, [1] * 30), lambda *_: {})
     per_token = 2 * 2 * 64 * 3 * 30
     assert run.held([sample], {2000: [{"text": ""}] * 2}) == 30 * per_token
+
+
+def test_engines_at_a_time_share_the_cores(monkeypatch):
+    seen, both = [], Barrier(2)
+
+    def execute(run):
+        both.wait(10)
+        seen.append(os.sched_getaffinity(0))
+
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(quality, "execute", execute)
+    quality.execute_all([1, 2], jobs=2)
+    assert set.union(*seen) == before == os.sched_getaffinity(0)
+    assert len(before) == 1 or not set.intersection(*seen)
 
 
 def test_only_deltamem_is_asked_for_pins_and_sessions():

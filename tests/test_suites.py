@@ -80,7 +80,7 @@ def test_a_split_reads_its_own_books_without_their_licence(novels, seed, word):
 def test_prompts_are_exact_and_reproducible(novels, suite):
     first, again, other = suite(novels(3000), 2000), suite(novels(3000), 2000), suite(novels(3000), 2001)
     assert read(first) == read(again) != read(other)
-    assert 2960 < len(first.prompt([])) + first.max_tokens <= 3000
+    assert 2800 < len(first.prompt([])) + first.max_tokens <= 3000
 
 
 def test_needles_stand_between_sentences_and_only_the_right_one_scores(novels):
@@ -144,19 +144,21 @@ def test_multiple_choice_questions_are_not_padded(tmp_path):
 def test_tracking_hands_values_on_in_order(novels):
     sample = tracking(novels(4000), 2003, chains=2, hops=2)
     text = read(sample)
-    values = dict(re.findall(r"VAR (\w{3}) = (\d{5})\.", text))
-    links = dict(re.findall(r"VAR (\w{3}) = VAR (\w{3})\.", text))
+    values = dict(re.findall(r"number for (\w+) is the number (\d{7})\.", text))
+    links = dict(re.findall(r"number for (\w+) is that of (\w+)\.", text))
     assert len(values) == 2 and len(links) == 4
-    name = re.search(r"VAR (\w{3})\?", text).group(1)
+    name = re.search(r"number for (\w+)\?", text).group(1)
     walk = []
     while name in links:
-        assert text.index(f"VAR {name} =") > text.index(f"VAR {links[name]} =")
-        assert read(sample, walk).endswith(f" VAR {name} = VAR" if len(walk) < 2 else f" VAR {name} =")
+        assert text.index(f"for {name} is that of") > text.index(f"for {links[name]} is")
+        assert read(sample, walk).endswith(f" The special magic number for {name} is that of")
         name = links[name]
         walk.append({"text": f" {name}.\n"})
-    assert read(sample, walk).endswith(f" VAR {name} =") and len(sample.prompt(walk)) <= 4000 - 12
+    assert read(sample, walk).endswith(f" for {name} is the number") and len(sample.prompt(walk)) <= 4000 - 12
     answered = [*walk, {"text": f" {values[name]}"}]
     assert sample.score(answered, []) == {"": 1.0} and sample.prompt(answered) is None
+    assert sample.score([{"text": " nobody"}, *answered[1:]], []) == {"": 0.0}
+    assert len(sample.prompt([{"text": "x" * 12}] * 2)) <= 4000 - 12
 
 
 def test_a_context_too_short_is_refused(novels):
