@@ -54,6 +54,7 @@ def sampling(sample: Sample, extra_args: dict | None):
         logprob_token_ids=list(sample.choices) or None,
         prompt_logprobs=TOP if sample.scored else None,
         flat_logprobs=bool(sample.scored),
+        detokenize=not sample.scored,  # vLLM would decode every one of the log-probabilities' tokens
     )
 
 
