@@ -9,7 +9,8 @@ Full attention, by vLLM's own backend, and every policy at every reduction run i
 its process. Reduction r at a context of L tokens is a memory of round((1 - r) L) tokens per head.
 Alternatives (benchmarks/alternatives/) run in transformers; they and deltamem without one of its parts
 (benchmarks/policies.py) get as many bytes as deltamem's slot then takes: `bytes_allowed` of a row.
-Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl.
+Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl as
+soon as a policy is through.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -133,14 +135,14 @@ def cache_bytes(jobs: int) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // jobs
 
 
-def execute_all(runs: list[Run], jobs: int) -> None:
-    """Run them, `jobs` at a time, each of these on cores of its own."""
+def executed(runs: list[Run], jobs: int) -> Iterator[Run]:
+    """The runs in their order, each once it is done; `jobs` at a time, on cores of their own."""
     cores = sorted(os.sched_getaffinity(0))
     shares = SimpleQueue()
     for i in range(jobs):
         shares.put(cores[i::jobs] or cores)
     with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
-        list(pool.map(execute, runs))
+        yield from (run for run, _ in zip(runs, pool.map(execute, runs), strict=True))
 
 
 def summary(part: str):
@@ -179,9 +181,9 @@ def main(arguments: list[str]) -> None:
     base = Plan(model, data, args.context, args.suites, args.seed, args.n, cache=cache_bytes(args.jobs))
     runs = [prepare(base, "full", 0.0)]
     runs += [prepare(base, policy, reduction) for policy in args.policies for reduction in args.reductions]
-    execute_all(runs, args.jobs)
-    found = []
-    for run in runs:
+    print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
+    for run in executed(runs, args.jobs):
+        found = []
         for suite, samples in base.samples.items():
             full, outputs = (store.kept(r.plan.path(suite), samples) for r in (runs[0], run))
             here = {
@@ -195,14 +197,14 @@ def main(arguments: list[str]) -> None:
                 "seed": args.seed,
             }
             found += [here | row for row in rows(suite, samples, full, outputs)]
-    common.append(found, "quality", args.results)
-    print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
-    for row in found:
-        low, high = row["ci95"]
-        print(
-            f"{row['suite']:30} {row['policy']:14} {row['reduction']:9.0%} {row['score']:8.3f} "
-            f"{row['full_score']:8.3f}  {low:+.3f} to {high:+.3f}"
-        )
+        common.append(found, "quality", args.results)
+        for row in found:
+            low, high = row["ci95"]
+            print(
+                f"{row['suite']:30} {row['policy']:14} {row['reduction']:9.0%} {row['score']:8.3f} "
+                f"{row['full_score']:8.3f}  {low:+.3f} to {high:+.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_engines_at_a_time_share_the_cores(monkeypatch):
 
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(quality, "execute", execute)
-    quality.execute_all([1, 2], jobs=2)
+    assert list(quality.executed([1, 2], jobs=2)) == [1, 2]
     assert set.union(*seen) == before == os.sched_getaffinity(0)
     assert len(before) == 1 or not set.intersection(*seen)
 
