@@ -32,7 +32,7 @@ def start(model: str, settings: dict | None, length: int, **options):
     return LLM(max_model_len=length, **options).llm_engine
 
 
-def options(suite: str, sample: Sample, i: int, settings: dict | None) -> dict | None:
+def extra_args(suite: str, sample: Sample, i: int, settings: dict | None) -> dict | None:
     """What prompt i of a sample asks of deltamem: a pin, if its settings allow any, and its conversation's session."""
     asked = {}
     if settings is not None and sample.growing:
@@ -42,12 +42,12 @@ def options(suite: str, sample: Sample, i: int, settings: dict | None) -> dict |
     return asked or None
 
 
-def sampling(sample: Sample, extra_args: dict | None):
+def sampling(sample: Sample, asked: dict | None):
     """Greedy decoding, and whatever log-probabilities the sample wants."""
     from vllm import SamplingParams
 
     return SamplingParams(
-        extra_args=extra_args,
+        extra_args=asked,
         temperature=0,
         max_tokens=sample.max_tokens,
         stop=list(sample.stop),
@@ -87,7 +87,7 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
             return False
         name = f"{suite}/{sample.seed}/{len(outputs)}"
         rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
-        engine.add_request(name, rendered, sampling(sample, options(suite, sample, len(outputs), plan.settings)))
+        engine.add_request(name, rendered, sampling(sample, extra_args(suite, sample, len(outputs), plan.settings)))
         running[name] = suite, sample, outputs
         return True
 

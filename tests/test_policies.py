@@ -86,10 +86,10 @@ def test_engines_at_a_time_share_the_cores(monkeypatch):
 
 def test_only_deltamem_is_asked_for_pins_and_sessions():
     sample = Sample(7, ask([1], [1]), None, pinned=("x", None), growing=True)
-    assert engine.options("toy", sample, 0, None) is None
-    assert engine.options("toy", sample, 0, {}) == {"deltamem_session": "toy-7", "deltamem_pin": "x"}
-    assert engine.options("toy", sample, 1, {}) == {"deltamem_session": "toy-7"}
-    assert engine.options("toy", sample, 0, {"pinned": 0}) == {"deltamem_session": "toy-7"}
+    assert engine.extra_args("toy", sample, 0, None) is None
+    assert engine.extra_args("toy", sample, 0, {}) == {"deltamem_session": "toy-7", "deltamem_pin": "x"}
+    assert engine.extra_args("toy", sample, 1, {}) == {"deltamem_session": "toy-7"}
+    assert engine.extra_args("toy", sample, 0, {"pinned": 0}) == {"deltamem_session": "toy-7"}
 
 
 def test_the_table_compares_the_same_prompts_only():

@@ -113,7 +113,7 @@ def test_a_pinned_number_comes_before_all_its_imitations(novels):
     text = read(sample)
     hidden = re.findall(r" The special magic number for ([\w ]+) is (\d{5})\.", text)
     name, number = hidden[0]
-    assert len(hidden) == len(set(hidden)) == 25 and text.endswith(f"The special magic number for {name} is")
+    assert len(hidden) == len(set(hidden)) == 13 and text.endswith(f"The special magic number for {name} is")
     assert read(sample, [{}]) == text and sample.prompt([{}, {}]) is None
     assert sample.pinned == (f" {number}", None) and text.count(number) == 1
     outputs = [{"text": f" {number}."}, {"text": f" {hidden[1][1]}."}]

@@ -6,7 +6,7 @@ from .needle import HEAD, KEYS, NEEDLE, QUESTION, ROOM, exact
 from .sample import Sample, ask
 from .source import Source
 
-IMITATIONS = 24
+IMITATIONS = 12
 LATEST = 0.05  # depth of the fact at most
 
 
