@@ -42,15 +42,17 @@ def extra_args(suite: str, sample: Sample, i: int, settings: dict | None) -> dic
     return asked or None
 
 
-def sampling(sample: Sample, asked: dict | None):
+def sampling(sample: Sample, asked: dict | None, tokenizer):
     """Greedy decoding, and whatever log-probabilities the sample wants."""
     from vllm import SamplingParams
 
+    stops = [tokenizer.encode(text, add_special_tokens=False) for text in sample.stop]
     return SamplingParams(
         extra_args=asked,
         temperature=0,
         max_tokens=sample.max_tokens,
         stop=list(sample.stop),
+        stop_token_ids=[ids[0] for ids in stops if len(ids) == 1],  # vLLM aborts at a string: no session is saved
         logprob_token_ids=list(sample.choices) or None,
         prompt_logprobs=TOP if sample.scored else None,
         flat_logprobs=bool(sample.scored),
@@ -87,7 +89,8 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
             return False
         name = f"{suite}/{sample.seed}/{len(outputs)}"
         rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
-        engine.add_request(name, rendered, sampling(sample, extra_args(suite, sample, len(outputs), plan.settings)))
+        asked = extra_args(suite, sample, len(outputs), plan.settings)
+        engine.add_request(name, rendered, sampling(sample, asked, engine.renderer.tokenizer))
         running[name] = suite, sample, outputs
         return True
 

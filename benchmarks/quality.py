@@ -41,7 +41,7 @@ from benchmarks.suites.source import SPLIT_STARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = [*POLICIES, *ALTERNATIVES]
-SMALL = ["--suites", "needle1,needle4,language", "--n", "6"]
+SMALL = ["--suites", "needle1,needle4,language", "--context", "2048", "--n", "6"]
 
 
 def words(text: str) -> list[str]:
