@@ -111,12 +111,13 @@ def test_many_questions_share_their_context(novels):
 def test_a_pinned_number_comes_before_all_its_imitations(novels):
     sample = pins(novels(4000), 2000)
     text = read(sample)
-    hidden = re.findall(r" The special magic number for ([\w ]+) is (\d{5})\.", text)
-    name, number = hidden[0]
-    assert len(hidden) == len(set(hidden)) == 13 and text.endswith(f"The special magic number for {name} is")
+    ((name, number),) = re.findall(r" The special magic number for (\w+) is (\d{5})\.", text)
+    others = re.findall(r" Remember that the number of day \d+ was (\d{5})\.", text)
+    assert len({number, *others}) == 13 and text.index(number) < min(map(text.index, others))
+    assert text.endswith(f"The special magic number for {name} is")
     assert read(sample, [{}]) == text and sample.prompt([{}, {}]) is None
     assert sample.pinned == (f" {number}", None) and text.count(number) == 1
-    outputs = [{"text": f" {number}."}, {"text": f" {hidden[1][1]}."}]
+    outputs = [{"text": f" {number}."}, {"text": f" {others[0]}."}]
     assert sample.score(outputs, []) == {"": 1.0, "unpinned": 0.0}
 
 

@@ -37,7 +37,7 @@ def word(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def tracking(source: Source, seed: int, chains: int = 4, hops: int = 1) -> Sample:
+def tracking(source: Source, seed: int, chains: int = 2, hops: int = 1) -> Sample:
     """`chains` chains of `hops` hand-overs each, in order over the whole context; one chain is asked for.
 
     Scores 1 where the whole walk is right: an answer by luck, after a wrong hop, does not count.
