@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -21,7 +20,7 @@ def start(model: str, settings: dict | None, length: int, **options):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     options |= {"model": model, "seed": 0, "max_logprobs": TOP}
-    options |= {"enforce_eager": torch.cuda.is_available()}  # compiling for a GPU takes longer than a run
+    options |= {"enforce_eager": True}  # compiling takes longer than most runs
     if settings is None:
         length = min(length, trained)
     else:
@@ -33,17 +32,31 @@ def start(model: str, settings: dict | None, length: int, **options):
     return LLM(max_model_len=length, **options).llm_engine
 
 
-def sampling(sample: Sample):
+def extra_args(suite: str, sample: Sample, i: int, settings: dict | None) -> dict | None:
+    """What prompt i of a sample asks of deltamem: a pin, if its settings allow any, and its conversation's session."""
+    asked = {}
+    if settings is not None and sample.growing:
+        asked["deltamem_session"] = f"{suite}-{sample.seed}"
+    if settings is not None and sample.pinned and sample.pinned[i] and settings.get("pinned") != 0:
+        asked["deltamem_pin"] = sample.pinned[i]
+    return asked or None
+
+
+def sampling(sample: Sample, asked: dict | None, tokenizer):
     """Greedy decoding, and whatever log-probabilities the sample wants."""
     from vllm import SamplingParams
 
+    stops = [tokenizer.encode(text, add_special_tokens=False) for text in sample.stop]
     return SamplingParams(
+        extra_args=asked,
         temperature=0,
         max_tokens=sample.max_tokens,
         stop=list(sample.stop),
+        stop_token_ids=[ids[0] for ids in stops if len(ids) == 1],  # vLLM aborts at a string: no session is saved
         logprob_token_ids=list(sample.choices) or None,
         prompt_logprobs=TOP if sample.scored else None,
         flat_logprobs=bool(sample.scored),
+        detokenize=not sample.scored,  # vLLM would decode every one of the log-probabilities' tokens
     )
 
 
@@ -76,7 +89,8 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
             return False
         name = f"{suite}/{sample.seed}/{len(outputs)}"
         rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
-        engine.add_request(name, rendered, sampling(sample))
+        asked = extra_args(suite, sample, len(outputs), plan.settings)
+        engine.add_request(name, rendered, sampling(sample, asked, engine.renderer.tokenizer))
         running[name] = suite, sample, outputs
         return True
 
@@ -103,7 +117,7 @@ def main() -> None:
     waiting = plan.waiting()
     if waiting:
         shared = {} if plan.cache is None else {"kv_cache_memory_bytes": plan.cache, "gpu_memory_utilization": 0.01}
-        run(start(plan.model, plan.settings, plan.length, **shared), plan, waiting)
+        run(start(plan.model, plan.settings, plan.context, **shared), plan, waiting)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Plan:
 
     model: str  # folder
     data: str  # folder, see suites/source.py
-    context: int
+    context: int  # tokens of a prompt and its answer
     suites: list[str]
     seed: int  # of the first sample
     n: int
@@ -46,11 +46,6 @@ class Plan:
         """Suite -> its samples."""
         source = Source(AutoTokenizer.from_pretrained(self.model), Path(self.data), self.context)
         return {suite: draw(suite, source, self.seed, self.n) for suite in self.suites}
-
-    @property
-    def length(self) -> int:
-        """The most tokens that a prompt and its answer can come to."""
-        return max(sample.length for samples in self.samples.values() for sample in samples)
 
     def waiting(self) -> list[tuple[str, Sample]]:
         """The samples that have no outputs yet, each with its suite."""

@@ -7,7 +7,7 @@ Of rows that measure the same thing the newest counts.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,46 +15,29 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.results import TITLES, newest, pick, values
+
 HERE = Path(__file__).parent
-KEYS = {  # of each benchmark: what a row measures
-    "quality": ("model", "suite", "context", "reduction", "policy"),
-    "sessions": ("model", "backend", "reuse", "memory_tokens", "turn", "metric"),
-}
-
-
-def newest(results: Path, benchmark: str) -> list[dict]:
-    """The rows of a benchmark, one for each of its KEYS; rows without one of them are left out."""
-    found = {}
-    for line in results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["benchmark"] == benchmark and all(key in row for key in KEYS[benchmark]):
-            found[tuple(row[key] for key in KEYS[benchmark])] = row
-    return list(found.values())
-
-
-def values(rows: list[dict], key: str) -> list:
-    return sorted({row[key] for row in rows})
-
-
-def pick(rows: list[dict], **fields) -> list[dict]:
-    return [row for row in rows if all(row[key] == value for key, value in fields.items())]
 
 
 def score_against_memory(rows: list[dict], out: Path) -> None:
     """One figure per model and context, one panel per suite, one line per policy."""
-    rows = [row for row in rows if "/depth " not in row["suite"]]
+    rows = [row for row in rows if row["suite"] in TITLES]
     for model in values(rows, "model"):
         for context in values(pick(rows, model=model), "context"):
             here = pick(rows, model=model, context=context)
-            suites = values(here, "suite")
+            suites = [suite for suite in TITLES if pick(here, suite=suite)]
             columns = min(4, len(suites))
             lines = -(-len(suites) // columns)
             figure, panels = plt.subplots(
-                lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, layout="constrained"
+                lines, columns, figsize=(3.2 * columns + 1, 2.6 * lines), squeeze=False, layout="constrained"
             )
             for panel, suite in zip(panels.flat, suites, strict=False):
                 draw_panel(panel, pick(here, suite=suite))
-                panel.set_title(suite, fontsize=10)
+                panel.set_title(TITLES[suite], fontsize=9)
             for panel in list(panels.flat)[len(suites) :]:
                 panel.set_visible(False)
             figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

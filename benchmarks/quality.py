@@ -3,21 +3,26 @@
     python benchmarks/quality.py --model DIR --data DIR --small
     python benchmarks/quality.py --model DIR --data DIR --suites needle1,agent30 --context 8192 --n 40
     python benchmarks/quality.py --model DIR --data DIR --policies deltamem,streaming,keydiff --reductions .85
-    python benchmarks/quality.py --model DIR --data DIR --jobs 4                  on a GPU: four engines at a time
+    python benchmarks/quality.py --model DIR --data DIR --jobs 4                  four engines at a time
 
 Full attention, by vLLM's own backend, and every policy at every reduction run in engines of their own, each in
 its process. Reduction r at a context of L tokens is a memory of round((1 - r) L) tokens per head.
-Alternatives (benchmarks/alternatives/) run in transformers and get as many bytes as deltamem's slot then takes.
-Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl.
+Alternatives (benchmarks/alternatives/) run in transformers; they and deltamem without one of its parts
+(benchmarks/policies.py) get as many bytes as deltamem's slot then takes: `bytes_allowed` of a row.
+Raw outputs stay in benchmarks/raw/ (a rerun goes on where it stopped); rows go to benchmarks/results.jsonl as
+soon as a policy is through.
 """
 
 import argparse
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import NamedTuple
 
@@ -30,13 +35,13 @@ from benchmarks import common, size
 from benchmarks import outputs as store
 from benchmarks.alternatives import ALTERNATIVES
 from benchmarks.plan import Plan
-from benchmarks.policies import POLICIES
-from benchmarks.suites import SUITES
+from benchmarks.policies import POLICIES, strip, within
+from benchmarks.suites import SUITES, Sample
 from benchmarks.suites.source import SPLIT_STARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = [*POLICIES, *ALTERNATIVES]
-SMALL = ["--suites", "needle1,needle4,language", "--n", "6"]
+SMALL = ["--suites", "needle1,needle4,language", "--context", "2048", "--n", "6"]
 
 
 def words(text: str) -> list[str]:
@@ -57,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reductions", type=shares, default=[0.5, 0.85, 0.95])
     parser.add_argument("--n", type=int, default=20, help="samples per suite")
     parser.add_argument("--seed", type=int, default=SPLIT_STARTS["reported"], help="seed of the first sample")
-    parser.add_argument("--jobs", type=int, default=1, help="engines that share the GPU at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="engines at a time, which share the GPU or the cores")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     parser.add_argument("--small", action="store_true", help="15 minutes on a CPU: " + " ".join(SMALL))
     args = parser.parse_args(SMALL + arguments if "--small" in arguments else arguments)
@@ -74,32 +79,45 @@ class Run(NamedTuple):
     policy: str
     reduction: float
     memory: int | None  # tokens per head
+    allowed: int | None  # bytes of deltamem's slot of that size
     plan: Plan
 
     def held(self, samples: list, outputs: dict) -> int:
         """Bytes of the longest of these sequences."""
         if self.plan.alternative:
             return max(output["bytes"] for seed in outputs for output in outputs[seed])
-        model, longest = Path(self.plan.model), max(sample.length for sample in samples)
+        model = Path(self.plan.model)
         if self.plan.settings is None:
+            longest = max(longest_prompt(sample, outputs[sample.seed]) for sample in samples)
             return size.shape_of(model, longest).full_attention_bytes(longest)
-        return size.layout_of(model, self.plan.length, self.plan.settings).slot_bytes
+        return size.layout_of(model, self.plan.context, self.plan.settings).slot_bytes
+
+
+def longest_prompt(sample: Sample, outputs: list[dict]) -> int:
+    return max(map(len, store.prompts(sample, outputs)))
 
 
 def prepare(base: Plan, policy: str, reduction: float) -> Run:
-    """Raises ValueError where the memory is too small for deltamem."""
-    memory = round((1 - reduction) * base.context) if policy != "full" else None
-    known, code, own = [common.versions(), common.device()], [], {}
-    if policy in ALTERNATIVES:
-        slot = size.layout_of(Path(base.model), base.length, {"memory": memory})
-        own = {"alternative": policy, "room": slot.slot_bytes, "segment": slot.segment}
-        code = [ROOT / "benchmarks" / "alternatives"]
-    elif memory is not None:
-        own = {"settings": {"memory": memory, **POLICIES[policy]}}
-        code = [ROOT / name for name in ("vllm_deltamem", "kernels", "patches")]
-    name = f"{policy}-{memory or base.context}-of-{base.context}-{store.fingerprint(own, *known, *code)}"
+    """Raises ValueError where the memory is too small for deltamem, or the model has no profile to take a part from."""
+    memory, allowed, own, code = None, None, {}, []
+    missing = POLICIES[policy].missing if policy in POLICIES else None
+    if policy != "full":
+        memory = round((1 - reduction) * base.context)
+        slot = size.layout_of(Path(base.model), base.context, {"memory": memory})
+        allowed = slot.slot_bytes
+        if policy in ALTERNATIVES:
+            own = {"alternative": policy, "room": allowed, "segment": slot.segment}
+            code = [ROOT / "benchmarks" / "alternatives"]
+        else:
+            own = {"settings": {"memory": memory} if policy == "deltamem" else within(slot, POLICIES[policy])}
+            code = [ROOT / name for name in ("vllm_deltamem", "kernels", "patches")]
+    name = f"{policy}-{memory or base.context}-of-{base.context}"
+    name += "-" + store.fingerprint(own, missing, common.versions(), common.device(), *code)
     folder = store.folder(Path(base.model).name, name)
-    return Run(policy, reduction, memory, replace(base, outputs=str(folder), **own))
+    if missing:
+        strip(Path(base.model), missing, folder / "profile.safetensors")
+        own["settings"]["profile"] = str(folder / "profile.safetensors")
+    return Run(policy, reduction, memory, allowed, replace(base, outputs=str(folder), **own))
 
 
 def execute(run: Run) -> None:
@@ -108,12 +126,23 @@ def execute(run: Run) -> None:
 
 
 def cache_bytes(jobs: int) -> int | None:
-    """Of the KV cache of each of several engines on one GPU: half of the memory goes to caches."""
+    """Of the KV cache of each of several engines at a time: half of the GPU's memory goes to caches, or a quarter
+    of the machine's; None: what vLLM finds free."""
     if jobs == 1:
         return None
-    if not torch.cuda.is_available():
-        raise SystemExit("--jobs is for engines that share a GPU: there is none.")
-    return torch.cuda.get_device_properties(0).total_memory // 2 // jobs
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory // 2 // jobs
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // jobs
+
+
+def executed(runs: list[Run], jobs: int) -> Iterator[Run]:
+    """The runs in their order, each once it is done; `jobs` at a time, on cores of their own."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = SimpleQueue()
+    for i in range(jobs):
+        shares.put(cores[i::jobs] or cores)
+    with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
+        yield from (run for run, _ in zip(runs, pool.map(execute, runs), strict=True))
 
 
 def summary(part: str):
@@ -129,7 +158,7 @@ def rows(suite: str, samples: list, full: dict, outputs: dict) -> list[dict]:
         reference = sample.score(full[sample.seed], full[sample.seed])
         for part, score in scores.items():
             parts.setdefault(part, []).append((score, reference[part]))
-    longest = [max(map(len, store.prompts(s, outputs[s.seed]))) for s in samples]
+    longest = [longest_prompt(sample, outputs[sample.seed]) for sample in samples]
     found = []
     for part, pairs in sorted(parts.items()):
         ours, theirs = (list(column) for column in zip(*pairs, strict=True))
@@ -152,10 +181,9 @@ def main(arguments: list[str]) -> None:
     base = Plan(model, data, args.context, args.suites, args.seed, args.n, cache=cache_bytes(args.jobs))
     runs = [prepare(base, "full", 0.0)]
     runs += [prepare(base, policy, reduction) for policy in args.policies for reduction in args.reductions]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(execute, runs))
-    found = []
-    for run in runs:
+    print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
+    for run in executed(runs, args.jobs):
+        found = []
         for suite, samples in base.samples.items():
             full, outputs = (store.kept(r.plan.path(suite), samples) for r in (runs[0], run))
             here = {
@@ -165,17 +193,18 @@ def main(arguments: list[str]) -> None:
                 "policy": run.policy,
                 "memory_tokens": run.memory,
                 "bytes_per_sequence": run.held(samples, outputs),
+                "bytes_allowed": run.allowed,
                 "seed": args.seed,
             }
             found += [here | row for row in rows(suite, samples, full, outputs)]
-    common.append(found, "quality", args.results)
-    print(f"{'suite':30} {'policy':14} {'reduction':>9} {'score':>8} {'full':>8}  95% of difference")
-    for row in found:
-        low, high = row["ci95"]
-        print(
-            f"{row['suite']:30} {row['policy']:14} {row['reduction']:9.0%} {row['score']:8.3f} "
-            f"{row['full_score']:8.3f}  {low:+.3f} to {high:+.3f}"
-        )
+        common.append(found, "quality", args.results)
+        for row in found:
+            low, high = row["ci95"]
+            print(
+                f"{row['suite']:30} {row['policy']:14} {row['reduction']:9.0%} {row['score']:8.3f} "
+                f"{row['full_score']:8.3f}  {low:+.3f} to {high:+.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

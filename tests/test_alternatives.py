@@ -225,7 +225,7 @@ def test_outputs_are_those_of_the_model(model):
         wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, 60:]
     text = model.tokenizer.decode(wanted)
     reader = Reader(model, ALTERNATIVES["everything"], 0, 16)
-    output = answer(reader, Sample(0, ask(prompt), None, 66, 6, choices=(5, 6, 7), scored=20), prompt)
+    output = answer(reader, Sample(0, ask(prompt), None, 6, choices=(5, 6, 7), scored=20), prompt)
     assert output["text"] == text and len(text) == 6
     assert output["choice"] == 5 + int(logits[-1, 5:8].argmax())
     logs = logits.log_softmax(-1)[39:59]
@@ -233,15 +233,26 @@ def test_outputs_are_those_of_the_model(model):
     nll = torch.nn.functional.nll_loss(logs, labels, reduction="none")
     assert output["nll"] == pytest.approx(nll.tolist(), abs=1e-3)
     assert [ranked[0] for ranked, _ in output["top"]] == logs.argmax(-1).tolist()
-    stopped = Sample(0, ask(prompt), None, 66, 6, stop=(text[2:4],))
+    stopped = Sample(0, ask(prompt), None, 6, stop=(text[2:4],))
     assert answer(reader, stopped, prompt)["text"] == text[: text.index(text[2:4])]
+
+
+def test_a_prompt_that_goes_on_from_the_last_one_is_not_read_anew(model):
+    ids = torch.randint(1, 90, (60,)).tolist()
+    reader, fresh = (Reader(model, ALTERNATIVES["everything"], 0, 16) for _ in range(2))
+    assert len(reader.ask(ids[:40])) == 40
+    added, whole = reader.ask(ids), fresh.ask(ids)
+    assert len(added) == 20
+    torch.testing.assert_close(added, whole[40:], rtol=1e-4, atol=1e-4)
+    assert len(reader.ask(ids)) == 60 and len(reader.ask([*ids, 5], whole=True)) == 61
+    assert len(reader.ask([7, *ids])) == 61
 
 
 def test_a_prompt_past_the_trained_positions_is_refused_or_ends_the_sample(model):
     reader = Reader(model, ALTERNATIVES["everything"], 0, 16)
     with pytest.raises(ValueError, match="shorter --context"):
-        run(reader, "toy", Sample(0, ask([1] * 90), None, 91), 80)
-    assert len(run(reader, "toy", Sample(0, ask([1] * 20, [1] * 90), None, 91), 80)) == 1
+        run(reader, "toy", Sample(0, ask([1] * 90), None), 80)
+    assert len(run(reader, "toy", Sample(0, ask([1] * 20, [1] * 90), None), 80)) == 1
 
 
 def test_a_run_gets_the_bytes_of_deltamems_slot_and_holds_no_more(model, tmp_path, monkeypatch):
@@ -271,7 +282,7 @@ def test_full_attention_answers_as_the_stock_backend_of_vllm(tmp_path, monkeypat
     questions = ("\n\nThe narrator left Munich at", "\n\nIn this text, the town of Bistritz is")
     prompts = [model.tokenizer(text + question).input_ids for question in questions]
     reader = Reader(model, ALTERNATIVES["everything"], 0, 64)
-    ours = [answer(reader, Sample(0, ask(prompt), None, 1000, 8), prompt)["text"] for prompt in prompts]
+    ours = [answer(reader, Sample(0, ask(prompt), None, 8), prompt)["text"] for prompt in prompts]
     with engine(model.model.config._name_or_path, "CPU_ATTN") as llm:
         params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)  # further on, roundings decide ties
         found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)

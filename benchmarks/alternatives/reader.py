@@ -21,7 +21,18 @@ class Reader:
         """Begin another sequence."""
         count = self.model.fingerprint["layers"]
         self.layers = [self.alternative(self.shape, self.room // count) for _ in range(count)]
-        self.length = 0
+        self.seen: list[int] = []
+
+    def ask(self, prompt: list[int], whole: bool = False) -> torch.Tensor:
+        """Last hidden states of what of the prompt is new: all of it, unless it begins with what was read before.
+
+        whole: all of it in any case.
+        """
+        known = len(self.seen)
+        if whole or known >= len(prompt) or prompt[:known] != self.seen:
+            self.clear()
+            known = 0
+        return self.read(prompt[known:])
 
     @property
     def bytes(self) -> int:
@@ -35,7 +46,7 @@ class Reader:
         Every memory reads them in segments, cut at multiples of `segment`. As it depends on its own layer alone,
         all tokens pass through a layer before any comes to the next.
         """
-        first, end = self.length, self.length + len(ids)
+        first, end = len(self.seen), len(self.seen) + len(ids)
         cuts = [first, *range((first // self.segment + 1) * self.segment, end, self.segment), end]
         sizes = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         rope = self.model.rope((end // FUTURE + 2) * FUTURE)
@@ -45,5 +56,5 @@ class Reader:
             return torch.cat([self.layers[layer].read(Segment(*piece, rope, scale)) for piece in pieces], 1)
 
         embedded = self.model.model.get_input_embeddings()(torch.tensor(ids, device=self.model.device))
-        self.length = end
+        self.seen += ids
         return self.model.hidden(embedded, attention, first)

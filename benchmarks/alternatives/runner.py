@@ -15,8 +15,7 @@ from .reader import Reader
 
 def answer(reader: Reader, sample: Sample, prompt: list[int]) -> dict:
     """The output for one prompt, see Sample, decoded greedily; and `bytes`, what the sequence held at its end."""
-    reader.clear()
-    hidden = reader.read(prompt)
+    hidden = reader.ask(prompt, whole=bool(sample.scored))
     output = {}
     if sample.choices:
         found = reader.model.predict(hidden[-1])
@@ -80,7 +79,7 @@ def main() -> None:
     alternative = ALTERNATIVES[plan.alternative]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reader = Reader(FrozenModel(plan.model, device), alternative, plan.room, plan.segment)
-    longest = plan.length if alternative.unbounded else reader.model.config.max_position_embeddings
+    longest = plan.context if alternative.unbounded else reader.model.config.max_position_embeddings
     for suite, sample in tqdm(waiting, unit="sample", desc=plan.alternative):
         store.keep(plan.path(suite), sample, run(reader, suite, sample, longest))
 

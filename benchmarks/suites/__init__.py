@@ -9,6 +9,7 @@ from .language import language
 from .longbench import longbench
 from .mmlu import mmlu
 from .needle import needle
+from .pins import pins
 from .retrieval import generated, recorded
 from .sample import Sample
 from .source import Source
@@ -19,14 +20,14 @@ SUITES = {
     "needle4": partial(needle, keys=4),
     "needle_many": partial(needle, keys=4, questions=4),
     "needle_depth": partial(needle, sweep=True),
+    "pins": pins,
     "tracking": tracking,
     "kv": generated,
     "kv16": partial(generated, pairs=16),
     "kv75": recorded,
     "babi": partial(babi, tasks=("qa1", "qa2", "qa3", "qa5", "qa7", "qa8")),
     "longbench": longbench,
-    "mmlu": partial(mmlu, filled=True),
-    "mmlu_plain": partial(mmlu, filled=False),
+    "mmlu": mmlu,
     "language": language,
     "agent10": partial(agent, turns=10),
     "agent30": partial(agent, turns=30),

@@ -10,8 +10,9 @@ SYSTEM = (
     "Use what earlier messages said.\nTools:\n" + TOOLS
 )
 PASSAGE = "(I am reading: {text})\n"
-ROOM = 32
-AROUND = 16  # tokens a turn spends on introducing its passage, and on calls longer than the right one
+ROOM = 24
+AROUND = 24  # tokens a turn may spend on introducing its passage, and on a call longer than the right one
+LEAST = 16  # tokens that are worth reading aloud
 
 
 def said(reply: str, passage: str, errand: Errand) -> dict:
@@ -31,7 +32,7 @@ def done(errand: Errand, before: World, after: World, reply: str) -> bool:
 
 
 class Episode:
-    """`turns` errands with stretches of a novel between them, just under `context` tokens when done right.
+    """`turns` errands with stretches of a novel between them, within `context` tokens whatever the agent calls.
 
     Each turn's prompt is the whole conversation so far with the agent's own calls and the world's replies; a
     few worked examples open it. The state is rebuilt from the outputs, so an episode can be taken up anywhere.
@@ -44,11 +45,11 @@ class Episode:
         self.errands = Script(seed).errands(turns)
         self.passages = [""] * turns
         right = [{"text": errand.call} for errand in self.errands[:-1]]
-        spare = source.context - len(source.chat(self.messages(right))) - ROOM
+        spare = source.context - len(source.chat(self.messages(right))) - ROOM - turns * AROUND
         if spare < 0:
             raise ValueError(f"A context of {source.context} tokens is too short for the agent by {-spare}.")
-        share = spare // turns - AROUND
-        if share > AROUND:
+        share = spare // turns
+        if share > LEAST:
             novel = source.filler(seed, share * turns)
             texts = [source.tokenizer.decode(novel[i * share :][:share]).strip() for i in range(turns)]
             self.passages = [PASSAGE.format(text=text) for text in texts]
@@ -86,4 +87,4 @@ class Episode:
 
 def agent(source: Source, seed: int, turns: int) -> Sample:
     episode = Episode(source, seed, turns)
-    return Sample(seed, episode.prompt, episode.score, source.context + turns * ROOM, ROOM, stop=("\n",))
+    return Sample(seed, episode.prompt, episode.score, ROOM, stop=("\n",), growing=True)

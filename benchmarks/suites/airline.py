@@ -85,7 +85,6 @@ def airline(source: Source, seed: int) -> Sample | None:
         seed,
         ask(prompt),
         lambda outputs, full: compare(outputs[0]["text"], call["function"]),
-        source.context,
         ROOM,
         stop=("</tool_call>",),
     )

@@ -53,4 +53,4 @@ def babi(source: Source, seed: int, tasks: tuple[str, ...], examples: int = 3) -
         right = float(bool(words) and words[0].lower() == answer.lower())
         return {"": right, task: right}
 
-    return Sample(seed, ask(prompt), score, source.context, ROOM, stop=("\n",))
+    return Sample(seed, ask(prompt), score, ROOM, stop=("\n",))

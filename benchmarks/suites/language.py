@@ -34,4 +34,4 @@ def agreement(outputs: Outputs, full: Outputs) -> dict[str, float]:
 
 def language(source: Source, seed: int) -> Sample:
     prompt = source.start + source.filler(seed, source.context - 1 - len(source.start))
-    return Sample(seed, ask(prompt), agreement, source.context, scored=source.context // 4)
+    return Sample(seed, ask(prompt), agreement, scored=source.context // 4)

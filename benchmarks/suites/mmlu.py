@@ -1,7 +1,5 @@
 """MMLU (arXiv 2009.03300), five-shot: the likeliest of the four letters after 'Answer:'."""
 
-import random
-
 from .sample import Sample, ask
 from .source import Source, pick
 
@@ -21,13 +19,10 @@ def topic(subject: str) -> str:
     return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
 
 
-def mmlu(source: Source, seed: int, filled: bool) -> Sample | None:
-    """A question after five solved ones of its subject.
+def mmlu(source: Source, seed: int) -> Sample | None:
+    """A question after five solved ones of its subject, mostly far shorter than the context and not padded.
 
-    Filled: solved questions of other subjects come before, so that the prompt has `context - 1` tokens and
-    the memory is under its full load. Otherwise the plain prompt, whatever its length.
-
-    Raises ValueError where the plain prompt is longer than the context or a letter is not one token.
+    Raises ValueError where the prompt is longer than the context or a letter is not one token.
     """
     record = pick(source.records("mmlu/test.jsonl"), seed)
     if record is None:
@@ -38,13 +33,6 @@ def mmlu(source: Source, seed: int, filled: bool) -> Sample | None:
     room = source.context - 1 - len(source.start) - len(prompt)
     if room < 0:
         raise ValueError(f"A context of {source.context} tokens is too short for MMLU by {-room} tokens.")
-    if filled:
-        others = [r for r in shots if r["subject"] != record["subject"]]
-        random.Random(f"mmlu {seed}").shuffle(others)
-        before = source.encode("".join(topic(r["subject"]) + solved(r) for r in others))
-        if len(before) < room:
-            raise ValueError(f"mmlu/dev.jsonl fills {len(before)} tokens only: give a context below that.")
-        prompt = before[len(before) - room :] + prompt
     letters = [source.encode(" " + letter) for letter in LETTERS]
     if any(len(tokens) != 1 for tokens in letters):
         raise ValueError("MMLU needs a tokenizer that has ' A' to ' D' as one token each.")
@@ -54,6 +42,5 @@ def mmlu(source: Source, seed: int, filled: bool) -> Sample | None:
         seed,
         ask(source.start + prompt),
         lambda outputs, full: {"": float(outputs[0]["choice"] == gold)},
-        source.context,
         choices=choices,
     )

@@ -15,7 +15,7 @@ HEAD = "There are special magic numbers hidden in the following text. Remember t
 NEEDLE = " The special magic number for {key} is {number}."
 QUESTION = "\n\nWhat is the special magic number for {key}? The special magic number for {key} is"
 ROOM = 12
-DEPTHS = 11
+DEPTHS = 6
 
 
 def digits_right(text: str, number: str) -> float:
@@ -53,4 +53,4 @@ def needle(source: Source, seed: int, keys: int = 1, questions: int = 1, sweep: 
             parts[f"depth {depths[0]:.1f}"] = right
         return parts
 
-    return Sample(seed, ask(*(context + tail for tail in tails)), score, source.context, max_tokens=ROOM)
+    return Sample(seed, ask(*(context + tail for tail in tails)), score, max_tokens=ROOM)

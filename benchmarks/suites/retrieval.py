@@ -25,7 +25,7 @@ def sample(source: Source, seed: int, records: list[tuple[str, str]], key: str, 
     def score(outputs, full):
         return {"": float(outputs[0]["text"].split('"')[0].strip() == value)}
 
-    return Sample(seed, ask(prompt), score, source.context, room, stop=('"',))
+    return Sample(seed, ask(prompt), score, room, stop=('"',))
 
 
 def fitting(source: Source, records: list[tuple[str, str]], key: str, value: str) -> int:

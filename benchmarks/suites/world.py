@@ -22,7 +22,7 @@ class World:
         return copy.deepcopy(self)
 
     def call(self, line: str) -> str:
-        """Run one tool call written as Python, such as set_item("vases", 4); the reply starts ok or error.
+        """Run one tool call written as Python, such as set_item("vases", 4); the reply is ok or error.
 
         Nothing changes on an error. Arguments are literals and are never evaluated.
         """
@@ -31,7 +31,7 @@ class World:
             name, values = node.func.id, [ast.literal_eval(a) for a in node.args]
             values += [ast.literal_eval(k.value) for k in node.keywords]
         except (SyntaxError, ValueError, AttributeError, MemoryError, RecursionError):
-            return "error: that is not a tool call"
+            return "error"
         match name, values:
             case "set_item", [str(item), int(count)]:
                 self.inventory[item] = count
@@ -46,5 +46,5 @@ class World:
             case "delete_file", [str(file)] if file in self.files:
                 del self.files[file]
             case _:
-                return "error: no such tool, entry or kind of argument"
+                return "error"
         return "ok"
