@@ -1,4 +1,4 @@
-"""What is compared: deltamem, and deltamem without each of its parts in turn, in the bytes of the whole.
+"""What is compared: deltamem, and deltamem without each of its parts in turn or with other codes, in the same bytes.
 
 Parts that are settings are left out by them; parts of the profile by a profile that lacks them.
 """
@@ -28,6 +28,8 @@ POLICIES = {
     "no_importance": Policy(missing="importance"),
     "no_merging": Policy({"merge": False}),
     "no_fidelity": Policy({"fidelity": "bf16"}),
+    "k8v8": Policy({"fidelity": "k8v8"}),
+    "k4v4": Policy({"fidelity": "k4v4"}),
     "no_pins": Policy({"pinned": 0}),
 }
 
