@@ -31,9 +31,21 @@ llm = LLM(model, distributed_executor_backend=executor, tensor_parallel_size=int
           dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=64 << 20,
           attention_backend=backend, additional_config={"deltamem": {"sessions": {"directory": model}}})
 prompts = ["Once upon a time", "x", "The quick brown fox " * 20]
-outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
+said = {}
+def ask(prompts, **more):
+    return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, **more))
+first = ask(prompts)
+said["answers"] = [answer.outputs[0].token_ids for answer in first]
+if backend == "DELTAMEM":
+    session = {"deltamem_session": "kept"}
+    told = first[2].prompt_token_ids
+    (turn,) = ask([{"prompt_token_ids": told}], extra_args=session)
+    longer = [{"prompt_token_ids": [*told, *turn.outputs[0].token_ids, *told[:20]]}]
+    (again,), (anew,) = ask(longer, extra_args=session), ask(longer)
+    said["reused"] = again.num_cached_tokens
+    said["answers"] += [again.outputs[0].token_ids, anew.outputs[0].token_ids]
 with open(output, "w") as file:
-    json.dump([output.outputs[0].token_ids for output in outputs], file)
+    json.dump(said, file)
 """
 
 
@@ -77,8 +89,8 @@ def test_unknown_vllm_is_refused(cpu_platform, monkeypatch):
     assert platform.ray_device_key == ""
 
 
-def generate(model: Path, backend: str, executor: str, workers: int) -> list[list[int]]:
-    """Token ids that a new engine answers to three prompts, of which one is longer than deltamem's memory."""
+def generate(model: Path, backend: str, executor: str, workers: int) -> dict:
+    """What a new engine answers to three prompts, of which one is longer than deltamem's memory, and in a session."""
     output = model / f"{executor}.json"
     environment = {
         **os.environ,
@@ -96,5 +108,8 @@ def generate(model: Path, backend: str, executor: str, workers: int) -> list[lis
 @pytest.mark.parametrize("backend", ["CPU_ATTN", "DELTAMEM"])
 def test_two_ray_workers_answer_as_one(backend, tmp_path):
     model = save_tiny_llama(tmp_path)
-    alone = generate(model, backend, "uni", 1)
-    assert generate(model, backend, "ray", 2) == alone
+    alone, together = generate(model, backend, "uni", 1), generate(model, backend, "ray", 2)
+    assert together == alone
+    if backend == "DELTAMEM":
+        again, anew = together["answers"][-2:]
+        assert again == anew and together["reused"] > 400, "two workers have saved and restored their parts"
