@@ -112,16 +112,23 @@ def _attend_single(q, slots, single, scale, out, rope, scratch):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
     kv_heads = slots.ring_k.shape[1]
     slot, rows, seq_lens = zip(*single, strict=True)
-    q = q[list(rows)]
+    tokens, held = _index(rows), _index(slot)
+    q = q[tokens]
     query = q.view(len(rows), kv_heads, -1, q.shape[2])
     shape = slots.window, slots.segment, slots.sliding
     mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
-    joined, lse = _flash(query, slots.ring_k[list(slot)], slots.ring_v[list(slot)], mask, scale)
+    joined, lse = _flash(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
     joined = joined.float()
     for i, seq_len in enumerate(seq_lens):
         ring = joined[i, :, :, None], lse[i, :, :, None]
         joined[i] = _combine([ring, *_memory(q[i : i + 1], slots, slot[i], seq_len, scale, rope, scratch)])[:, :, 0]
-    out[list(rows)] = joined.to(out.dtype).reshape(q.shape)
+    out[tokens] = joined.to(out.dtype).reshape(q.shape)
+
+
+def _index(places: tuple[int, ...]) -> slice | list[int]:
+    """A slice where places follow one another, as most do while sequences decode: a view instead of a copy."""
+    run = range(places[0], places[0] + len(places))
+    return slice(run.start, run.stop) if places == tuple(run) else list(places)
 
 
 def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch):
@@ -152,29 +159,34 @@ def _memory(q, slots, slot, seq_len, scale, rope, scratch):
     parts = []
     for rows, bias in passes:
         query = _by_head(rows, slots.ring_k.shape[1])
+        together = query.reshape(len(query), 1, -1, q.shape[2])  # the query heads of a group see the same keys
+        count, together = together.shape[2], _whole_blocks(together)
         heads = []
         for g, width in enumerate(readout.widths(gone)):  # one by one: a head may hold eight times the mean
-            together = query[g].reshape(1, 1, -1, q.shape[2])  # the query heads of a group see the same keys
             k, v, mask = (x[g, :width][None, None] for x in (readout.k, readout.v, bias))
-            heads.append(_flash(together, k, v, mask[:, :, None], scale))
-        out, lse = (torch.cat(column) for column in zip(*heads, strict=True))
-        parts.append((out.view(query.shape), lse.view(query.shape[:3])))
+            heads.append(_flash(together[g : g + 1], k, v, mask[:, :, None], scale))
+        out, lse = (torch.cat(column)[:, :, :count] for column in zip(*heads, strict=True))
+        parts.append((out.reshape(query.shape), lse.reshape(query.shape[:3])))
     return parts
 
 
 def _flash(q, k, v, mask, scale):
     """Partial attention and its log-sum-exp: q [B, P, T, D], k and v [B, P or 1, K, D], mask broadcast."""
-    rows, spare = q.shape[2], -q.shape[2] % ROW_BLOCK
-    if spare:
-        q = torch.nn.functional.pad(q, (0, 0, 0, spare))
-        if mask.shape[2] > 1:
-            mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
+    rows, q = q.shape[2], _whole_blocks(q)
+    if mask.shape[2] > 1:
+        mask = _whole_blocks(mask)
     shape = (*q.shape[:2], *k.shape[2:])
     with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k.expand(shape), v.expand(shape), attn_mask=mask, scale=scale
         )
     return out[:, :, :rows], lse[:, :, :rows]
+
+
+def _whole_blocks(x):
+    """x [B, P, T, ...] with empty rows up to a multiple of ROW_BLOCK."""
+    spare = -x.shape[2] % ROW_BLOCK
+    return torch.nn.functional.pad(x, (0, 0, 0, spare)) if spare else x
 
 
 @_one_thread()
