@@ -1,7 +1,7 @@
 """The CPU's serving path: the functions of reference.py, vectorised over heads, entries and tokens.
 
-Results of a row never depend on which other rows share the call: every product has a shape fixed by the
-row's own position, or is padded with masked keys up to a multiple of the attention kernel's key block.
+Results of a row never depend on which other rows share the call: how many keys a product has is fixed by the
+row's own position, and how many rows does not matter to it (see ROW_BLOCK, and KEY_BLOCK in readout.py).
 `scratch` is a dict, one per layer, in which the readouts of the slots used last stay, as far as READOUT_BYTES
 go. Whoever changes a slot other than by merge() takes it out.
 """

@@ -120,7 +120,7 @@ def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, columns):
 
 
 def _cosines(centred, entries, columns, mean):
-    """Cosines [C, E] of losers' centred unit keys to the entries [D] of these columns; None where there are none."""
+    """Cosines [C, K] of losers' centred unit keys [C, D] to K columns of entries [E, D]; None without columns."""
     parts = []
     for mine in columns:
         unit = entries[mine] - mean

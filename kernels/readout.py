@@ -12,7 +12,7 @@ TAKEN = torch.iinfo(torch.int64).max  # order of a column that no token may take
 class Readout:
     """Entries of all heads side by side: entry e of head g is column e of row g, exact ones first.
 
-    The width is a whole number of key blocks, so that trailing empty columns never change how sums round.
+    What is read of a head is a number of whole key blocks that position alone decides, whatever the width.
     A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
     replace_exact and store, which change both. What only merging reads is made by its first merge.
 
