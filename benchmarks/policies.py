@@ -28,6 +28,7 @@ POLICIES = {
     "no_importance": Policy(missing="importance"),
     "no_merging": Policy({"merge": False}),
     "no_fidelity": Policy({"fidelity": "bf16"}),
+    "k8v4": Policy({"fidelity": "k8v4"}),
     "k8v8": Policy({"fidelity": "k8v8"}),
     "k4v4": Policy({"fidelity": "k4v4"}),
     "no_pins": Policy({"pinned": 0}),

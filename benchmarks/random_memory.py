@@ -94,7 +94,7 @@ def _with_a_large_head(layout: Layout, most: int) -> Layout:
     exact = share(sum(layout.exact[0]), most)
     coarse = share(sum(layout.coarse[0]), most - exact[0])
     return Layout(
-        layout.shape, layout.codec, layout.window, layout.segment, layout.sinks, layout.pinned, (exact,), (coarse,)
+        layout.shape, layout.codecs, layout.window, layout.segment, layout.sinks, layout.pinned, (exact,), (coarse,)
     )
 
 

@@ -13,9 +13,8 @@ def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, se
                sliding=None):  # fmt: skip
     """A zeroed slab of two layers, and a function that views the second of them on any copy of it."""
     shape = Shape(2, len(exact), size, dtype, POSITIONS, (None, sliding))
-    layout = Layout(
-        shape, FIDELITIES[fidelity], window, segment, 2, 4, exact=((3,) * len(exact), exact), coarse=(coarse, coarse)
-    )
+    codecs, exact = (FIDELITIES[fidelity],) * 2, ((3,) * len(exact), exact)
+    layout = Layout(shape, codecs, window, segment, 2, 4, exact=exact, coarse=(coarse, coarse))
     # rows with a gap between them, as vLLM's blocks may have
     slab = torch.zeros(slots, layout.slot_bytes + 64, dtype=torch.uint8)[:, : layout.slot_bytes]
     return slab, lambda copy: layout.views(copy, 1)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
-from vllm_deltamem.calibration import budgets, gates, importance, influence, prompts, simulate, trials
+from vllm_deltamem.calibration import budgets, codes, gates, importance, influence, prompts, simulate, trials
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels import reference
 from vllm_deltamem.kernels.slot import rotate
@@ -99,7 +99,7 @@ def test_importance_head_learns_what_a_key_tells():
     key, value = unit(torch.randn(1, 2, 3000, 16), dim=-1), unit(torch.randn(1, 2, 3000, 16), dim=-1)
     wanted = torch.exp(4 * key[..., 3] + 3 * value[..., 5].abs())
     none = torch.zeros(1, 2, 0)
-    seen = influence.Observation(key.half(), value.half(), torch.zeros(1, 2, 3000), wanted, none, none, none)
+    seen = influence.Observation(key.half(), value.half(), torch.zeros(1, 2, 3000), wanted, none, none, none, none)
     weights = importance.fit([seen], seed=0, units=16, steps=300)
     score = importance.scores(seen, weights)
     assert torch.corrcoef(torch.stack([score[0, 0], wanted[0, 0].log()]))[0, 1] > 0.9
@@ -110,11 +110,40 @@ def test_importance_head_learns_what_a_key_tells():
 def test_budgets_go_where_the_loss_falls():
     needy, idle = 1 - budgets.GRID, 0.01 * (1 - budgets.GRID)
     loss = torch.stack([torch.stack([needy, idle]), torch.stack([idle, idle])])
-    shares = budgets.allocate(loss, Shape(2, 2, 64, torch.bfloat16, budgets.CONTEXT))
-    assert shares.shape == (len(budgets.SIZES), 2, 2)
-    torch.testing.assert_close(shares.mean((1, 2)), torch.ones(len(budgets.SIZES)))
-    assert (shares[1, 0, 0] > 2 * shares[1].flatten()[1:]).all()
-    assert shares[-1].max() < 1.2, "at half of the context nearly everything fits into coarse entries"
+    shape = Shape(2, 2, 64, torch.bfloat16, budgets.CONTEXT)
+    small, large = (budgets.allocate(loss, shape, ("k8v4", "k8v4"), size) for size in (0.05, 0.5))
+    assert small.mean() == pytest.approx(1) and large.mean() == pytest.approx(1)
+    assert (small[0, 0] > 2 * small.flatten()[1:]).all()
+    assert large.max() < 1.2, "at half of the context nearly everything fits into coarse entries"
+
+
+def test_bytes_go_first_where_entries_are_cheaper():
+    loss = ((1 - budgets.GRID) ** 2).expand(2, 2, -1)
+    shape = Shape(2, 2, 64, torch.bfloat16, budgets.CONTEXT)
+    small, large = (budgets.allocate(loss, shape, ("bf16", "k4v4"), size) for size in (0.05, 0.5))
+    assert (small[1] > 4 * small[0]).all()
+    assert (large[1] < large[0]).all(), "where the cheap ones all fit, the others are left"
+
+
+def test_a_logit_error_is_what_the_codes_of_keys_bring_into_logits():
+    torch.manual_seed(5)
+    k, q = torch.randn(1, 200, 32), torch.randn(2, 200, 32)
+    k[..., 3] += 100  # a bias: its group is coded in steps of 7
+    four, eight = trials.logit_errors(q, k, 0.25, torch.Generator().manual_seed(0))[0].tolist()
+    assert four == pytest.approx(17 * eight, rel=0.1), "16 levels instead of 256"
+    assert eight == pytest.approx(0.25 * 32**0.5 * 102 / 255 / 12**0.5, rel=0.2), "as evenly spread rounding errors are"
+
+
+def test_keys_are_coded_as_coarsely_as_their_layer_stands():
+    none = torch.zeros(2, 1, 0)
+    errors = torch.tensor([[[0.01, 0.001], [0.02, 0.001]], [[9.0, 0.01], [0.1, 0.01]], [[9.0, 0.9], [70.0, 4.0]]])
+    seen = influence.Observation(none, none, none, none, none, none, none, errors)
+    shape = Shape(4, 2, 64, torch.bfloat16, budgets.CONTEXT, windows=(None, 48, None, None))
+    lost = ((1 - budgets.GRID) ** 4).expand(3, 2, -1) / 6
+    fidelity, with_codes = codes.choose([seen, seen], lost, shape, 0.3)
+    assert fidelity == ("k4v4", "k8v4", "k8v4", "bf16")
+    torch.testing.assert_close(with_codes[2], lost[2])
+    torch.testing.assert_close(with_codes[1, 0], lost[1, 0] + 1e-4 * (1 / 6 - lost[1, 0]))
 
 
 def test_hull_leaves_out_what_lies_above():
@@ -127,6 +156,7 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
+    assert read.fidelity == made.fidelity and len(read.fidelity[0]) == 2
     assert "15%, no profile" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors.partial").exists()
 
@@ -193,7 +223,7 @@ def test_fitted_gate_opens_where_merging_gives_back():
     cosine = torch.linspace(-1, 1, 64).expand(1, 1, 64)
     helps = torch.where(cosine > 0.3, 1.0, -0.5)
     none = torch.zeros(1, 1, 0)
-    seen = influence.Observation(none, none, none, none, cosine, helps, torch.ones(1, 1, 64))
+    seen = influence.Observation(none, none, none, none, cosine, helps, torch.ones(1, 1, 64), none)
     gate = gates.fit([seen])
     opened = reference.gate(torch.tensor([[0.9, -0.5]]), torch.ones(1, 2), gate[0])
     assert opened[0, 0] > 0.9 and opened[0, 1] < 0.1

@@ -11,6 +11,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
 from engines import FAMILIES, OPTIONS, STOCK, engine, save_model, tokens  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+
+from vllm_deltamem import profile as profiles  # noqa: E402
 
 SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
 
@@ -69,18 +72,40 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     assert difference < 2e-4
 
 
-@pytest.mark.parametrize("family,trained", [("llama", 2048), ("llama", 160), ("gemma3-mixed", 2048)])
-def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, family, trained):
+def save_profile(folder, path):
+    """A profile of uneven heads, codes that differ from layer to layer, and importance heads of random weights."""
+    config = AutoConfig.from_pretrained(folder)
+    heads, size = (config.num_hidden_layers, config.num_key_value_heads), config.head_dim
+    torch.manual_seed(3)
+    extents = (2 * size, 16), (16,), (16,), ()
+    made = profiles.Profile(
+        fingerprint=profiles.fingerprint_of(config),
+        sizes=(0.1,),
+        budgets=0.5 + torch.rand(1, *heads),
+        gate=torch.tensor([-1.0, 3.0, -0.1]).expand(*heads, 3),
+        fidelity=(("k4v4", "k8v4"),),
+        importance=tuple(torch.randn(*heads, *extent) for extent in extents),
+    )
+    profiles.save(made, path)
+    return {"profile": str(path)}
+
+
+@pytest.mark.parametrize(
+    "family,trained,learned",
+    [("llama", 2048, False), ("llama", 160, False), ("llama", 160, True), ("gemma3-mixed", 2048, False)],
+)
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tmp_path, family, trained, learned):
     """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes.
 
-    Also where most of it lies past the context that the model was trained on.
+    Also where most of it lies past the context that the model was trained on, and with a profile.
     """
+    settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     options = {"max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": trained}}
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
-        with engine(folders(family), settings=SMALL, max_num_batched_tokens=chunk, **options) as llm:
+        with engine(folders(family), settings=settings, max_num_batched_tokens=chunk, **options) as llm:
             alone = slab_of(llm, prompt, name="alone")
             expected = expected or alone
             assert alone[0] == expected[0] and torch.equal(alone[1], expected[1]), f"chunks of {chunk}"

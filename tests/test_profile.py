@@ -7,7 +7,10 @@ import torch
 from transformers import LlamaConfig
 
 from vllm_deltamem import profile as profiles
+from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import reference
+from vllm_deltamem.kernels.slot import FIDELITIES
+from vllm_deltamem.memory import Shape
 
 
 def make_config(**changes):
@@ -31,6 +34,7 @@ def make_profile(**changes):
         sizes=(0.05, 0.2),
         budgets=torch.rand(2, 2, 3) + 0.5,
         gate=torch.randn(2, 3, 3),
+        fidelity=(("bf16", "k4v4"), ("k8v4", "k8v4")),
         importance=weights,
         meta={"seed": 7},
     )
@@ -41,7 +45,8 @@ def test_saved_profile_loads_as_it_was(tmp_path):
     made = make_profile()
     profiles.save(made, tmp_path / "a.safetensors")
     read = profiles.load(tmp_path / "a.safetensors")
-    assert (read.fingerprint, read.sizes, read.meta) == (made.fingerprint, made.sizes, made.meta)
+    assert (read.fingerprint, read.sizes, read.fidelity) == (made.fingerprint, made.sizes, made.fidelity)
+    assert read.meta == made.meta
     assert torch.equal(read.budgets, made.budgets) and torch.equal(read.gate, made.gate)
     for actual, expected in zip(read.importance, made.importance, strict=True):
         torch.testing.assert_close(actual, expected.half())
@@ -52,6 +57,18 @@ def test_budgets_interpolate_between_sizes_and_stop_at_the_ends():
     assert torch.equal(made.budgets_for(10, 1000), made.budgets[0])
     assert torch.equal(made.budgets_for(900, 1000), made.budgets[1])
     torch.testing.assert_close(made.budgets_for(100, 1000), made.budgets.mean(0))  # .1 is halfway in log size
+
+
+def test_fidelity_is_that_of_the_nearest_size():
+    made = make_profile()
+    assert made.fidelity_for(90, 1000) == made.fidelity_for(1, 1000) == ("bf16", "k4v4")
+    assert made.fidelity_for(110, 1000) == made.fidelity_for(900, 1000) == ("k8v4", "k8v4")
+    assert make_profile(fidelity=None).fidelity_for(90, 1000) is None
+    shape = Shape(2, 3, 16, torch.bfloat16, 4096)
+    kinds = [profiles.divide(shape, DeltaMemConfig(memory=n), made).codecs for n in (200, 800)]
+    assert kinds == [(FIDELITIES["bf16"], FIDELITIES["k4v4"]), (FIDELITIES["k8v4"],) * 2]
+    own = profiles.divide(shape, DeltaMemConfig(memory=200, fidelity="k8v8"), made)
+    assert own.codecs == (FIDELITIES["k8v8"],) * 2, "settings come first"
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -87,6 +104,9 @@ def test_choose_none_and_unknown_models():
         (dict(budgets=torch.ones(2, 3, 3)), "budgets must be finite with shape"),
         (dict(gate=torch.full((2, 3, 3), torch.nan)), "gate must be finite"),
         (dict(sizes=(0.2, 0.05)), "sizes must rise"),
+        (dict(fidelity=(("k4v4", "k4v4"),)), "fidelity must be one of bf16, k8v8, k8v4, k4v4 for each size and layer"),
+        (dict(fidelity=(("k4v4",), ("k4v4",))), "fidelity must be one of"),
+        (dict(fidelity=(("k4v4", "k2v2"),) * 2), "fidelity must be one of"),
     ],
 )
 def test_damaged_profile_is_refused(tmp_path, changes, message):

@@ -1,8 +1,8 @@
 """`deltamem calibrate MODEL -o PROFILE`: learn what a frozen model needs of its context, and write it down.
 
 A prompt at a time it records how much every token matters in every head (calibration/influence.py), fits the
-importance heads to that, derives the budgets from it, chooses the gate, and prints what the profile gains on
-held-out prompts.
+importance heads to that, chooses the fidelity of every layer, derives the budgets, chooses the gate, and prints
+what the profile gains on held-out prompts.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from vllm_deltamem.calibration import budgets, gates, importance
+from vllm_deltamem.calibration import budgets, codes, gates, importance
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
@@ -82,12 +82,18 @@ def calibrate(
         importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
         for fold in range(2)
     ]
-    shares = budgets.allocate(budgets.losses(seen, [crossed[fold] for fold in folds]), shape)
+    lost = budgets.losses(seen, [crossed[fold] for fold in folds])
+    fidelity, shares = [], []
+    for size in budgets.SIZES:
+        chosen, with_codes = codes.choose(seen, lost, shape, size)
+        fidelity.append(chosen)
+        shares.append(budgets.allocate(with_codes, shape, chosen, size))
     profile = Profile(
         fingerprint=model.fingerprint,
         sizes=budgets.SIZES,
         budgets=torch.stack([_in_all_layers(share, shape, 1.0) for share in shares]),
         gate=torch.tensor(DEFAULT_GATE).expand(shape.layers, shape.kv_heads, 3),
+        fidelity=tuple(fidelity),
         importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )

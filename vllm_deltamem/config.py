@@ -19,7 +19,7 @@ class DeltaMemConfig:
     segment: int | None = None  # tokens leave the window this many at a time, on an absolute grid
     sinks: int = 4  # first tokens of the sequence, never merged
     pinned: int | None = None  # quota of tokens that a client may pin
-    fidelity: str = "k8v4"  # storage of coarse entries: bf16, or bits of key and value codes
+    fidelity: str | None = None  # storage of coarse entries: bf16, or bits of key and value codes; None: the profile's
     profile: str | None = None  # path of a profile, or "none" for training-free scores and equal budgets
     merge: bool = True  # merge what loses its entry; False drops it
     sessions: dict = field(default_factory=dict)  # see vllm_deltamem.sessions
@@ -35,7 +35,7 @@ class DeltaMemConfig:
             raise ValueError(
                 "deltamem settings 'memory' and 'memory_bytes' both give the size of a slot: set one of them."
             )
-        if self.fidelity not in FIDELITIES:
+        if self.fidelity is not None and self.fidelity not in FIDELITIES:
             raise ValueError(
                 f"deltamem setting 'fidelity' must be one of {', '.join(FIDELITIES)}; got {self.fidelity!r}."
             )

@@ -1,8 +1,10 @@
 """The effective layout of a model and its settings, as text for people."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from vllm_deltamem.kernels.slot import FIDELITIES
+from vllm_deltamem.memory import Layout
 from vllm_deltamem.plan import MemoryPlan
 
 
@@ -12,7 +14,6 @@ def report(plan: MemoryPlan) -> str:
     held, workers = plan.bytes_per_sequence, plan.workers
     full = shape.full_attention_bytes(shape.max_model_len)
     compressed = shape.full_layers
-    fidelity = next(name for name, codec in FIDELITIES.items() if codec == layout.codec)
     facts = {
         "bytes per sequence": f"{held:,}",
         "per worker": f"{held // workers:,} on each of {workers}",
@@ -23,7 +24,7 @@ def report(plan: MemoryPlan) -> str:
         "segment": f"{layout.segment} tokens",
         "sinks": f"{layout.sinks} tokens",
         "pinned": f"at most {layout.pinned} tokens",
-        "fidelity": f"{fidelity} in coarse entries",
+        "fidelity": f"{_fidelity(layout)} in coarse entries",
         "merge": "what loses its entry is merged" if plan.merge else "what loses its entry is dropped",
         "profile": _profile(plan),
         "exact entries": _spread([count for i in compressed for count in layout.exact[i]]),
@@ -39,6 +40,14 @@ def _profile(plan: MemoryPlan) -> str:
         return "none: equal heads and training-free scores"
     sizes = ", ".join(f"{size:.1%}" for size in plan.profile.sizes)
     return f"{plan.profile.digest[:12]}, budgets at {sizes} of the context"
+
+
+def _fidelity(layout: Layout) -> str:
+    layers = Counter(layout.codecs[i] for i in layout.shape.full_layers)
+    names = {codec: name for name, codec in FIDELITIES.items()}
+    if len(layers) == 1:
+        return names[next(iter(layers))]
+    return ", ".join(f"{names[codec]} in {count} layers" for codec, count in layers.most_common()) + ","
 
 
 def _table(plan: MemoryPlan) -> Iterator[str]:

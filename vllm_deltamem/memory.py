@@ -15,6 +15,7 @@ from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
 
 ALIGNMENT = 16  # bytes: the widest load of a kernel
 MAX_PINS = 32  # spans of tokens that a client may pin in one sequence
+DEFAULT_FIDELITY = "k8v4"  # of a model without a profile: next to free on every model tried
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
 NEAR = 64  # tokens: importance is learned from queries that are at least so far from the token
 
@@ -65,7 +66,7 @@ class Layout:
     """The division of a slab. Hashable and a function of shape, settings and budgets alone."""
 
     shape: Shape
-    codec: Codec
+    codecs: tuple[Codec, ...]  # of every layer
     window: int
     segment: int
     sinks: int
@@ -85,11 +86,11 @@ class Layout:
         shape, size, dtype = self.shape, self.shape.head_size, self.shape.dtype
         offset = _align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
-        for layer, (exact, coarse) in enumerate(zip(self.exact, self.coarse, strict=True)):
+        for layer, (exact, coarse, codec) in enumerate(zip(self.exact, self.coarse, self.codecs, strict=True)):
             ring = (shape.sliding(layer) or self.window) + self.segment
             x, y, g = sum(exact), sum(coarse), shape.kv_heads
-            k_cells, k_dtype, k_groups = _coded(size, self.codec.key_bits, dtype)
-            v_cells, v_dtype, v_groups = _coded(size, self.codec.value_bits, dtype)
+            k_cells, k_dtype, k_groups = _coded(size, codec.key_bits, dtype)
+            v_cells, v_dtype, v_groups = _coded(size, codec.value_bits, dtype)
             fields = {"pins": (0, (MAX_PINS, 2), torch.int32)}
             for name, extent, kind in (
                 ("ring_k", (g, ring, size), dtype),
@@ -163,7 +164,7 @@ class Layout:
             **fields,
             exact_start=_starts(self.exact[layer], slab.device),
             coarse_start=_starts(self.coarse[layer], slab.device),
-            codec=self.codec,
+            codec=self.codecs[layer],
             window=self.shape.sliding(layer) or self.window,
             segment=self.segment,
             sinks=self.sinks,
@@ -171,11 +172,17 @@ class Layout:
         )
 
 
-def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | None = None) -> Layout:
+def plan_layout(
+    shape: Shape,
+    config: DeltaMemConfig,
+    budgets: torch.Tensor | None = None,
+    fidelities: tuple[str, ...] | None = None,
+) -> Layout:
     """Divide the memory that the settings ask for among the heads with full attention; sliding layers come on top.
 
     budgets: [layers, kv_heads] relative shares of the memory, any positive scale; None shares equally. Those of
     sliding layers are ignored.
+    fidelities: of every layer, where the settings name none; None is DEFAULT_FIDELITY.
     Raises ValueError when the memory is too small for what every head must hold.
     """
     layers, full = shape.full_layers, shape.full_token_bytes
@@ -189,34 +196,36 @@ def plan_layout(shape: Shape, config: DeltaMemConfig, budgets: torch.Tensor | No
         memory = max(total, 0) // full
     window = config.window or max(segment // 2, min(NEAR, memory // 4))
     pinned = config.pinned if config.pinned is not None else memory // 16
-    codec = FIDELITIES[config.fidelity]
+    if config.fidelity is not None or fidelities is None:
+        fidelities = (config.fidelity or DEFAULT_FIDELITY,) * shape.layers
+    codecs = tuple(FIDELITIES[name] for name in fidelities)
 
     exact_bytes = shape.token_bytes + 8
-    coarse_bytes = _coarse_entry_bytes(shape, codec)
+    coarse_bytes = [coarse_entry_bytes(shape, codecs[i]) for i in layers for _ in range(shape.kv_heads)]
     fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
-    least = fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * coarse_bytes
-    heads = len(layers) * shape.kv_heads
-    if total < least * heads:
+    least = [fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * bytes_ for bytes_ in coarse_bytes]
+    heads = len(least)
+    if total < sum(least):
         beside = f", beside {shape.sliding_bytes(segment):,} bytes for the sliding layers" if any(shape.windows) else ""
         raise ValueError(
             f"A deltamem memory of {memory} tokens per head is too small for window {window}, segment {segment}, "
             f"sinks {config.sinks} and pinned {pinned}: it takes at least "
-            f"{-(-least // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
+            f"{-(-sum(least) // heads // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
         )
     shares = [1.0] * heads if budgets is None else budgets[layers].flatten().tolist()
     room = _share_out(total - _align(8 * MAX_PINS), shares, least)
     longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
-    for bytes_ in room:
+    for bytes_, entry in zip(room, coarse_bytes, strict=True):
         spare = bytes_ - fixed - 8 * ALIGNMENT
         # Coarse only as far as the bytes force it: a memory larger than the context stays exact.
-        x = max((spare - longest * coarse_bytes) // max(exact_bytes - coarse_bytes, 1), config.sinks + pinned)
+        x = max((spare - longest * entry) // max(exact_bytes - entry, 1), config.sinks + pinned)
         x = min(x, longest)
         exact.append(x)
-        coarse.append(max(min((spare - x * exact_bytes) // coarse_bytes, longest - x), 0))
+        coarse.append(max(min((spare - x * exact_bytes) // entry, longest - x), 0))
     return Layout(
         shape=shape,
-        codec=codec,
+        codecs=codecs,
         window=window,
         segment=segment,
         sinks=config.sinks,
@@ -240,13 +249,14 @@ def worker_heads(kv_heads: int, rank: int, workers: int) -> slice:
     return slice(first, first + held)
 
 
-def _share_out(total: int, shares: list[float], least: int) -> list[int]:
-    """Bytes of every head: in proportion to the shares, none below `least`, the sum at most `total`."""
+def _share_out(total: int, shares: list[float], least: list[int]) -> list[int]:
+    """Bytes of every head: in proportion to the shares, none below its `least`, the sum at most `total`."""
     shares = torch.tensor(shares, dtype=torch.float64, device="cpu")  # vLLM makes models with the GPU as default
+    least = torch.tensor(least, dtype=torch.float64, device="cpu")
     floor = torch.zeros_like(shares, dtype=torch.bool)
     while True:
-        spare = total - least * int(floor.sum())
-        room = torch.where(floor, float(least), shares / shares[~floor].sum() * spare)
+        spare = total - least[floor].sum()
+        room = torch.where(floor, least, shares / shares[~floor].sum() * spare)
         below = (room < least) & ~floor
         if not below.any():
             return room.long().tolist()
@@ -265,7 +275,8 @@ def _coded(size: int, bits: int, dtype: torch.dtype) -> tuple[int, torch.dtype, 
     return size * bits // 8, torch.uint8, size // group_size(size, bits)
 
 
-def _coarse_entry_bytes(shape: Shape, codec: Codec) -> int:
+def coarse_entry_bytes(shape: Shape, codec: Codec) -> int:
+    """What a coarse entry takes of a slot, mass and rank included."""
     coded = [_coded(shape.head_size, bits, shape.dtype) for bits in codec]
     return sum(cells * dtype.itemsize + groups * 4 for cells, dtype, groups in coded) + 4 + 8
 

@@ -1,4 +1,4 @@
-"""A profile: what was learned about one model. Shares of every head, importance heads and merge gates.
+"""A profile: what was learned about one model. Shares of every head, fidelities, importance heads and merge gates.
 
 One safetensors file per model. Letters: L attention layers, G kv heads, D head size, U hidden units.
 """
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels.slot import Policy
+from vllm_deltamem.kernels.slot import FIDELITIES, Policy
 from vllm_deltamem.memory import Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -32,6 +32,7 @@ class Profile:
     sizes: tuple[float, ...]  # ascending memory sizes, as a fraction of the context, that `budgets` is for
     budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
     gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
+    fidelity: tuple[tuple[str, ...], ...] | None = None  # [sizes][L] of coarse entries, slot.FIDELITIES; None: default
     importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
     meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
 
@@ -40,7 +41,7 @@ class Profile:
 
         Between the calibrated sizes it interpolates over the logarithm of memory / context.
         """
-        size = min(max(memory / context, self.sizes[0]), self.sizes[-1])
+        size = self._size(memory, context)
         above = next(i for i, s in enumerate(self.sizes) if s >= size)
         below = max(above - 1, 0)
         if above == below:
@@ -48,10 +49,19 @@ class Profile:
         part = log(size / self.sizes[below]) / log(self.sizes[above] / self.sizes[below])
         return self.budgets[below].lerp(self.budgets[above], part)
 
+    def fidelity_for(self, memory: float, context: float) -> tuple[str, ...] | None:
+        """Fidelities [L] for such a memory: those of the calibrated size that is nearest, as a ratio."""
+        size = self._size(memory, context)
+        nearest = min(range(len(self.sizes)), key=lambda i: abs(log(self.sizes[i] / size)))
+        return self.fidelity and self.fidelity[nearest]
+
+    def _size(self, memory: float, context: float) -> float:
+        return min(max(memory / context, self.sizes[0]), self.sizes[-1])
+
     @property
     def digest(self) -> str:
         """Names the learned weights and shares, for what was computed with them."""
-        state = hashlib.blake2b(json.dumps([self.fingerprint, self.sizes]).encode(), digest_size=16)
+        state = hashlib.blake2b(json.dumps([self.fingerprint, self.sizes, self.fidelity]).encode(), digest_size=16)
         for tensor in (self.budgets, self.gate, *(self.importance or ())):
             state.update(tensor.float().numpy().tobytes())
         return state.hexdigest()
@@ -72,7 +82,8 @@ def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> L
     layout = plan_layout(shape, settings)
     if profile is None:
         return layout
-    return plan_layout(shape, settings, profile.budgets_for(layout.memory_tokens, shape.max_model_len))
+    size = layout.memory_tokens, shape.max_model_len
+    return plan_layout(shape, settings, profile.budgets_for(*size), profile.fidelity_for(*size))
 
 
 def fingerprint_of(hf_config) -> dict:
@@ -129,6 +140,7 @@ def load(path: str | Path) -> Profile:
         sizes=tuple(header["sizes"]),
         budgets=tensors["budgets"].float(),
         gate=tensors["gate"].float(),
+        fidelity=tuple(map(tuple, header.get("fidelity") or ())) or None,
         importance=tuple(tensors[name] for name in WEIGHTS) if "w1" in tensors else None,
         meta=header["meta"],
     )
@@ -145,6 +157,7 @@ def save(profile: Profile, path: str | Path) -> None:
         "format": FORMAT,
         "fingerprint": profile.fingerprint,
         "sizes": profile.sizes,
+        "fidelity": profile.fidelity,
         "meta": profile.meta,
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -191,5 +204,12 @@ def _check_tensors(profile: Profile, path) -> None:
                 f"The deltamem profile {str(path)!r} is damaged: {name} must be finite with shape {extent}, "
                 f"is {tuple(actual[name].shape)}."
             )
+    fidelity = profile.fidelity or ((next(iter(FIDELITIES)),) * shape["layers"],) * len(profile.sizes)
+    known = all(len(row) == shape["layers"] and set(row) <= FIDELITIES.keys() for row in fidelity)
+    if len(fidelity) != len(profile.sizes) or not known:
+        raise ValueError(
+            f"The deltamem profile {str(path)!r} is damaged: fidelity must be one of {', '.join(FIDELITIES)} for each "
+            f"size and layer, is {fidelity!r:.200}."
+        )
     if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")

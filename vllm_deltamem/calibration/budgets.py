@@ -7,7 +7,8 @@ import torch
 from vllm_deltamem.calibration.importance import Weights, scores
 from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.memory import Shape, plan_layout
+from vllm_deltamem.kernels.slot import FIDELITIES
+from vllm_deltamem.memory import DEFAULT_FIDELITY, Layout, Shape, coarse_entry_bytes, plan_layout
 
 SIZES = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5)  # memories, as a fraction of the context
 CONTEXT = 8192  # tokens at which the layout's fixed parts are taken into account
@@ -32,38 +33,49 @@ def losses(observations: list[Observation], weights: list[Weights | None]) -> to
     return total / len(observations)
 
 
-def allocate(loss: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Budgets [sizes, L, G], mean 1, for the memory sizes of SIZES; L layers with full attention, as in the losses.
+def allocate(loss: torch.Tensor, shape: Shape, fidelity: tuple[str, ...], size: float) -> torch.Tensor:
+    """Budgets [L, G], mean 1, for a memory of `size` of the context; L layers with full attention, as in the losses.
 
-    Entries go one grid step at a time to the head whose loss falls most per entry, along the convex
-    hulls of the loss curves: the optimum of a separable convex problem.
+    Entries go one grid step at a time to the head whose loss falls most per byte, along the convex
+    hulls of the loss curves: the optimum of a separable convex problem. fidelity: of every layer of the model.
     """
+    cost = torch.tensor([entry_cost(shape, fidelity[i]) for i in shape.full_layers]).repeat_interleave(shape.kv_heads)
     steps = []
-    flat = loss.flatten(0, 1)
-    for head, curve in enumerate(flat.tolist()):
-        corners = _hull(GRID.tolist(), curve)
-        steps += [((curve[a] - curve[b]) / (GRID[b] - GRID[a]).item(), head, b) for a, b in pairwise(corners)]
-    steps.sort(key=lambda step: (-step[0], step[1]))
-    return torch.stack([_shares(steps, len(flat), shape, size) for size in SIZES]).unflatten(1, loss.shape[:2])
-
-
-def _shares(steps, heads: int, shape: Shape, size: float) -> torch.Tensor:
-    """Walk down the steps until the entries of one memory size are spent. Shares [heads] of its bytes."""
-    memory = round(size * CONTEXT)
-    layout = plan_layout(shape, DeltaMemConfig(memory=memory))
-    exact, coarse = (counts[shape.full_layers[0]][0] for counts in (layout.exact, layout.coarse))
-    if exact + coarse >= CONTEXT - layout.window:
-        return torch.ones(heads)  # everything fits
-    cost = (memory - layout.ring - exact) / coarse  # tokens' worth of bytes that a coarse entry takes
-    held, left = torch.zeros(heads), heads * (exact + coarse) / CONTEXT
-    for _, head, corner in steps:
-        more = min(GRID[corner].item() - held[head].item(), left)
+    for head, curve in enumerate(loss.flatten(0, 1).tolist()):
+        for a, b in pairwise(_hull(GRID.tolist(), curve)):
+            steps.append(((curve[a] - curve[b]) / ((GRID[b] - GRID[a]) * cost[head]).item(), head, b))
+    held, left = torch.zeros(len(cost)), len(cost) * room(shape, size)
+    for _, head, corner in sorted(steps, key=lambda step: (-step[0], step[1])):
+        more = min(CONTEXT * GRID[corner].item() - held[head].item(), left / cost[head].item())
         held[head] += more
-        left -= more
-    entries = (held + left / heads) * CONTEXT
-    share = (layout.ring + exact + cost * (entries - exact).clamp_min(0)) / memory
+        left -= more * cost[head].item()
+    if left > 0:
+        return torch.ones(loss.shape[:2])  # everything fits
+    memory, layout = _memory(shape, size)
+    exact = layout.sinks + layout.pinned
+    share = (layout.ring + exact + cost * (held - exact).clamp_min(0)) / memory
     share = (1 - EQUAL) * share / share.mean() + EQUAL
-    return share / share.mean()
+    return (share / share.mean()).view(loss.shape[:2])
+
+
+def room(shape: Shape, size: float) -> float:
+    """Tokens' worth of bytes for the entries of a head in a memory of `size` of the context, on average.
+
+    Exact entries count like coarse ones, as they hold as much.
+    """
+    memory, layout = _memory(shape, size)
+    return memory - layout.ring - (layout.sinks + layout.pinned) * (1 - entry_cost(shape, DEFAULT_FIDELITY))
+
+
+def entry_cost(shape: Shape, fidelity: str) -> float:
+    """Tokens' worth of bytes that a coarse entry takes."""
+    return coarse_entry_bytes(shape, FIDELITIES[fidelity]) / shape.token_bytes
+
+
+def _memory(shape: Shape, size: float) -> tuple[int, Layout]:
+    """Tokens of a memory of `size` of the context, and its layout with equal heads."""
+    memory = round(size * CONTEXT)
+    return memory, plan_layout(shape, DeltaMemConfig(memory=memory))
 
 
 def _hull(x: list[float], y: list[float]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.prompts import Prompt
-from vllm_deltamem.calibration.trials import trial_merges
+from vllm_deltamem.calibration.trials import logit_errors, trial_merges
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import NEAR
 
@@ -29,6 +29,7 @@ class Observation(NamedTuple):
     cosine: torch.Tensor  # [L, G, LOSERS] fp32, this and the next two: see Trials
     given_back: torch.Tensor
     size: torch.Tensor
+    logit_error: torch.Tensor  # [L, G, CODED] fp32, see trials.logit_errors
 
 
 class _Recording:
@@ -37,7 +38,7 @@ class _Recording:
     def __init__(self, model: FrozenModel, tokens: int, seed: int):
         self.rope, self.tokens = model.rope(tokens), tokens
         self.generator = torch.Generator().manual_seed(seed)
-        self.key, self.value, self.keydiff, self.influence, self.trials = {}, {}, {}, {}, {}
+        self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
 
     def __call__(self, layer, q, k, v, scale):
         unit = torch.nn.functional.normalize
@@ -53,6 +54,7 @@ class _Recording:
         self.keydiff[layer] = keydiff.cpu()
         query = q.detach().float()
         self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
+        self.errors[layer] = logit_errors(query, rotated, scale, self.generator)
         return _Attention.apply(q, k, v, scale, self.influence, layer)
 
     def observation(self) -> Observation:
@@ -70,6 +72,7 @@ class _Recording:
             cosine=stacked({i: t.cosine for i, t in self.trials.items()}),
             given_back=stacked({i: t.given_back for i, t in self.trials.items()}),
             size=stacked({i: t.size for i, t in self.trials.items()}),
+            logit_error=stacked(self.errors),
         )
 
 

@@ -55,7 +55,10 @@ def memory_attention(
     """The memory at a share of full attention over `context` tokens; settings as in DeltaMemConfig."""
     shape, memory = model.shape(context), round(share * context)
     layout = plan_layout(
-        shape, DeltaMemConfig(memory=memory, **settings), profile and profile.budgets_for(memory, context)
+        shape,
+        DeltaMemConfig(memory=memory, **settings),
+        profile and profile.budgets_for(memory, context),
+        profile and profile.fidelity_for(memory, context),
     )
     device, layers = model.device, range(shape.layers)
     policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]

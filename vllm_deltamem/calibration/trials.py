@@ -1,4 +1,6 @@
-"""Trial merges: how much of what a query loses with a dropped token comes back when the token is merged.
+"""Trials on the keys of a prompt: merging tokens, and coding them.
+
+Trial merges: how much of what a query loses with a dropped token comes back when the token is merged.
 
 Dropping token j takes t = w_j (v_j - o) out of a head's output o (w_j its attention weight). Merging it into
 entry e instead adds d = 2 w_m (v_m - o) - w_e (v_e - o), where m is the mean of both. A gate of g leaves an
@@ -9,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_deltamem.kernels.slot import Rope, rotate
+from vllm_deltamem.kernels.slot import Rope, decode, encode, rotate
 
 LOSERS = 64  # dropped tokens tried per head and prompt
 QUERIES = 32  # later tokens whose queries are asked, per query head
+CODED = (4, 8)  # bits that keys are coded in
 KEPT = 0.3  # of the tokens, those of highest KeyDiff score, are entries
 
 
@@ -61,3 +64,22 @@ def trial_merges(q, k, v, plain, score, rope: Rope, scale: float, generator: tor
         sums = (lost * change).sum((0, 1, 3)) / norm, change.square().sum((0, 1, 3)) / norm
         rows.append(Trials(cosine, *sums))
     return Trials(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
+
+
+def logit_errors(q, k, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Errors [G, CODED] in nats that codes of keys bring into logits: rms, weighted by the attention they get.
+
+    What all logits of a query have in common changes nothing and does not count.
+    q [H, T, D], k [G, T, D] rotated fp32. Queries of the second half of a prompt are asked about keys of the first.
+    """
+    half, group = k.shape[1] // 2, len(q) // len(k)
+    asked = half + torch.randperm(k.shape[1] - half, generator=generator)[:QUERIES].to(k.device)
+    query = q[:, asked].unflatten(0, (len(k), group)).flatten(1, 2)  # [G, R Q, D]
+    weight = (query @ k[:, :half].mT * scale).softmax(-1)
+    errors = []
+    for bits in CODED:
+        wrong = decode(*encode(k[:, :half], bits, torch.float32), bits, torch.float32) - k[:, :half]
+        error = query @ wrong.mT * scale
+        error = error - (weight * error).sum(-1, keepdim=True)
+        errors.append((weight * error.square()).sum(-1).mean(-1).sqrt())
+    return torch.stack(errors, -1).cpu()
