@@ -4,11 +4,13 @@
     python benchmarks/serving.py --model DIR --backends FLASH_ATTN,TRITON_ATTN,DELTAMEM \\
         --contexts 1024,4096,16384,32768,65536,131072,262144,400000 --batches 1,4,16 --memory 19660 6554
     python benchmarks/serving.py --model CONFIG_DIR --load-format dummy ...   honest speed without weights
+    python benchmarks/serving.py --model DIR --cache-bytes 805306368 --contexts 32768 --batches 12 --memory 4915 \\
+        --output-tokens 257                                                   how many run at once in a small cache
 
 Every backend (and memory size) is an engine of its own, one after the other, on the same random prompts. A
 batch of B prompts of C tokens is sent at once; before that, every batch has run once with prompts of WARM_UP tokens.
-Rows go to benchmarks/results.jsonl, metrics ttft_s, tpot_ms, tokens_per_s, bytes_per_sequence and
-sequences_that_fit.
+Rows go to benchmarks/results.jsonl, metrics ttft_s, tpot_ms, tokens_per_s, at_once, bytes_per_sequence and
+sequences_that_fit. at_once: the most sequences of the batch that had their whole prompt in the cache at one time.
 """
 
 import argparse
@@ -52,6 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--most-tokens", type=int, default=1 << 20, help="of a batch's prompts; larger ones are left out"
     )
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--cache-bytes", type=int, help="of the KV cache, which is else as large as vLLM makes it")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     return parser.parse_args(arguments)
 
@@ -70,13 +73,14 @@ def measure(plan: dict) -> list[dict]:
         load_format=plan["load_format"],
         enable_prefix_caching=False,
         disable_log_stats=True,
+        kv_cache_memory_bytes=plan["cache_bytes"],
         **own,
     )
     engine, vocabulary = llm.llm_engine, llm.llm_engine.model_config.get_vocab_size()
     params = SamplingParams(temperature=0, max_tokens=plan["output_tokens"], ignore_eos=True, detokenize=False)
     figures = memory_figures(engine, plan)
 
-    def run(context: int, batch: int, repeat: int) -> tuple[float, float, float]:
+    def run(context: int, batch: int, repeat: int) -> tuple[float, float, float, int]:
         prompts = [
             [(repeat * 7919 + i * 104729 + j * j) % (vocabulary - 10) for j in range(context)] for i in range(batch)
         ]
@@ -89,21 +93,23 @@ def measure(plan: dict) -> list[dict]:
             if batch * context > plan["most_tokens"]:
                 continue
             runs = []
-            while len(runs) < plan["repeats"] and sum(total for _, _, total in runs) < ENOUGH:
+            while len(runs) < plan["repeats"] and sum(total for _, _, total, _ in runs) < ENOUGH:
                 runs.append(run(context, batch, len(runs) + 1))
-            first, rest, total = (median(column) for column in zip(*runs, strict=True))
+            first, rest, total, at_once = (median(column) for column in zip(*runs, strict=True))
             sizes = {"context": context, "batch": batch, "n": len(runs)}
             tokens = batch * (context + plan["output_tokens"])
             figures += [
                 sizes | {"metric": "ttft_s", "value": round(first, 4)},
                 sizes | {"metric": "tpot_ms", "value": round(rest * 1e3, 3)},
                 sizes | {"metric": "tokens_per_s", "value": round(tokens / total, 1)},
+                sizes | {"metric": "at_once", "value": at_once},
             ]
     return figures
 
 
-def time_batch(engine, prompts: list[list[int]], params) -> tuple[float, float, float]:
-    """Seconds until the last prompt has its first token, then per output token, and in all."""
+def time_batch(engine, prompts: list[list[int]], params) -> tuple[float, float, float, int]:
+    """Seconds until the last prompt has its first token, then per output token, and in all; the most at once."""
+    scheduler, at_once = engine.engine_core.engine_core.scheduler, 0
     begin = time.perf_counter()
     for i, prompt in enumerate(prompts):
         engine.add_request(f"{begin}-{i}", {"prompt_token_ids": prompt}, params)
@@ -113,8 +119,9 @@ def time_batch(engine, prompts: list[list[int]], params) -> tuple[float, float, 
             if output.request_id not in started and output.outputs[0].token_ids:
                 started.add(output.request_id)
                 at_first = time.perf_counter()
+        at_once = max(at_once, sum(r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running))
     end = time.perf_counter()
-    return at_first - begin, (end - at_first) / (params.max_tokens - 1), end - begin
+    return at_first - begin, (end - at_first) / (params.max_tokens - 1), end - begin, at_once
 
 
 def memory_figures(engine, plan: dict) -> list[dict]:
@@ -157,16 +164,21 @@ def main(arguments: list[str]) -> None:
                 "output_tokens": args.output_tokens,
                 "repeats": args.repeats,
                 "load_format": args.load_format,
+                "cache_bytes": args.cache_bytes,
             }
             print(f"{backend} {memory or ''} ...", file=sys.stderr, flush=True)
             quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ | quiet
+            if args.cache_bytes:
+                del environment["VLLM_CPU_KVCACHE_SPACE"]  # it would come first
             with tempfile.TemporaryDirectory() as folder:
                 written = Path(folder, "figures.json")
                 command = [sys.executable, "-m", "benchmarks.serving", "--engine", str(written)]
                 subprocess.run(command, input=json.dumps(plan), text=True, cwd=ROOT, check=True, env=environment)
                 figures = json.loads(written.read_text())
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
+            if args.cache_bytes:
+                here["cache_bytes"] = args.cache_bytes
             if backend == "DELTAMEM":
                 here["settings"] = settings
             rows = [here | figure for figure in figures]
