@@ -6,6 +6,7 @@ program takes one piece and one tile of query rows; the heads of a group are row
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,18 @@ import triton
 import triton.language as tl
 
 from .decoding import attend_token
-from .launch import ROW_ARGUMENTS, Heads, Pieces, buffer, half_width, heads_of, processors, rows_of, rows_width
+from .launch import (
+    ROW_ARGUMENTS,
+    Heads,
+    Pieces,
+    buffer,
+    half_width,
+    heads_of,
+    processors,
+    rows_of,
+    rows_width,
+    shared_memory,
+)
 from .prompt import attend_prompt, read_coarse
 from .slot import LayerSlots, Rope
 from .tiles import locate, row_at
@@ -21,7 +33,6 @@ from .tiles import locate, row_at
 INTERPRETED_KEYS = 16
 READ = 512 << 20  # bytes of decoded entries that a call keeps for the prompts it works on
 READ_ENTRIES = 64  # that a program decodes
-SHARED = 200 << 10  # bytes of shared memory that a program's tiles may take
 
 
 class Tile(NamedTuple):
@@ -36,6 +47,7 @@ class Tile(NamedTuple):
 
 TOKEN = Tile(16, 64, 2, 2, 4)  # few warps: each scale of a code then serves more columns of a lane
 PROMPT = Tile(64, 64, 4, 3, 2)
+OLDER_PROMPT = Tile(128, 32, 8, 3, 1)  # below capability 9.0 operands lie in registers: there the other one spills
 
 
 class Call(NamedTuple):
@@ -119,7 +131,7 @@ def _read(call: Call, rows: tuple) -> torch.Tensor:
 def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tensor) -> None:
     """Pieces of prompts: programs are tiles of query rows over tiles of a head's keys."""
     slots, size = call.slots, call.q.shape[2]
-    tile = _fit(PROMPT, call)
+    tile = _fit(PROMPT if _capability() >= 90 else OLDER_PROMPT, call)
     tokens = tile.rows // call.group
     blocks = live_tokens // tokens + len(rows[0])
     pieces, partial, lse = _pieces(call, tile, blocks, tokens)
@@ -158,15 +170,24 @@ def _slot_constants(slots: LayerSlots) -> dict:
     return dict(WINDOW=slots.window, SEGMENT=slots.segment)
 
 
+@cache
+def _capability() -> int:
+    """Ten times the compute capability of the GPU; the newest where kernels are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
 def _fit(tile: Tile, call: Call) -> Tile:
     """The tile with rows for a group at least, and so few keys and stages that its vectors fit in shared memory."""
     if triton.knobs.runtime.interpret:
         tile = tile._replace(keys=INTERPRETED_KEYS)
     tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(call.group)))
-    vector = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size()
+    vector, queries = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size(), 2 if call.turn["TRAINED"] else 1
     if vector > 256:  # more registers, too, for the same rows
         tile = tile._replace(warps=2 * tile.warps, resident=max(tile.resident // 2, 1))
-    while vector * (tile.rows + 2 * tile.keys * tile.stages) > SHARED and tile.keys > 16:
+    room = shared_memory(call.q.device)
+    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.keys > 16:
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
     return tile
 

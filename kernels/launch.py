@@ -16,6 +16,7 @@ from .slot import LayerSlots
 PIECE_COST = 256  # keys' worth of time that starting a piece and writing its part take (an estimate)
 LARGEST_SCRATCH = 128 << 20  # bytes of partial results
 INTERPRETED_PROCESSORS = 3  # an odd handful, so that tests loop, split and leave programs without work
+INTERPRETED_SHARED_MEMORY = 227 << 10  # bytes: an H100's
 # Arguments whose values and alignments change from step to step must not make Triton compile again.
 ROW_ARGUMENTS = ["slot_indices", "slot_step", "cu_seqlens", "seq_lens", "sequences"]
 _heads: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -112,6 +113,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return INTERPRETED_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def half_width(head_size: int) -> int:

@@ -1,6 +1,7 @@
 """The Triton kernels compiled for GPUs that need not be there: no error, shared memory that fits, few spills.
 
-Registers are judged where tiles were chosen: Triton 3.6, which vLLM 0.32 brings on CUDA, for capability 9.0.
+Registers are judged where tiles were chosen: with Triton 3.6, which vLLM 0.32 brings on CUDA, for an A100 and an
+H100; on cards of capability 8.9, which have less shared memory, tiles need only fit.
 
 python -m tests.test_cubins 90        # a table of every kernel, for compute capability 9.0
 """
@@ -17,8 +18,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 SPILLED = 64  # bytes per thread that cost nothing one could measure
-TUNED = "3.6.", 90
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
+TUNED, JUDGED = "3.6.", (80, 90)
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may have
 SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment, trained tokens (0: any)
     ("k8v4", 128, 4, "neox", True, 512, 0),
     ("k8v4", 128, 4, "neox", False, 512, 2048),
@@ -43,7 +44,7 @@ def test_kernels_compile(capability, shape):
     assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
-        if triton.__version__.startswith(TUNED[0]) and capability == TUNED[1]:
+        if triton.__version__.startswith(TUNED) and capability in JUDGED:
             assert kernel["spilled_bytes"] <= SPILLED, kernel
 
 
@@ -70,7 +71,10 @@ def compile_for(capability: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from vllm_deltamem.kernels import attend, launch
+
     driver.set_active(Absent(capability))
+    launch.shared_memory = attend.shared_memory = lambda device: SHARED_MEMORY[capability]
     run, seen = JITFunction.run, set()
 
     def only_compile(self, *arguments, grid, warmup, **options):
