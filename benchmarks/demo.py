@@ -30,7 +30,6 @@ MEMORY = 640  # tokens per head, under a sixth of the text
 QUESTIONS = {  # and what the text says
     "What was the chicken dish with red pepper called?": "paprika hendl",
     "What time did Jonathan Harker leave Munich?": "8:35",
-    "Tonight is the eve of which day?": "george's day",
 }
 INSTRUCTION = "Answer the question from the text above, in a few words."
 OURS = "DELTAMEM"
