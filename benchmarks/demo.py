@@ -61,7 +61,7 @@ def serve(model: Path, backend: str) -> Iterator[str]:
     if backend.upper() == OURS:
         options["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
     vllm = Path(sys.executable).with_name("vllm")
-    # Compiling takes longer than three questions gain by it.
+    # Compiling takes longer than a few questions gain by it.
     command = [vllm, "serve", model, "--enforce-eager", "--no-enable-prefix-caching"]
     command += [str(word) for option in options.items() for word in option]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
