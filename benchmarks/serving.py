@@ -4,7 +4,7 @@
     python benchmarks/serving.py --model DIR --backends FLASH_ATTN,TRITON_ATTN,DELTAMEM \\
         --contexts 1024,4096,16384,32768,65536,131072,262144,400000 --batches 1,4,16 --memory 19660 6554
     python benchmarks/serving.py --model CONFIG_DIR --load-format dummy ...   honest speed without weights
-    python benchmarks/serving.py --model DIR --cache-bytes 805306368 --contexts 32768 --batches 12 --memory 4915 \\
+    python benchmarks/serving.py --model DIR --cache-bytes 808452096 --contexts 32511 --batches 12 --memory 4915 \\
         --output-tokens 257                                                   how many run at once in a small cache
 
 Every backend (and memory size) is an engine of its own, one after the other, on the same random prompts. A

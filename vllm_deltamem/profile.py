@@ -204,9 +204,11 @@ def _check_tensors(profile: Profile, path) -> None:
                 f"The deltamem profile {str(path)!r} is damaged: {name} must be finite with shape {extent}, "
                 f"is {tuple(actual[name].shape)}."
             )
-    fidelity = profile.fidelity or ((next(iter(FIDELITIES)),) * shape["layers"],) * len(profile.sizes)
-    known = all(len(row) == shape["layers"] and set(row) <= FIDELITIES.keys() for row in fidelity)
-    if len(fidelity) != len(profile.sizes) or not known:
+    fidelity = profile.fidelity
+    if fidelity is not None and not (
+        len(fidelity) == len(profile.sizes)
+        and all(len(row) == shape["layers"] and set(row) <= FIDELITIES.keys() for row in fidelity)
+    ):
         raise ValueError(
             f"The deltamem profile {str(path)!r} is damaged: fidelity must be one of {', '.join(FIDELITIES)} for each "
             f"size and layer, is {fidelity!r:.200}."

@@ -32,8 +32,7 @@ def trial_merges(q, k, v, plain, score, rope: Rope, scale: float, generator: tor
 
     q [H, T, D], k and v [G, T, D] rotated, plain [G, T, D] the keys before RoPE, score [G, T]; all fp32.
     """
-    half, group = k.shape[1] // 2, len(q) // len(k)
-    asked = half + torch.randperm(k.shape[1] - half, generator=generator)[:QUERIES].to(k.device)
+    half, group, asked = k.shape[1] // 2, len(q) // len(k), _asked(k, generator)
     visible = torch.arange(k.shape[1], device=k.device) <= asked[:, None]
     rows = []
     for g in range(len(k)):
@@ -72,8 +71,7 @@ def logit_errors(q, k, scale: float, generator: torch.Generator) -> torch.Tensor
     What all logits of a query have in common changes nothing and does not count.
     q [H, T, D], k [G, T, D] rotated fp32. Queries of the second half of a prompt are asked about keys of the first.
     """
-    half, group = k.shape[1] // 2, len(q) // len(k)
-    asked = half + torch.randperm(k.shape[1] - half, generator=generator)[:QUERIES].to(k.device)
+    half, group, asked = k.shape[1] // 2, len(q) // len(k), _asked(k, generator)
     query = q[:, asked].unflatten(0, (len(k), group)).flatten(1, 2)  # [G, R Q, D]
     weight = (query @ k[:, :half].mT * scale).softmax(-1)
     errors = []
@@ -83,3 +81,9 @@ def logit_errors(q, k, scale: float, generator: torch.Generator) -> torch.Tensor
         error = error - (weight * error).sum(-1, keepdim=True)
         errors.append((weight * error.square()).sum(-1).mean(-1).sqrt())
     return torch.stack(errors, -1).cpu()
+
+
+def _asked(k, generator: torch.Generator) -> torch.Tensor:
+    """Positions [Q] of the queries that are asked: some of the second half of k [G, T, D]."""
+    half = k.shape[1] // 2
+    return half + torch.randperm(k.shape[1] - half, generator=generator)[:QUERIES].to(k.device)
