@@ -8,6 +8,7 @@ go. Whoever changes a slot other than by merge() takes it out.
 
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, reduce
+from math import lcm
 
 import torch
 
@@ -40,17 +41,21 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
 
 
 def attend(
-    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, scratch=None
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, scratch=None, helpers=None
 ) -> None:
-    """See reference.attend. The rings of single-token rows go through in one call, longer rows in a call each."""
+    """See reference.attend. The rings of single-token rows go through in one call, longer rows in a call each.
+
+    helpers: may attend to the longer rows from copies of what these see now; `out` is whole when they have finished.
+    """
     scratch = {} if scratch is None else scratch
     rows = list(_rows(slot_indices, cu_seqlens, seq_lens))
     single = [(slot, begin, seq_len) for slot, begin, end, seq_len in rows if end - begin == 1]
     if single:
         _attend_single(q, slots, single, scale, out, rope, scratch)
-    for slot, begin, end, seq_len in rows:
-        if end - begin > 1:
-            _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, scratch)
+    with _one_thread() if helpers else nullcontext():  # the other cores are theirs
+        for slot, begin, end, seq_len in rows:
+            if end - begin > 1:
+                _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, scratch, helpers)
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
@@ -98,9 +103,16 @@ def _readout(slots, slot, gone, scratch):
     return readout
 
 
-@lru_cache(maxsize=16)  # the layers of a step ask for the same one, or two
 def _local_mask(first, last, window, segment, sliding):
     """0 or MASKED for queries at positions first..last of one sequence over the ring cells, [T, L]."""
+    ring = window + segment
+    whole = lcm(ring, segment)  # so far on, cells and segments lie as they did
+    turns = max((first - ring) // whole, 0) * whole
+    return _mask(first - turns, last - turns, window, segment, sliding)
+
+
+@lru_cache(maxsize=16)  # the layers of a step ask for the same one, or two
+def _mask(first, last, window, segment, sliding):
     ring, position = window + segment, torch.arange(first, last + 1)[:, None]
     held = last - (last - torch.arange(ring)) % ring  # the newest token that each cell can hold
     begin = position - window + 1 if sliding else position // segment * segment - window
@@ -117,11 +129,13 @@ def _attend_single(q, slots, single, scale, out, rope, scratch):
     query = q.view(len(rows), kv_heads, -1, q.shape[2])
     shape = slots.window, slots.segment, slots.sliding
     mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
-    joined, lse = _flash(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
-    joined = joined.float()
+    joined, lse = _partial(*_operands(query, slots.ring_k[held], slots.ring_v[held], mask), scale)
+    joined = joined[:, :, : query.shape[2]].float()
     for i, seq_len in enumerate(seq_lens):
-        ring = joined[i, :, :, None], lse[i, :, :, None]
-        joined[i] = _combine([ring, *_memory(q[i : i + 1], slots, slot[i], seq_len, scale, rope, scratch)])[:, :, 0]
+        ring = joined[i, :, :, None], lse[i, :, : query.shape[2], None]
+        passes = _passes(q[i : i + 1], slots, slot[i], seq_len, rope, scratch)
+        memory = [_memory(rows, _all_partial([_memory_operands(rows, heads)], scale)[0]) for rows, heads in passes]
+        joined[i] = _combine([ring, *memory])[:, :, 0]
     out[tokens] = joined.to(out.dtype).reshape(q.shape)
 
 
@@ -131,13 +145,25 @@ def _index(places: tuple[int, ...]) -> slice | list[int]:
     return slice(run.start, run.stop) if places == tuple(run) else list(places)
 
 
-def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch):
+def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
     mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
     kv_heads = slots.ring_k.shape[1]
-    ring = _flash(_by_head(q, kv_heads), slots.ring_k[slot, :, None], slots.ring_v[slot, :, None], mask, scale)
-    joined = _combine([ring, *_memory(q, slots, slot, seq_len, scale, rope, scratch)])
-    _by_head(out, kv_heads).copy_(joined)
+    ring = slots.ring_k[slot, :, None], slots.ring_v[slot, :, None]
+    passes = _passes(q, slots, slot, seq_len, rope, scratch)
+    if helpers:  # what they read must stay as it is
+        ring = [x.clone() for x in ring]
+        passes = [(rows, [[x.clone() for x in head] for head in heads]) for rows, heads in passes]
+    calls = [[_operands(_by_head(q, kv_heads), *ring, mask)], *(_memory_operands(*seen) for seen in passes)]
+
+    def join(parts):
+        (near, lse), *memory = parts[0][0], *(_memory(q, heads) for heads in parts[1:])
+        _by_head(out, kv_heads).copy_(_combine([(near[:, :, : len(q)], lse[:, :, : len(q)]), *memory]))
+
+    if helpers:
+        helpers.submit(lambda: _all_partial(calls, scale), join)
+    else:
+        join(_all_partial(calls, scale))
 
 
 def _by_head(q, kv_heads):
@@ -145,42 +171,60 @@ def _by_head(q, kv_heads):
     return q.view(len(q), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
 
 
-def _memory(q, slots, slot, seq_len, scale, rope, scratch):
-    """Parts of the attention of queries [T, H, D] at the end of a sequence: to near and to far memory entries."""
+def _passes(q, slots, slot, seq_len, rope, scratch):
+    """How queries [T, H, D] at the end of a sequence see its memory, once as near and, past the trained context, as far.
+
+    Returns (queries, [(k, v, bias) of each head]) of each pass.
+    """
     gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
     if not gone or slots.sliding:
         return []
     readout = _readout(slots, slot, gone, scratch)
-    passes = [(q, readout.bias)]
+    seen = [(q, readout.bias)]
     if limit:
         far = readout.far(limit)
         turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
-        passes = [(q, readout.bias.masked_fill(far, MASKED)), (turned, readout.bias.masked_fill(~far, MASKED))]
-    parts = []
-    for rows, bias in passes:
-        query = _by_head(rows, slots.ring_k.shape[1])
-        together = query.reshape(len(query), 1, -1, q.shape[2])  # the query heads of a group see the same keys
-        count, together = together.shape[2], _whole_blocks(together)
-        heads = []
-        for g, width in enumerate(readout.widths(gone)):  # one by one: a head may hold eight times the mean
-            k, v, mask = (x[g, :width][None, None] for x in (readout.k, readout.v, bias))
-            heads.append(_flash(together[g : g + 1], k, v, mask[:, :, None], scale))
-        out, lse = (torch.cat(column)[:, :, :count] for column in zip(*heads, strict=True))
-        parts.append((out.reshape(query.shape), lse.reshape(query.shape[:3])))
-    return parts
+        seen = [(q, readout.bias.masked_fill(far, MASKED)), (turned, readout.bias.masked_fill(~far, MASKED))]
+    widths = list(enumerate(readout.widths(gone)))
+    return [
+        (rows, [[x[g, :width] for x in (readout.k, readout.v, bias)] for g, width in widths]) for rows, bias in seen
+    ]
 
 
-def _flash(q, k, v, mask, scale):
-    """Partial attention and its log-sum-exp: q [B, P, T, D], k and v [B, P or 1, K, D], mask broadcast."""
-    rows, q = q.shape[2], _whole_blocks(q)
+def _memory_operands(q, heads):
+    """Of each head, for queries [T, H, D] and entries k and v [E, D] and bias [E]."""
+    query = _by_head(q, len(heads))
+    together = _whole_blocks(query.reshape(len(query), 1, -1, q.shape[2]))  # the heads of a group see the same keys
+    return [  # one by one: a head may hold eight times the mean
+        _operands(together[g : g + 1], k[None, None], v[None, None], bias[None, None, None])
+        for g, (k, v, bias) in enumerate(heads)
+    ]
+
+
+def _memory(q, parts):
+    """Partial attention of queries [T, H, D] to the entries of all heads."""
+    shape = len(parts), q.shape[1] // len(parts), len(q)
+    out, lse = (torch.cat(column)[:, :, : shape[1] * shape[2]] for column in zip(*parts, strict=True))
+    return out.reshape(*shape, q.shape[2]), lse.reshape(shape)
+
+
+def _operands(q, k, v, mask):
+    """For _partial: q [B, P, T, D], k and v [B, P or 1, K, D], mask broadcast; T becomes whole blocks."""
+    q = _whole_blocks(q)
     if mask.shape[2] > 1:
         mask = _whole_blocks(mask)
     shape = (*q.shape[:2], *k.shape[2:])
+    return q, k.expand(shape), v.expand(shape), mask
+
+
+def _all_partial(calls, scale):
+    return [[_partial(*operands, scale) for operands in heads] for heads in calls]
+
+
+def _partial(q, k, v, mask, scale):
+    """Partial attention and its log-sum-exp, of operands as above."""
     with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.expand(shape), v.expand(shape), attn_mask=mask, scale=scale
-        )
-    return out[:, :, :rows], lse[:, :, :rows]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _whole_blocks(x):

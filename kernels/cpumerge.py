@@ -15,8 +15,7 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     size, first = k.shape[2], gone - k.shape[1]
     own = k.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # without RoPE it is written below
     plain = rotate(own, slice(first, gone), readout.rope, inverse=True)
-    slots.key_sum[slot] += plain.sum(1)
-    mean = slots.key_sum[slot] / gone
+    mean = slots.key_sum[slot].add_(plain.sum(1)) / gone
     position = torch.arange(first, gone)
     score = importance(plain, v.float(), mean, policy.importance) + freshness(position, readout.rope, policy)
     if first < slots.sinks or slots.pins[slot].any():
@@ -38,8 +37,9 @@ def _duels(order, rank):
     pairs = min(order.shape[1], rank.shape[1])
     worst, column = order.topk(pairs, largest=False, sorted=True)
     best, newcomer = rank.sort(descending=True, stable=True)
-    head, pair = (best[:, :pairs] > worst.clamp(min=EMPTY)).nonzero(as_tuple=True)
-    return head, column[head, pair], newcomer[head, pair]
+    head, pair = (best[:, :pairs] > worst.clamp_(min=EMPTY)).nonzero(as_tuple=True)
+    among = newcomer.view(-1).index_select(0, head * newcomer.shape[1] + pair)
+    return head, column.view(-1).index_select(0, head * pairs + pair), among
 
 
 def _keep_exact(k, v, plain, rank, readout):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .slot import EMPTY, LayerSlots, Rope, decode, encode, key_position, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, key_position, rank_position, rotate
 
 KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
@@ -79,7 +79,7 @@ class Readout:
         slots, slot = self.slots, self.slot
         for field, new in ((slots.exact_k, k), (slots.exact_v, v), (slots.exact_rank, rank)):
             field[slot].index_copy_(0, entry, new)
-        self.exact_order[head, column] = rank
+        self.exact_order.view(-1).index_copy_(0, head * self.exact_order.shape[1] + column, rank)
         self.bias.view(-1).index_fill_(0, place, 0.0)
         return given_up
 
@@ -89,16 +89,17 @@ class Readout:
         head = place // self.width
         column = place - head * self.width
         entry = (slots.coarse_start[:-1] - self.exact_count).index_select(0, head) + column
+        as_read = []
         for x, (field, bits, codes, affine) in zip((k, v), self._coded(), strict=True):
-            code, scales = encode(x, bits, dtype)
+            code, scales, read = encode_and_read(x, bits, dtype)
             codes.index_copy_(0, entry, code)
             if bits < 16:
                 affine.index_copy_(0, entry, scales)
-            field.flatten(0, 1).index_copy_(0, place, decode(code, scales, bits, dtype))
+            field.flatten(0, 1).index_copy_(0, place, read)
+            as_read.append(read)
         slots.coarse_mass[slot].index_copy_(0, entry, mass)
         slots.coarse_rank[slot].index_copy_(0, entry, rank)
-        keys = self.k.flatten(0, 1).index_select(0, place).float()
-        plain = rotate(keys, key_position(rank, self.rope), self.rope, inverse=True)
+        plain = rotate(as_read[0].float(), key_position(rank, self.rope), self.rope, inverse=True)
         self.plain.flatten(0, 1).index_copy_(0, place, plain)
         for field, new in (
             (self.mass, mass),
@@ -119,8 +120,7 @@ class Readout:
         slots.exact_k[slot, (slots.exact_start[head] + column)[exact]] = keys[exact]
         entry = (slots.coarse_start[head] + column - self.exact_count[head])[~exact]
         _, bits, codes, affine = self._coded()[0]
-        codes[entry], affine[entry] = code, scales = encode(turned[~exact], bits, keys.dtype)
-        keys[~exact] = decode(code, scales, bits, keys.dtype)
+        codes[entry], affine[entry], keys[~exact] = encode_and_read(turned[~exact], bits, keys.dtype)
         self.k[head, column] = keys
         if self.plain is not None:
             self.plain[head, column] = rotate(keys.float(), torch.zeros_like(column), rope, inverse=True)

@@ -144,8 +144,8 @@ def importance(plain, v, mean, weights):
 
 def freshness(position, rope: Rope | None, policy: Policy):
     """What tokens at positions [C] score above older ones of the same importance: 0 inside the trained context."""
-    trained = rope.trained if rope is not None else 0
-    return (position - trained).clamp(min=0) * forgetting(rope, policy)
+    rate = forgetting(rope, policy)
+    return (position - rope.trained).clamp(min=0) * rate if rate else 0.0
 
 
 def gate(cosine, mass, weights):

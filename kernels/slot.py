@@ -127,9 +127,9 @@ def pack_rank(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     score: fp32 (+inf for sinks and pinned tokens, NaN counts as -inf); position: integer below 2^31.
     """
     bits = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    bits = (bits + 0.0).contiguous().view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, -(1 << 31) - bits - 1, bits) + (1 << 31)
-    return (ordered << POSITION_BITS) | (MAX_POSITION - position.long())
+    bits = (bits + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().add_(1 << 31)  # the order of negative numbers is the other way
+    return ordered.bitwise_left_shift_(POSITION_BITS).bitwise_or_(MAX_POSITION - position.long())
 
 
 def rank_position(rank: torch.Tensor) -> torch.Tensor:
@@ -139,9 +139,10 @@ def rank_position(rank: torch.Tensor) -> torch.Tensor:
 
 def key_position(rank: torch.Tensor, rope: Rope | None) -> torch.Tensor:
     """Position [int64] that an entry's key is turned to: its token's, 0 if that is far or the entry empty."""
-    position = rank_position(rank)
-    far = position < (rope.limit if rope is not None else 0)
-    return torch.where(far | (rank == EMPTY), 0, position)
+    position, nowhere = rank_position(rank), rank == EMPTY
+    if rope is not None and rope.limit:
+        nowhere |= position < rope.limit
+    return position.masked_fill_(nowhere, 0)
 
 
 def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,18 +150,24 @@ def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor
 
     At 4 bits a byte holds element i in its low half and element i + D/2 in its high half.
     """
+    return encode_and_read(x, bits, dtype)[:2]
+
+
+def encode_and_read(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The codes and affine of encode, and what decode makes of them, to the bit."""
     if bits == 16:
-        return x.to(dtype), x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16)
+        x = x.to(dtype)
+        return x, x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16), x
     grouped = x.unflatten(-1, (-1, group_size(x.shape[-1], bits)))
     zero = grouped.amin(-1, keepdim=True).half().float()
-    scale = ((grouped.amax(-1, keepdim=True) - zero) / (2**bits - 1)).half().float()
-    codes = torch.where(scale > 0, (grouped - zero) / scale, 0.0)
-    codes = (codes + 0.5).floor().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
-    affine = torch.cat([scale, zero], -1).half()
+    scale = grouped.amax(-1, keepdim=True).sub_(zero).div_(2**bits - 1).half().float()
+    step = torch.where(scale > 0, scale, torch.inf)  # every code of a group without spread is 0
+    code = (grouped - zero).div_(step).add_(0.5).clamp_(0, 2**bits - 1).floor_()
+    codes = code.to(torch.uint8).flatten(-2)
     if bits == 4:
         low, high = codes.chunk(2, -1)
         codes = low | (high << 4)
-    return codes, affine
+    return codes, torch.cat([scale, zero], -1).half(), _affine(code, scale, zero, dtype)
 
 
 def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -171,22 +178,23 @@ def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dt
         codes = torch.cat([codes & 15, codes >> 4], -1)
     grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()
     scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
-    return grouped.mul_(scale).add_(zero).flatten(-2).to(dtype)  # two roundings on every path, never an fma
+    return _affine(grouped, scale, zero, dtype)
+
+
+def _affine(code, scale, zero, dtype):
+    return code.mul_(scale).add_(zero).flatten(-2).to(dtype)  # two roundings on every path, never an fma
 
 
 def rotate(x: torch.Tensor, position: torch.Tensor, rope: Rope | None, inverse: bool = False) -> torch.Tensor:
     """Rotate x [..., D] fp32 to its position [...] (or back), leaving dimensions past the rotary ones alone."""
     if rope is None:
         return x
-    cos, sin = rope.cos[position], rope.sin[position]
-    if inverse:
-        sin = -sin
+    listed = isinstance(position, torch.Tensor) and position.dim() == 1  # quicker than any other index
+    cos, sin = (x.index_select(0, position) if listed else x[position] for x in (rope.cos, rope.sin))
     rotary = 2 * cos.shape[-1]
     head, tail = x[..., :rotary], x[..., rotary:]
-    if rope.interleaved:
-        a, b = head[..., 0::2], head[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = head.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([turned, tail], -1)
+    a, b = (head[..., 0::2], head[..., 1::2]) if rope.interleaved else head.chunk(2, -1)
+    low, high, back, forth = a * cos, b * cos, b * sin, a * sin
+    low, high = (low.add_(back), high.sub_(forth)) if inverse else (low.sub_(back), high.add_(forth))
+    turned = torch.stack([low, high], -1).flatten(-2) if rope.interleaved else torch.cat([low, high], -1)
+    return torch.cat([turned, tail], -1) if tail.shape[-1] else turned

@@ -13,6 +13,7 @@ from vllm_deltamem.plan import MemoryPlan
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
+    from vllm_deltamem.kernels.helpers import Helpers
 else:
     from vllm_deltamem.kernels import cuda as kernels
 
@@ -39,6 +40,7 @@ class SlotPool:
     policies: list[Policy]
     rope: Rope | None
     readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
+    helpers: "Helpers | None" = None  # on a CPU of several cores
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
     # of the model that this process loaded last; vLLM makes and drops a small cache before the real one
@@ -127,11 +129,12 @@ class SlotPool:
                 "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
-        device = slab.device
+        device, others = slab.device, torch.get_num_threads() - 1
         return cls(
             slab=slab,
             layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=[{} for _ in range(layout.shape.layers)],
+            helpers=Helpers(others) if ON_CPU and others else None,
             rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
         )

@@ -1,0 +1,50 @@
+"""The CPU's other cores, which attend to pieces of a prompt while the caller goes on to merge and to write."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import torch
+
+WAITING = 8  # tasks per thread that may be open: each keeps a copy of the memory that it reads
+
+
+class Helpers:
+    """Threads besides the caller's, each with one of PyTorch's.
+
+    A task should be few calls that take long: threads that run Python at the same time wait for one another.
+    """
+
+    def __init__(self, threads: int):
+        self._most = WAITING * threads
+        self._pool = ThreadPoolExecutor(threads, "deltamem", _settle)
+        self._open: dict[Future, Callable] = {}
+        self._results: list[tuple[Future, Callable]] = []
+
+    def submit(self, task: Callable[[], list], then: Callable[[list], None]) -> None:
+        """Have a task done by another thread, or at once where many are open; finish() gives its result to `then`."""
+        self._open = {future: left for future, left in self._open.items() if not future.done()}
+        if len(self._open) < self._most:
+            future = self._pool.submit(torch.inference_mode()(task))
+            self._open[future] = task
+        else:
+            future = Future()
+            future.set_result(task())
+        self._results.append((future, then))
+
+    def finish(self) -> None:
+        """Do what no thread has begun, wait for the rest, and pass the results on. Raises what a task raised."""
+        results, self._results = self._results, []
+        for future, then in reversed(results):  # the threads begin with the first
+            then(self._open[future]() if future.cancel() else future.result())
+
+
+def _settle():
+    """One thread of PyTorch's for each of ours, on the cores of all threads here: vLLM may bind the caller's to one."""
+    torch._C.set_num_threads(1)
+    cores = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended since
+            cores |= os.sched_getaffinity(int(thread))
+    os.sched_setaffinity(0, cores)
