@@ -30,7 +30,7 @@ from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 16_384  # tokens, or as many as the longest context has
-ENOUGH = 5.0  # seconds of runs after which none is repeated
+ENOUGH = 30.0  # seconds of runs after which none is repeated
 
 
 def integers(text: str) -> list[int]:
