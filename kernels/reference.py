@@ -158,10 +158,10 @@ def gate(cosine, mass, weights):
 
 
 def _rows(slot_indices, cu_seqlens, seq_lens):
-    for i, slot in enumerate(slot_indices.tolist()):
-        begin, end = cu_seqlens[i].item(), cu_seqlens[i + 1].item()
+    starts = cu_seqlens.tolist()
+    for slot, begin, end, seq_len in zip(slot_indices.tolist(), starts[:-1], starts[1:], seq_lens.tolist(), strict=True):
         if slot >= 0 and end > begin:
-            yield slot, begin, end, seq_lens[i].item()
+            yield slot, begin, end, seq_len
 
 
 def _head(policy: Policy, g: int):

@@ -40,6 +40,32 @@ GEMMA2 = MIXED | {
     "head_dim": 32,
     "attn_logit_softcapping": 50.0,
 }
+SHARED = MIXED | {
+    "architectures": ["Gemma3nForCausalLM"],
+    "model_type": "gemma3n_text",
+    "head_dim": 32,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+BLOOM = {
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "n_layer": 2,
+    "n_head": 4,
+    "seq_length": 512,
+}
+FALCON = {
+    "architectures": ["FalconForCausalLM"],
+    "model_type": "falcon",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "alibi": True,
+}
 MAMBA = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",

@@ -6,7 +6,20 @@ import subprocess
 import sys
 
 import pytest
-from model_configs import CHUNKED, DEEPSEEK, GEMMA2, JAMBA, LLAMA, MAMBA, MISTRAL, save_config, vllm_config
+from model_configs import (
+    BLOOM,
+    CHUNKED,
+    DEEPSEEK,
+    FALCON,
+    GEMMA2,
+    JAMBA,
+    LLAMA,
+    MAMBA,
+    MISTRAL,
+    SHARED,
+    save_config,
+    vllm_config,
+)
 
 from benchmarks.server import VllmServer
 from vllm_deltamem import profile as profiles
@@ -144,6 +157,9 @@ def test_features_refused(llama, options, message):
         (MAMBA, "attention-free models"),
         (CHUNKED, "layers of chunked attention"),
         (GEMMA2, "soft-capped attention logits"),
+        (SHARED, "layers that share a KV cache"),
+        (BLOOM, "ALiBi"),
+        (FALCON, "ALiBi"),
     ],
 )
 def test_models_refused(tmp_path, config, feature):

@@ -82,12 +82,15 @@ def apply_patches() -> None:
 
 def _refuse_unsupported(vllm_config) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    hf = model.hf_text_config
     refusals = {
         "multi-head latent attention (MLA) models": model.use_mla,
         "hybrid models with recurrent layers": model.is_hybrid,
         "attention-free models": model.is_attention_free,
         "encoder-decoder models": model.is_encoder_decoder,
-        "soft-capped attention logits": bool(getattr(model.hf_text_config, "attn_logit_softcapping", None)),
+        "soft-capped attention logits": bool(getattr(hf, "attn_logit_softcapping", None)),
+        "ALiBi": hf.model_type in ("bloom", "step1") or getattr(hf, "alibi", False),
+        "layers that share a KV cache": bool(getattr(hf, "num_kv_shared_layers", 0)),
         "pooling models": model.runner_type == "pooling",
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
