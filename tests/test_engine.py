@@ -137,13 +137,14 @@ def test_slot_does_not_depend_on_decoding_alone(folders, eager):
 
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
-@pytest.mark.parametrize("family", ["qwen2-bias", "mistral-mixed"])
-def test_slot_does_not_depend_on_preemption(folders, family, after):
+@pytest.mark.parametrize("family, learned", [("qwen2-bias", False), ("mistral-mixed", False), ("llama", True)])
+def test_slot_does_not_depend_on_preemption(folders, tmp_path, family, learned, after):
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of
 
     prompt = tokens(333)
-    with engine(folders(family), settings=SMALL, max_num_batched_tokens=100) as llm:
+    settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
+    with engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
         core = llm.llm_engine
         core.add_request("p", {"prompt_token_ids": prompt}, greedy(40, extra_args={"deltamem_session": "p"}))
