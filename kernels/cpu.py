@@ -172,7 +172,7 @@ def _by_head(q, kv_heads):
 
 
 def _passes(q, slots, slot, seq_len, rope, scratch):
-    """How queries [T, H, D] at the end of a sequence see its memory, once as near and, past the trained context, as far.
+    """How queries [T, H, D] at the end of a sequence see its memory: near entries, and far ones in a second pass.
 
     Returns (queries, [(k, v, bias) of each head]) of each pass.
     """

@@ -159,7 +159,9 @@ def gate(cosine, mass, weights):
 
 def _rows(slot_indices, cu_seqlens, seq_lens):
     starts = cu_seqlens.tolist()
-    for slot, begin, end, seq_len in zip(slot_indices.tolist(), starts[:-1], starts[1:], seq_lens.tolist(), strict=True):
+    for slot, begin, end, seq_len in zip(
+        slot_indices.tolist(), starts[:-1], starts[1:], seq_lens.tolist(), strict=True
+    ):
         if slot >= 0 and end > begin:
             yield slot, begin, end, seq_len
 

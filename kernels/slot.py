@@ -128,7 +128,9 @@ def pack_rank(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """
     bits = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     bits = (bits + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().add_(1 << 31)  # the order of negative numbers is the other way
+    ordered = (
+        (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().add_(1 << 31)
+    )  # the order of negative numbers is the other way
     return ordered.bitwise_left_shift_(POSITION_BITS).bitwise_or_(MAX_POSITION - position.long())
 
 

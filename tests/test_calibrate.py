@@ -1,6 +1,7 @@
 """Calibration on a tiny random model: influence is a derivative, budgets an optimum, runs repeat."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
-from vllm_deltamem.calibration import budgets, codes, gates, importance, influence, prompts, simulate, trials
+from vllm_deltamem.calibration import budgets, codes, dialogues, gates, importance, influence, prompts, simulate, trials
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels import reference
 from vllm_deltamem.kernels.slot import rotate
@@ -91,6 +92,32 @@ def test_prompts_follow_from_their_seed_and_mark_the_answers(model):
     fact = prompts._variable(random.Random(5))
     assert fact.statement == f"{fact.lead} {fact.value}"
     assert all(0 < begin < end <= len(drawn[0].ids) for begin, end in drawn[0].spans)
+
+
+def test_dialogues_ask_for_calls_that_the_dialogue_determines(model, monkeypatch):
+    drawn = [dialogues.dialogue_prompt(model.tokenizer, TEXT, 1200, random.Random(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0].ids, drawn[1].ids) and not torch.equal(drawn[0].ids, drawn[2].ids)
+    text, reports = model.tokenizer.decode, 0
+    for prompt in drawn[1:]:
+        calls = [(text(prompt.ids[:begin]), text(prompt.ids[begin:end])) for begin, end in prompt.spans]
+        assert len(calls) > 3 and prompt.spans[-1][1] == len(prompt.ids)
+        for before, call in calls:
+            tool = re.findall(r"\w+", call.removeprefix('{"tool": "'))[0]
+            assert tool in before.split("[ready]")[0], "the instructions name every tool"
+            if tool.lower() in dialogues.REPORT:
+                reports += 1
+                assert re.findall(r"[\w:$.]+", call)[-1] in before, "what is asked for was told"
+    assert reports
+
+
+def test_instructions_move_into_the_first_message_where_a_template_has_no_place_for_them(model, monkeypatch):
+    turns = [prompts.Turn("Hello.", "", "world", wanted=True)]
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}<{{ m.content }}>"
+    )
+    monkeypatch.setattr(model.tokenizer, "chat_template", template + "{% endfor %}")
+    said = model.tokenizer.decode(prompts.conversation(model.tokenizer, turns, "Be brief.").ids)
+    assert said == "<Be brief.\n\nHello.>world"
 
 
 def test_importance_head_learns_what_a_key_tells():

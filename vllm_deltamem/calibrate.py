@@ -8,6 +8,7 @@ what the profile gains on held-out prompts.
 import argparse
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from math import exp
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vllm_deltamem.calibration import budgets, codes, gates, importance
+from vllm_deltamem.calibration.dialogues import dialogue_prompt
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
@@ -25,7 +27,7 @@ from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
-EVERY = 4  # one training prompt in so many is plain text
+KINDS = (recall_prompt, dialogue_prompt, recall_prompt, text_prompt)  # of training prompts, in turn
 LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
 
 
@@ -65,8 +67,8 @@ def calibrate(
     few or too short, or a text is, or when every layer of the model has a sliding window.
     """
     texts = texts or [default_text()]
-    if prompts < 2 * EVERY:
-        raise ValueError(f"Calibration takes at least {2 * EVERY} prompts, got {prompts}.")
+    if prompts < 2 * len(KINDS):
+        raise ValueError(f"Calibration takes at least {2 * len(KINDS)} prompts, got {prompts}.")
     if length < LEAST_LENGTH:
         raise ValueError(f"Prompts to calibrate with must have at least {LEAST_LENGTH} tokens, got length {length}.")
     for text in texts:
@@ -77,7 +79,7 @@ def calibrate(
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)
     weights = importance.fit(seen, seed, device=device)
-    folds = [i // EVERY % 2 for i in range(prompts)]  # each holds its share of plain text
+    folds = [i // len(KINDS) % 2 for i in range(prompts)]  # each holds its share of every kind
     crossed = [
         importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
         for fold in range(2)
@@ -97,7 +99,9 @@ def calibrate(
         importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
-    tuning = [_draw(model, texts, length, random.Random(f"{seed}-gate-{i}"), recall=i == 0) for i in range(2)]
+    tuning = [
+        _draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate((recall_prompt, text_prompt))
+    ]
     profile.meta["gate"], profile = gates.choose(model, profile, _in_all_layers(gates.fit(seen), shape), tuning)
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
@@ -108,13 +112,13 @@ def calibrate(
 def observations(
     model: FrozenModel, texts: list[str], folder: Path, seed: int, prompts: int, length: int
 ) -> list[Observation]:
-    """Observe training prompts, one in EVERY of them plain text. What lies in `folder` is not done again."""
+    """Observe training prompts of every kind. What lies in `folder` is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for i in tqdm(range(prompts), "prompts observed"):
         path = folder / f"{seed}-{length}-{i:03}.safetensors"
         if not path.exists():
-            prompt = _draw(model, texts, length, random.Random(f"{seed}-{i}"), recall=i % EVERY != EVERY - 1)
+            prompt = _draw(model, KINDS[i % len(KINDS)], texts, length, f"{seed}-{i}")
             unfinished = path.with_suffix(".unfinished")
             save_file(observe(model, prompt, seed=i)._asdict(), unfinished)
             unfinished.rename(path)
@@ -125,17 +129,17 @@ def observations(
 def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
     """Print and return the scores of full attention, no profile and this one on prompts not trained on."""
     gains = {}
-    for kind, recall in (("recall", True), ("text", False)):
-        prompts = [_draw(model, texts, length, random.Random(f"{seed}-held-out-{i}"), recall) for i in range(count)]
+    for kind, draw in (("recall", recall_prompt), ("dialogue", dialogue_prompt), ("text", text_prompt)):
+        prompts = [_draw(model, draw, texts, length, f"{seed}-held-out-{i}") for i in range(count)]
         gains[kind] = {"full attention": asdict(score(model, prompts))}
         for share in SHARES:
             for name, candidate in (("no profile", None), ("this profile", profile)):
                 scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
                 gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
-    print(f"{'held-out prompts':24} {'exact':>7} {'tokens':>7} {'text perplexity':>16}")
+    print(f"{'held-out prompts':24} {'answers':>7} {'tokens':>7} {'tool calls':>11} {'text perplexity':>16}")
     for name, recall in gains["recall"].items():
-        perplexity = exp(gains["text"][name]["loss"])
-        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {perplexity:16.2f}")
+        calls, perplexity = gains["dialogue"][name]["exact"], exp(gains["text"][name]["loss"])
+        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {calls:11.3f} {perplexity:16.2f}")
     return gains
 
 
@@ -159,5 +163,6 @@ def _mean(scores: list[Score]) -> Score:
     )
 
 
-def _draw(model: FrozenModel, texts: list[str], length: int, rng: random.Random, recall: bool) -> Prompt:
-    return (recall_prompt if recall else text_prompt)(model.tokenizer, rng.choice(texts), length, rng)
+def _draw(model: FrozenModel, draw: Callable[..., Prompt], texts: list[str], length: int, seed: str) -> Prompt:
+    rng = random.Random(seed)
+    return draw(model.tokenizer, rng.choice(texts), length, rng)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 
 NAMES = (
     "Amara Bengt Chidi Dalia Emeka Farah Goran Hanna Ivo Jelena Kofi Leila Marek Nadia Oskar Priya Quentin "
@@ -47,6 +48,17 @@ class Fact:
     value: str
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What the user says, and the answer: `value` after `lead`; whether the value is to be predicted."""
+
+    said: str
+    lead: str
+    value: str
+    end: str = ""  # of the answer
+    wanted: bool = True
+
+
 def default_text() -> str:
     """Filler without a download: the topics of `help()`, in order."""
     from pydoc_data.topics import topics
@@ -61,26 +73,34 @@ def recall_prompt(tokenizer, text: str, length: int, rng: random.Random, facts: 
     """
     hidden = [rng.choice(FACTS)(rng) for _ in range(facts)]
     room = max(length - 60 * (facts + quotes), 128)
-    sentences = _sentences(_excerpt(tokenizer, text, room, rng))
+    sentences = _sentences(excerpt(tokenizer, text, room, rng))
     asked = [*hidden, *_quotes(sentences, quotes, rng)]
     for fact in hidden:
         sentences.insert(rng.randint(0, len(sentences)), fact.statement)
     rng.shuffle(asked)
     first = f"Read this text. Questions about it follow.\n\n{' '.join(sentences)}\n\n{asked[0].question}"
-    messages, pieces, rendered = [], [], ""
-    for i, fact in enumerate(asked):
-        messages.append({"role": "user", "content": first if i == 0 else fact.question})
-        lead_in = _render(tokenizer, messages, ask=True) + fact.lead
-        pieces += [(lead_in[len(rendered) :], False), (" " + fact.value, True)]
-        rendered = lead_in + " " + fact.value
-        messages.append({"role": "assistant", "content": f"{fact.lead} {fact.value}."})
+    said = [first, *(fact.question for fact in asked[1:])]
+    return conversation(tokenizer, [Turn(q, f.lead, f" {f.value}", ".") for q, f in zip(said, asked, strict=True)])
+
+
+def conversation(tokenizer, turns: list[Turn], system: str | None = None) -> Prompt:
+    """The chat of these turns as the model's template renders it, up to the last answer."""
+    messages = [{"role": "system", "content": system}] if system and _knows_system(tokenizer) else []
+    pieces, rendered = [], ""
+    for turn in turns:
+        said = turn.said if messages or not system else f"{system}\n\n{turn.said}"
+        messages.append({"role": "user", "content": said})
+        lead_in = _render(tokenizer, messages, ask=True) + turn.lead
+        pieces += [(lead_in[len(rendered) :], False), (turn.value, turn.wanted)]
+        rendered = lead_in + turn.value
+        messages.append({"role": "assistant", "content": turn.lead + turn.value + turn.end})
         rendered = _common_prefix(rendered, _render(tokenizer, messages, ask=False))
     return _tokenize(tokenizer, pieces)
 
 
 def text_prompt(tokenizer, text: str, length: int, rng: random.Random) -> Prompt:
     """Plain text of `length` tokens; those of its second half are to be predicted."""
-    ids = torch.tensor(tokenizer(_excerpt(tokenizer, text, length, rng))["input_ids"][:length])
+    ids = torch.tensor(tokenizer(excerpt(tokenizer, text, length, rng))["input_ids"][:length])
     return Prompt(ids, ((len(ids) // 2, len(ids)),), recall=False)
 
 
@@ -191,7 +211,7 @@ def _letters(rng, alphabet, count):
     return "".join(rng.choice(alphabet) for _ in range(count))
 
 
-def _excerpt(tokenizer, text, tokens, rng):
+def excerpt(tokenizer, text, tokens, rng):
     """About that many tokens of text from a random place."""
     width = min(tokens * 6, len(text))
     begin = rng.randint(0, len(text) - width)
@@ -204,10 +224,22 @@ def _sentences(text):
     return [part.strip() + "." for part in " ".join(text.split()).split(". ") if part.strip()]
 
 
+def _knows_system(tokenizer):
+    """Whether the chat template takes a system message; some models have none."""
+    try:
+        return "instructed" in _render(tokenizer, [{"role": "system", "content": "instructed"}, _ANYTHING], ask=True)
+    except TemplateError:
+        return False
+
+
+_ANYTHING = {"role": "user", "content": "?"}
+_ROLES = {"system": "", "user": "Question: ", "assistant": "Answer: "}
+
+
 def _render(tokenizer, messages, ask):
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    lines = [("Question: " if m["role"] == "user" else "Answer: ") + m["content"] for m in messages]
+    lines = [_ROLES[m["role"]] + m["content"] for m in messages]
     return "\n".join(lines) + ("\nAnswer: " if ask else "\n")
 
 
