@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import torch
 
-WAITING = 8  # tasks per thread that may be open: each keeps a copy of the memory that it reads
+MOST_THREADS = 8  # more would wait for the caller's merges
+OPEN = 2  # tasks per thread, begun or waiting: each keeps a copy of the memory that it reads
 
 
 class Helpers:
@@ -17,7 +18,8 @@ class Helpers:
     """
 
     def __init__(self, threads: int):
-        self._most = WAITING * threads
+        threads = min(threads, MOST_THREADS)
+        self._most = OPEN * threads
         self._pool = ThreadPoolExecutor(threads, "deltamem", _settle)
         self._open: dict[Future, Callable] = {}
         self._results: list[tuple[Future, Callable]] = []

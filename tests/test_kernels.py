@@ -148,6 +148,14 @@ def test_memory_that_never_fills_is_full_attention(module):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window, segment, sliding", [(12, 8, False), (64, 64, False), (21, 8, True)])
+def test_masks_repeat(window, segment, sliding):
+    for first in range(0, 6 * (window + segment), 3):
+        last = first + min(4, segment - first % segment - 1)
+        repeated = cpu._local_mask(first, last, window, segment, sliding)
+        assert torch.equal(repeated, cpu._mask.__wrapped__(first, last, window, segment, sliding))
+
+
 @pytest.mark.parametrize("chunks", [[150], [7] * 21 + [3], [100] + [1] * 50], ids=["once", "7", "decoding"])
 @pytest.mark.parametrize("module", [reference, cpu])
 def test_sliding_layer_sees_exactly_the_last_tokens(module, chunks):
