@@ -134,7 +134,7 @@ def _attend_single(q, slots, single, scale, out, rope, scratch):
     for i, seq_len in enumerate(seq_lens):
         ring = joined[i, :, :, None], lse[i, :, : query.shape[2], None]
         passes = _passes(q[i : i + 1], slots, slot[i], seq_len, rope, scratch)
-        memory = [_memory(rows, _all_partial([_memory_operands(rows, heads)], scale)[0]) for rows, heads in passes]
+        memory = [_memory(rows, _partials(_memory_operands(rows, heads), scale)) for rows, heads in passes]
         joined[i] = _combine([ring, *memory])[:, :, 0]
     out[tokens] = joined.to(out.dtype).reshape(q.shape)
 
@@ -156,14 +156,17 @@ def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
         passes = [(rows, [[x.clone() for x in head] for head in heads]) for rows, heads in passes]
     calls = [[_operands(_by_head(q, kv_heads), *ring, mask)], *(_memory_operands(*seen) for seen in passes)]
 
+    def see():
+        return [_partials(heads, scale) for heads in calls]
+
     def join(parts):
         (near, lse), *memory = parts[0][0], *(_memory(q, heads) for heads in parts[1:])
         _by_head(out, kv_heads).copy_(_combine([(near[:, :, : len(q)], lse[:, :, : len(q)]), *memory]))
 
     if helpers:
-        helpers.submit(lambda: _all_partial(calls, scale), join)
+        helpers.submit(see, join)
     else:
-        join(_all_partial(calls, scale))
+        join(see())
 
 
 def _by_head(q, kv_heads):
@@ -217,8 +220,8 @@ def _operands(q, k, v, mask):
     return q, k.expand(shape), v.expand(shape), mask
 
 
-def _all_partial(calls, scale):
-    return [[_partial(*operands, scale) for operands in heads] for heads in calls]
+def _partials(heads, scale):
+    return [_partial(*operands, scale) for operands in heads]
 
 
 def _partial(q, k, v, mask, scale):

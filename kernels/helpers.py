@@ -38,8 +38,9 @@ class Helpers:
     def finish(self) -> None:
         """Do what no thread has begun, wait for the rest, and pass the results on. Raises what a task raised."""
         results, self._results = self._results, []
+        left, self._open = self._open, {}  # an idle server keeps no copies
         for future, then in reversed(results):  # the threads begin with the first
-            then(self._open[future]() if future.cancel() else future.result())
+            then(left[future]() if future.cancel() else future.result())
 
 
 def _settle():

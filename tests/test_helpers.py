@@ -46,7 +46,7 @@ def test_every_result_arrives_once_and_work_is_bounded():
     assert not results and len(helpers._open) <= OPEN
     threading.Timer(0.2, release.set).start()
     helpers.finish()
-    assert len(results) == 10
+    assert len(results) == 10 and not helpers._open
     assert results.count([False]) == 1, "the caller does what the thread has not begun"
     helpers.finish()
     assert len(results) == 10
