@@ -123,26 +123,28 @@ def _mask(first, last, window, segment, sliding):
 def _attend_single(q, slots, single, scale, out, rope, scratch):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
     kv_heads = slots.ring_k.shape[1]
-    slot, rows, seq_lens = zip(*single, strict=True)
-    tokens, held = _index(rows), _index(slot)
-    q = q[tokens]
-    query = q.view(len(rows), kv_heads, -1, q.shape[2])
-    shape = slots.window, slots.segment, slots.sliding
-    mask = torch.stack([_local_mask(n - 1, n - 1, *shape) for n in seq_lens])[:, None]
-    joined, lse = _partial(*_operands(query, slots.ring_k[held], slots.ring_v[held], mask), scale)
-    joined = joined[:, :, : query.shape[2]].float()
-    for i, seq_len in enumerate(seq_lens):
-        ring = joined[i, :, :, None], lse[i, :, : query.shape[2], None]
-        passes = _passes(q[i : i + 1], slots, slot[i], seq_len, rope, scratch)
+    tokens, held, mask = _single_tables(tuple(single), slots.window, slots.segment, slots.sliding)
+    query = q[tokens].view(len(single), kv_heads, -1, q.shape[2])
+    near, lse = _partial(*_operands(query, slots.ring_k[held], slots.ring_v[held], mask), scale)
+    near, lse = near[:, :, : query.shape[2], None], lse[:, :, : query.shape[2], None]
+    for i, (slot, row, seq_len) in enumerate(single):
+        passes = _passes(q[row : row + 1], slots, slot, seq_len, rope, scratch)
         memory = [_memory(rows, _partials(_memory_operands(rows, heads), scale)) for rows, heads in passes]
-        joined[i] = _combine([ring, *memory])[:, :, 0]
-    out[tokens] = joined.to(out.dtype).reshape(q.shape)
+        out[row] = _combine([(near[i], lse[i]), *memory]).reshape(q.shape[1:])
 
 
-def _index(places: tuple[int, ...]) -> slice | list[int]:
+@lru_cache(maxsize=4)  # the layers of a step ask for the same ones, or for two
+def _single_tables(single, window, segment, sliding):
+    """Rows of q, slots, and masks [N, 1, 1, L] of single tokens, see _attend_single."""
+    slots, rows, seq_lens = zip(*single, strict=True)
+    mask = torch.stack([_local_mask(n - 1, n - 1, window, segment, sliding) for n in seq_lens])
+    return _index(rows), _index(slots), mask[:, None]
+
+
+def _index(places: tuple[int, ...]) -> slice | torch.Tensor:
     """A slice where places follow one another, as most do while sequences decode: a view instead of a copy."""
     run = range(places[0], places[0] + len(places))
-    return slice(run.start, run.stop) if places == tuple(run) else list(places)
+    return slice(run.start, run.stop) if places == tuple(run) else torch.tensor(places)
 
 
 def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
