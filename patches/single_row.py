@@ -2,6 +2,8 @@
 
 import torch
 
+FEWEST = 4  # rows of a product: two would give the same bits, but take longer than four (benchmarks/NOTES.md)
+
 
 def apply() -> None:
     """Replace vllm._custom_ops.onednn_mm, the product of every unquantised linear layer and head on the CPU."""
@@ -22,11 +24,11 @@ def onednn_mm(dnnl_handler, x: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def product(x: torch.Tensor, bias: torch.Tensor | None, handler: torch.Tensor, n: int) -> torch.Tensor:
-    """A row of x gives the same bits alone as among others: alone, it is multiplied beside itself."""
+    """A row of x gives the same bits alone as among others: fewer than FEWEST rows are multiplied beside empty ones."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
-    if count == 1:
-        rows = torch.cat([rows, rows])
+    if count < FEWEST:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, FEWEST - count))
     out = x.new_empty((len(rows), n))
     torch.ops._C.onednn_mm(out, rows, bias, handler)
     return out[:count].view(*x.shape[:-1], n)
