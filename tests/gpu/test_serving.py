@@ -52,3 +52,14 @@ def test_graphs_and_merges_between_them_give_what_eager_steps_give(tmp_path):
     (alone,) = logprobs(folder, "DELTAMEM", SMALL, prompts[:1], 80, enforce_eager=False)
     for some, others in (*zip(eager, graphs, strict=True), (graphs[0], alone)):
         torch.testing.assert_close(some, others, atol=2e-3, rtol=0)
+
+
+def test_a_long_request_and_32_mixed_ones_answer_as_each_alone(tmp_path):
+    """Prompts of one token to many segments, read in pieces, more of them than slots. Alone they are served eagerly."""
+    folder = save_model(tmp_path, "llama")
+    prompts = [tokens(1900, seed=99), *(tokens(1 + 47 * i % 590, seed=i) for i in range(32))]
+    shape = dict(max_model_len=2048, max_num_batched_tokens=300)
+    together = logprobs(folder, "DELTAMEM", SMALL, prompts, 40, enforce_eager=False, **shape)
+    alone = [logprobs(folder, "DELTAMEM", SMALL, [prompt], 40, **shape)[0] for prompt in prompts[::8]]
+    for some, others in zip(together[::8], alone, strict=True):
+        torch.testing.assert_close(some, others, atol=2e-3, rtol=0)
