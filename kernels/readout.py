@@ -89,9 +89,14 @@ class Readout:
         head = place // self.width
         column = place - head * self.width
         entry = (slots.coarse_start[:-1] - self.exact_count).index_select(0, head) + column
+        bits, value_bits = slots.codec
+        if bits == value_bits:
+            both = encode_and_read(torch.stack((k, v)), bits, dtype)
+            coded = zip(*(part.unbind() for part in both), strict=True)
+        else:
+            coded = encode_and_read(k, bits, dtype), encode_and_read(v, value_bits, dtype)
         as_read = []
-        for x, (field, bits, codes, affine) in zip((k, v), self._coded(), strict=True):
-            code, scales, read = encode_and_read(x, bits, dtype)
+        for (code, scales, read), (field, bits, codes, affine) in zip(coded, self._coded(), strict=True):
             codes.index_copy_(0, entry, code)
             if bits < 16:
                 affine.index_copy_(0, entry, scales)
