@@ -95,10 +95,11 @@ def _cells(first, count, ring):
 def _readout(slots, slot, gone, scratch):
     """The readout of one slot, from scratch if it is there and wide enough."""
     readout = scratch.pop(slot, None)
-    if readout is None or readout.width < max(readout.widths(gone)):
+    fresh = readout is None or readout.width < max(readout.widths(gone))
+    if fresh:
         readout = Readout(slots, slot, 2 * gone)  # a sequence goes on growing
     scratch[slot] = readout  # the last used is the last in order
-    if sum(kept.nbytes for kept in scratch.values()) > READOUT_BYTES and len(scratch) > 1:
+    while fresh and len(scratch) > 1 and sum(kept.nbytes for kept in scratch.values()) > READOUT_BYTES:
         del scratch[next(iter(scratch))]
     return readout
 
@@ -179,31 +180,24 @@ def _by_head(q, kv_heads):
 def _passes(q, slots, slot, seq_len, rope, scratch):
     """How queries [T, H, D] at the end of a sequence see its memory: near entries, and far ones in a second pass.
 
-    Returns (queries, [(k, v, bias) of each head]) of each pass.
+    Returns (queries, Readout.heads) of each pass.
     """
     gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
     if not gone or slots.sliding:
         return []
     readout = _readout(slots, slot, gone, scratch)
-    seen = [(q, readout.bias)]
-    if limit:
-        far = readout.far(limit)
-        turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
-        seen = [(q, readout.bias.masked_fill(far, MASKED)), (turned, readout.bias.masked_fill(~far, MASKED))]
-    widths = list(enumerate(readout.widths(gone)))
-    return [
-        (rows, [[x[g, :width] for x in (readout.k, readout.v, bias)] for g, width in widths]) for rows, bias in seen
-    ]
+    if not limit:
+        return [(q, readout.heads(gone))]
+    far = readout.far(limit)
+    turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
+    return [(rows, readout.heads(gone, unseen)) for rows, unseen in ((q, far), (turned, ~far))]
 
 
 def _memory_operands(q, heads):
-    """Of each head, for queries [T, H, D] and entries k and v [E, D] and bias [E]."""
+    """Of each head, for queries [T, H, D]; heads: see Readout.heads."""
     query = _by_head(q, len(heads))
     together = _whole_blocks(query.reshape(len(query), 1, -1, q.shape[2]))  # the heads of a group see the same keys
-    return [  # one by one: a head may hold eight times the mean
-        _operands(together[g : g + 1], k[None, None], v[None, None], bias[None, None, None])
-        for g, (k, v, bias) in enumerate(heads)
-    ]
+    return [(rows, *head) for rows, head in zip(together.split(1), heads, strict=True)]
 
 
 def _memory(q, parts):

@@ -33,6 +33,7 @@ class Readout:
         self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
         self.plain: torch.Tensor | None = None
         self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
+        self._heads: tuple[int, list] = 0, []  # likewise of heads()
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +43,22 @@ class Readout:
     def widths(self, gone: int) -> list[int]:
         """Columns of each head that may hold something once the memory has seen `gone` tokens."""
         return [blocks(min(capacity, gone)) for capacity in self.capacities]
+
+    def heads(self, gone: int, unseen: torch.Tensor | None = None) -> list[tuple[torch.Tensor, ...]]:
+        """(k, v [1, 1, E, D], bias [1, 1, 1, E]) of each head as its queries see it: views, one by one since a head
+        may hold eight times the mean. Columns `unseen` [G, E] are masked.
+        """
+        if unseen is not None:
+            return self._cut(gone, self.bias.masked_fill(unseen, MASKED))
+        if self._heads[0] != gone:
+            self._heads = gone, self._cut(gone, self.bias)
+        return self._heads[1]
+
+    def _cut(self, gone, bias):
+        rows = zip(self.k, self.v, bias[:, None], self.widths(gone), strict=True)
+        return [
+            (k[None, None, :width], v[None, None, :width], mask[None, None, :, :width]) for k, v, mask, width in rows
+        ]
 
     def far(self, limit: int) -> torch.Tensor:
         """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
