@@ -121,18 +121,21 @@ def prepare(base: Plan, policy: str, reduction: float) -> Run:
 
 
 def execute(run: Run) -> None:
+    """Raises RuntimeError where the engine fails."""
     module = "benchmarks.alternatives.runner" if run.plan.alternative else "benchmarks.engine"
-    subprocess.run([sys.executable, "-m", module], input=run.plan.written(), text=True, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-m", module], input=run.plan.written(), text=True, cwd=ROOT)
+    if done.returncode:
+        end = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+        what = f"{run.policy} at {run.reduction:.0%}"
+        raise RuntimeError(f"The engine of {what} ended with {end}; the same command goes on where it stopped.")
 
 
 def cache_bytes(jobs: int) -> int | None:
-    """Of the KV cache of each of several engines at a time: half of the GPU's memory goes to caches, or a quarter
-    of the machine's; None: what vLLM finds free."""
-    if jobs == 1:
-        return None
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory // 2 // jobs
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // jobs
+    """Of the KV cache of each of the engines at a time: a quarter of the machine's memory goes to caches, or half of
+    the GPU's; None: what vLLM finds free there."""
+    if not torch.cuda.is_available():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // jobs
+    return torch.cuda.get_device_properties(0).total_memory // 2 // jobs if jobs > 1 else None
 
 
 def executed(runs: list[Run], jobs: int) -> Iterator[Run]:

@@ -85,6 +85,12 @@ def test_engines_at_a_time_share_the_cores(monkeypatch):
     assert len(before) == 1 or not set.intersection(*seen)
 
 
+def test_an_engine_that_fails_is_named(base, monkeypatch):
+    monkeypatch.setattr(quality.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="engine of full at 0% ended with status 1; the same command goes on"):
+        list(quality.executed([quality.prepare(base, "full", 0.0)], jobs=1))
+
+
 def test_only_deltamem_is_asked_for_pins_and_sessions():
     sample = Sample(7, ask([1], [1]), None, pinned=("x", None), growing=True)
     assert engine.extra_args("toy", sample, 0, None) is None
