@@ -21,6 +21,7 @@ if not __package__:  # run as a script
 from benchmarks.results import TITLES, newest, pick, values
 
 HERE = Path(__file__).parent
+COLOURS = plt.colormaps["tab20"].colors  # a policy keeps its own in all panels of a figure
 
 
 def score_against_memory(rows: list[dict], out: Path) -> None:
@@ -31,23 +32,29 @@ def score_against_memory(rows: list[dict], out: Path) -> None:
             here = pick(rows, model=model, context=context)
             suites = [suite for suite in TITLES if pick(here, suite=suite)]
             columns = min(4, len(suites))
-            lines = -(-len(suites) // columns)
+            height = -(-len(suites) // columns)
             figure, panels = plt.subplots(
-                lines, columns, figsize=(3.2 * columns + 1, 2.6 * lines), squeeze=False, layout="constrained"
+                height, columns, figsize=(3.2 * columns + 1, 2.6 * height), squeeze=False, layout="constrained"
             )
+            colours = dict(zip([p for p in values(here, "policy") if p != "full"], COLOURS, strict=False))
             for panel, suite in zip(panels.flat, suites, strict=False):
-                draw_panel(panel, pick(here, suite=suite))
+                draw_panel(panel, pick(here, suite=suite), colours)
                 panel.set_title(TITLES[suite], fontsize=9)
             for panel in list(panels.flat)[len(suites) :]:
                 panel.set_visible(False)
-            figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+            lines = {
+                label: line
+                for panel in panels.flat
+                for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+            }
+            figure.legend(lines.values(), lines, loc="outside right upper", fontsize=8)
             figure.suptitle(f"{model}, context of {context:,} tokens")
             figure.supxlabel("memory, % of full attention's")
             figure.savefig(out / f"score_{model}_{context}.png", dpi=150)
             plt.close(figure)
 
 
-def draw_panel(panel, rows: list[dict]) -> None:
+def draw_panel(panel, rows: list[dict], colours: dict[str, tuple]) -> None:
     """Full attention as a dashed level; the bars are the paired 95% intervals, put around its score."""
     for policy in values(rows, "policy"):
         line = sorted(pick(rows, policy=policy), key=lambda row: row["reduction"])
@@ -58,7 +65,9 @@ def draw_panel(panel, rows: list[dict]) -> None:
         score = [row["score"] for row in line]
         ends = [[max(0.0, row["score"] - row["full_score"] - row["ci95"][0]) for row in line]]
         ends += [[max(0.0, row["ci95"][1] - row["score"] + row["full_score"]) for row in line]]
-        panel.errorbar(share, score, yerr=ends, marker="o", markersize=4, capsize=2, label=policy)
+        panel.errorbar(
+            share, score, yerr=ends, marker="o", markersize=4, capsize=2, label=policy, color=colours[policy]
+        )
     panel.set_xscale("log")
     panel.set_xticks([5, 15, 50, 100], ["5", "15", "50", "100"])
     panel.minorticks_off()
