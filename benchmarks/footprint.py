@@ -14,13 +14,12 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import requests
 from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.server import VllmServer
+from benchmarks.sessions import TEXT, body_of
 
-TEXT = Path(__file__).with_name("demo_text.txt")
 ANSWER = 4  # tokens
 
 
@@ -34,8 +33,8 @@ def measure(model: Path, contexts: list[int]) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder, VllmServer(model, options, Path(folder, "log")) as server:
         for context in tqdm(contexts, unit="request"):
-            body = {"model": str(model), "prompt": text[: context - ANSWER], "max_tokens": ANSWER, "ignore_eos": True}
-            requests.post(f"{server.url}/v1/completions", json=body, timeout=3600).raise_for_status()
+            body = body_of(text[: context - ANSWER], ANSWER, None)
+            server.call("POST", "/v1/completions", patience=3600, json=body).raise_for_status()
             seen = server.metrics()
             shape = {"model": model.name, "backend": "DELTAMEM", "context": context, "batch": 1, "n": 1}
             shape["tokens_seen"] = int(seen["longest_sequence_tokens"])

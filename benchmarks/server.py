@@ -70,9 +70,11 @@ class VllmServer:
             pass
         self.process.wait()
 
-    def call(self, method: str, path: str, key: str | None = None, **options) -> requests.Response:
+    def call(
+        self, method: str, path: str, key: str | None = None, patience: float = 120, **options
+    ) -> requests.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return requests.request(method, self.url + path, headers=headers, timeout=120, **options)
+        return requests.request(method, self.url + path, headers=headers, timeout=patience, **options)
 
     def metrics(self) -> dict[str, float]:
         """The plugin's, by their names without prefix."""

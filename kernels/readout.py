@@ -55,10 +55,8 @@ class Readout:
         return self._heads[1]
 
     def _cut(self, gone, bias):
-        rows = zip(self.k, self.v, bias[:, None], self.widths(gone), strict=True)
-        return [
-            (k[None, None, :width], v[None, None, :width], mask[None, None, :, :width]) for k, v, mask, width in rows
-        ]
+        rows = zip(self.k, self.v, bias, self.widths(gone), strict=True)
+        return [(k[None, None, :n], v[None, None, :n], mask[None, None, None, :n]) for k, v, mask, n in rows]
 
     def far(self, limit: int) -> torch.Tensor:
         """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
@@ -106,12 +104,12 @@ class Readout:
         head = place // self.width
         column = place - head * self.width
         entry = (slots.coarse_start[:-1] - self.exact_count).index_select(0, head) + column
-        bits, value_bits = slots.codec
-        if bits == value_bits:
-            both = encode_and_read(torch.stack((k, v)), bits, dtype)
+        key_bits, value_bits = slots.codec
+        if key_bits == value_bits:
+            both = encode_and_read(torch.stack((k, v)), key_bits, dtype)
             coded = zip(*(part.unbind() for part in both), strict=True)
         else:
-            coded = encode_and_read(k, bits, dtype), encode_and_read(v, value_bits, dtype)
+            coded = encode_and_read(k, key_bits, dtype), encode_and_read(v, value_bits, dtype)
         as_read = []
         for (code, scales, read), (field, bits, codes, affine) in zip(coded, self._coded(), strict=True):
             codes.index_copy_(0, entry, code)
