@@ -199,6 +199,21 @@ def test_a_session_goes_on_with_its_own_pins_only(folders):
             assert again[0] == fresh[0] and torch.equal(again[1], fresh[1]), f"pins {pins}"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="mends vLLM's CPU runner")
+def test_a_seed_does_not_depend_on_chunks(folders):
+    """Sampled tokens are those of the seed, in a prompt of one chunk or of many, alone or beside others."""
+    from vllm import SamplingParams
+
+    def sampled(llm, lengths):
+        params = [SamplingParams(seed=n, max_tokens=8, ignore_eos=True, detokenize=False) for n in lengths]
+        return dict(zip(lengths, generate(llm, [tokens(n, seed=n) for n in lengths], params), strict=True))
+
+    with engine(folders("llama"), settings=SMALL) as llm:
+        whole = sampled(llm, [300]) | sampled(llm, [210]) | sampled(llm, [7])
+    with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=64) as llm:
+        assert sampled(llm, [300, 7, 210]) == whole
+
+
 def test_slots_come_back_and_bytes_stay_constant(folders):
     """Long and short sequences hold the same slot; a pool of few slots serves many requests in turn."""
     with engine(folders("llama"), settings=SMALL, max_num_seqs=3) as llm:

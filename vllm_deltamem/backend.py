@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels
 from vllm_deltamem.rope import find_rope
@@ -94,6 +95,8 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
         check_windows(shape.windows, given, shape.max_model_len)
         SlotPool.held_by(self)
+        if ON_CPU:
+            cpu_seeds.apply()
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         batch, pool = common_attn_metadata, self.pool
