@@ -54,6 +54,22 @@ def slab_of(llm, prompt, count=40, name="slot"):
     return text, saved.slab
 
 
+def preempted(llm, prompt, params, after):
+    """What a request generates that is preempted once, after so many steps."""
+    core = llm.llm_engine
+    core.add_request("preempted", {"prompt_token_ids": prompt}, params)
+    for _ in range(after):
+        core.step()
+    scheduler = core.engine_core.engine_core.scheduler
+    assert scheduler.running
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not scheduler.running, "the request must have been preempted"
+    finished = []
+    while core.has_unfinished_requests():
+        finished += [o for o in core.step() if o.finished]
+    return list(finished[0].outputs[0].token_ids)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     """Log-probabilities of a prompt and a whole greedy generation, fp32, against the stock backend."""
@@ -146,19 +162,9 @@ def test_slot_does_not_depend_on_preemption(folders, tmp_path, family, learned, 
     settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
     with engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
-        core = llm.llm_engine
-        core.add_request("p", {"prompt_token_ids": prompt}, greedy(40, extra_args={"deltamem_session": "p"}))
-        for _ in range(after):
-            core.step()
-        scheduler = core.engine_core.engine_core.scheduler
-        assert scheduler.running
-        scheduler.reset_prefix_cache(reset_running_requests=True)
-        assert not scheduler.running, "the request must have been preempted"
-        finished = []
-        while core.has_unfinished_requests():
-            finished += [o for o in core.step() if o.finished]
-        assert list(finished[0].outputs[0].token_ids) == expected[0]
-        slab = open_store(core.vllm_config, 0).restore(tenant_of(None), "p").slab
+        text = preempted(llm, prompt, greedy(40, extra_args={"deltamem_session": "p"}), after)
+        assert text == expected[0]
+        slab = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), "p").slab
     assert torch.equal(slab, expected[1])
 
 
@@ -201,17 +207,22 @@ def test_a_session_goes_on_with_its_own_pins_only(folders):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="mends vLLM's CPU runner")
 def test_a_seed_does_not_depend_on_chunks(folders):
-    """Sampled tokens are those of the seed, in a prompt of one chunk or of many, alone or beside others."""
+    """Sampled tokens are those of the seed, in a prompt of one chunk or of many, alone, beside others or preempted."""
     from vllm import SamplingParams
 
+    def seeded(n):
+        return SamplingParams(seed=n, max_tokens=8, ignore_eos=True, detokenize=False)
+
     def sampled(llm, lengths):
-        params = [SamplingParams(seed=n, max_tokens=8, ignore_eos=True, detokenize=False) for n in lengths]
-        return dict(zip(lengths, generate(llm, [tokens(n, seed=n) for n in lengths], params), strict=True))
+        prompts = [tokens(n, seed=n) for n in lengths]
+        return dict(zip(lengths, generate(llm, prompts, [seeded(n) for n in lengths]), strict=True))
 
     with engine(folders("llama"), settings=SMALL) as llm:
         whole = sampled(llm, [300]) | sampled(llm, [210]) | sampled(llm, [7])
     with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=64) as llm:
         assert sampled(llm, [300, 7, 210]) == whole
+        for after in (2, 8):  # in the prompt, while decoding
+            assert preempted(llm, tokens(300, seed=300), seeded(300), after) == whole[300]
 
 
 def test_slots_come_back_and_bytes_stay_constant(folders):

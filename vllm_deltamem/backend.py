@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_deltamem.heap import keep_freed
 from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels
@@ -97,6 +98,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         SlotPool.held_by(self)
         if ON_CPU:
             cpu_seeds.apply()
+            keep_freed()
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         batch, pool = common_attn_metadata, self.pool

@@ -3,7 +3,7 @@
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 32 << 20  # bytes of the largest tensors kept: glibc takes no more
+LARGEST = 32 << 20  # bytes of the largest tensors kept: as far as glibc goes by itself
 KEPT = 1 << 30  # bytes of free memory at the heap's end before any goes back to the system
 
 

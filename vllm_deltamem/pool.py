@@ -7,7 +7,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from vllm.platforms import current_platform
 
-from vllm_deltamem.heap import keep_freed
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
 
@@ -129,8 +128,6 @@ class SlotPool:
                 f"vLLM laid out the KV cache pages at {offsets[:4]}... of one block instead of {expected[:4]}...; "
                 "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
             )
-        if ON_CPU:
-            keep_freed()
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device, others = slab.device, torch.get_num_threads() - 1
         return cls(
