@@ -2,6 +2,8 @@
 
 import random
 import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +256,29 @@ def test_fitted_gate_opens_where_merging_gives_back():
     gate = gates.fit([seen])
     opened = reference.gate(torch.tensor([[0.9, -0.5]]), torch.ones(1, 2), gate[0])
     assert opened[0, 0] > 0.9 and opened[0, 1] < 0.1
+
+
+def test_heads_that_recall_carry_most_of_what_answers_depend_on():
+    none = torch.zeros(2, 2, 0)
+    shares = torch.tensor([[0.1, 0.55], [0.05, 0.3]])  # of the squared influence
+    seen = influence.Observation(none, none, none, shares.sqrt()[..., None], none, none, none, none)
+    assert gates.recalling([seen, seen]).tolist() == [[False, True], [False, True]]
+    assert not gates.recalling([seen._replace(influence=torch.zeros(2, 2, 1))]).any()
+
+
+@pytest.mark.parametrize("kept", ["drop", "cosine above 0.6; none in heads that recall"])
+def test_the_gate_with_the_least_loss_is_taken(kept, monkeypatch):
+    @dataclass
+    class Gated:
+        gate: torch.Tensor
+
+    drop, open_ = (torch.tensor(gates.CANDIDATES[name]) for name in ("drop", "cosine above 0.6"))
+    best = torch.stack([drop, drop if kept == "drop" else open_])[None]
+    monkeypatch.setattr(gates, "memory_attention", lambda model, profile, *_: profile)
+    monkeypatch.setattr(
+        gates, "score", lambda model, asked, profile: SimpleNamespace(loss=float((profile.gate - best).abs().sum()))
+    )
+    recall, asked = torch.tensor([[True, False]]), SimpleNamespace(ids=[0])
+    name, chosen = gates.choose(None, Gated(best), torch.ones(1, 2, 3), recall, [asked])
+    assert name == kept
+    assert torch.equal(chosen.gate, best)

@@ -99,10 +99,10 @@ def calibrate(
         importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
-    tuning = [
-        _draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate((recall_prompt, text_prompt))
-    ]
-    profile.meta["gate"], profile = gates.choose(model, profile, _in_all_layers(gates.fit(seen), shape), tuning)
+    asked = [o for i, o in enumerate(seen) if KINDS[i % len(KINDS)] is recall_prompt]
+    fitted, recall = (_in_all_layers(learned, shape) for learned in (gates.fit(seen), gates.recalling(asked)))
+    tuning = [_draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate(dict.fromkeys(KINDS))]
+    profile.meta["gate"], profile = gates.choose(model, profile, fitted, recall, tuning)
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
     shutil.rmtree(partial)

@@ -12,14 +12,15 @@ from vllm_deltamem.calibration.simulate import memory_attention, score
 from vllm_deltamem.profile import Profile
 
 SHARES = (0.15, 0.05)  # memory sizes to choose for
+DROP = (-24.0, 0.0, 0.0)
 CANDIDATES = {
-    "drop": (-24.0, 0.0, 0.0),
+    "drop": DROP,
     "mean": (24.0, 0.0, 0.0),
-    "cosine above 0.4": (-16.0, 40.0, 0.0),
     "cosine above 0.6": (-24.0, 40.0, 0.0),
     "cosine above 0.8": (-32.0, 40.0, 0.0),
     "cosine above 0.6, light entries first": (-24.0, 40.0, -1.0),
 }
+SPARED = 0.8  # of the squared influence on answers is in the heads that are called those that recall
 
 
 def fit(observations: list[Observation], steps: int = 400) -> torch.Tensor:
@@ -38,17 +39,35 @@ def fit(observations: list[Observation], steps: int = 400) -> torch.Tensor:
     return torch.nn.functional.pad(weights.detach(), (0, 1))
 
 
-def choose(model: FrozenModel, profile: Profile, fitted: torch.Tensor, prompts: list[Prompt]) -> tuple[str, Profile]:
-    """The gate with the least loss over prompts and SHARES: its name, and the profile with it."""
+def recalling(observations: list[Observation]) -> torch.Tensor:
+    """The fewest heads [L, G] that carry SPARED of the squared influence of these prompts on their answers."""
+    carried = torch.stack([o.influence.square().sum(-1) for o in observations]).mean(0)
+    ordered, head = carried.flatten().sort(descending=True)
+    before = ordered.cumsum(0) - ordered
+    chosen = torch.zeros(carried.numel(), dtype=torch.bool)
+    chosen[head[before < SPARED * carried.sum()]] = True
+    return chosen.view_as(carried)
+
+
+def choose(
+    model: FrozenModel, profile: Profile, fitted: torch.Tensor, recall: torch.Tensor, prompts: list[Prompt]
+) -> tuple[str, Profile]:
+    """The gate with the least loss over prompts and SHARES: its name, and the profile with it.
+
+    fitted: gates [L, G, 3]. recall: heads [L, G] in which every gate is tried with nothing merged, too: a merge
+    pulls at a key that queries look for, which costs them more than the tokens merged are worth to other heads.
+    """
     losses = {}
-    candidates = {name: torch.tensor(gate).expand_as(fitted).clone() for name, gate in CANDIDATES.items()}
-    candidates["fitted"] = fitted
+    candidates = {name: torch.tensor(gate).expand_as(fitted) for name, gate in CANDIDATES.items()} | {"fitted": fitted}
+    for name, gate in list(candidates.items()):
+        if name != "drop":
+            candidates[f"{name}; none in heads that recall"] = torch.where(recall[..., None], torch.tensor(DROP), gate)
     for name, gate in tqdm(candidates.items(), "gates compared"):
-        candidate = dataclasses.replace(profile, gate=gate)
+        candidate = dataclasses.replace(profile, gate=gate.clone())
         losses[name] = sum(
             score(model, [prompt], memory_attention(model, candidate, len(prompt.ids), share)).loss
             for prompt in prompts
             for share in SHARES
         )
     best = min(losses, key=losses.get)
-    return best, dataclasses.replace(profile, gate=candidates[best])
+    return best, dataclasses.replace(profile, gate=candidates[best].clone())

@@ -9,13 +9,12 @@ from vllm_deltamem.kernels.slot import KEYDIFF_NATS
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 BATCH = 768  # tokens of every head per step
-EPOCHS = 3  # longer overfits (benchmarks/NOTES.md)
-LEAST_STEPS = 150
+EPOCHS = 16
 SPREAD = 8.0  # standard deviations that are one unit of a standardised feature
 
 
 def fit(
-    observations: list[Observation], seed: int, units: int = 16, steps: int | None = None, device: str = "cpu"
+    observations: list[Observation], seed: int, units: int = 32, steps: int | None = None, device: str = "cpu"
 ) -> Weights:
     """Fit w1 [L, G, 2D, U], b1 and w2 [L, G, U], b2 [L, G]: exp(score) is the expected influence.
 
@@ -29,7 +28,7 @@ def fit(
     target = target / target.mean(1, keepdim=True).clamp_min(1e-12)
     centre = features.float().mean(1)  # [H, 2D]
     spread = SPREAD * torch.stack([x.float().std(0) for x in features]).clamp_min(1e-3)
-    steps = steps or max(EPOCHS * features.shape[1] // BATCH, LEAST_STEPS)
+    steps = steps or EPOCHS * features.shape[1] // BATCH
     torch.manual_seed(seed)
     weights = [w.to(device).requires_grad_() for w in _start(centre.cpu(), spread.cpu(), units)]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.1)

@@ -180,6 +180,23 @@ def _order(rng):
     )
 
 
+def _handed_on(rng):
+    """Something that is said only by reference to another: nothing in it looks worth keeping by itself."""
+    (name, other), (thing, that) = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
+    place, elsewhere = (f"{city} {rng.choice(PLACES)}" for city in rng.sample(CITIES, 2))
+    variable, source = _letters(rng, string.ascii_uppercase, 3), _letters(rng, string.ascii_uppercase, 3)
+    said, question, value = rng.choice(
+        (
+            (f"The locker number of {name} is the one of", f"Whose locker number does {name} have?", other),
+            (f"The {place} has got the key of the", f"Which key has the {place} got?", elsewhere),
+            (f"{name}'s {thing} weighs as much as {other}'s", f"What weighs as much as {name}'s {thing}?", that),
+            (f"The {thing} of {name} is kept with that of", f"With whose is the {thing} of {name} kept?", other),
+            (f"VAR {variable} = VAR", f"Which variable is {variable} assigned from?", source),
+        )
+    )
+    return Fact(f"{said} {value}.", question, said, value)
+
+
 FACTS: tuple[Callable[[random.Random], Fact], ...] = (
     _magic_number,
     _magic_number,
@@ -190,6 +207,8 @@ FACTS: tuple[Callable[[random.Random], Fact], ...] = (
     _pair,
     _variable,
     _order,
+    _handed_on,
+    _handed_on,
 )
 
 
