@@ -52,6 +52,12 @@ def test_saved_profile_loads_as_it_was(tmp_path):
         torch.testing.assert_close(actual, expected.half())
 
 
+def test_saved_profile_is_readable_by_whom_the_umask_lets(tmp_path):
+    profiles.save(make_profile(), tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_budgets_interpolate_between_sizes_and_stop_at_the_ends():
     made = make_profile()
     assert torch.equal(made.budgets_for(10, 1000), made.budgets[0])

@@ -10,9 +10,9 @@ from functools import lru_cache
 from math import log
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import FIDELITIES, Policy
@@ -161,7 +161,8 @@ def save(profile: Profile, path: str | Path) -> None:
         "meta": profile.meta,
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(tensors, str(path), {"deltamem": json.dumps(header, sort_keys=True)})
+    packed = safetensors.torch.save(tensors, {"deltamem": json.dumps(header, sort_keys=True)})
+    Path(path).write_bytes(packed)  # safetensors' own files are for their owner alone, whatever the umask says
 
 
 def find(hf_config) -> Profile | None:
