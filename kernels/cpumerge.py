@@ -1,10 +1,21 @@
-"""Merging on the CPU, all heads at once: see reference.merge. Its cost is the number of PyTorch calls."""
+"""Merging on the CPU, see reference.merge: products are PyTorch's, what lies between them is compiled.
 
+A head's newcomers are the segment that leaves its ring, one row each. Where one takes an entry its row becomes what was
+there, so that in the end the rows are the losers, EMPTY where nobody lost.
+"""
+
+import math
+
+import numpy as np
 import torch
 
-from .readout import MASKED, Readout
-from .reference import freshness, gate, importance, is_pinned
-from .slot import EMPTY, LayerSlots, Policy, candidates, key_position, pack_rank, rotate
+from .arrays import Arrays, key_position, store
+from .readout import Readout
+from .reference import freshness, importance
+from .rows import as_bits, compiled, load, pack_rank, turn
+from .slot import EMPTY, LayerSlots, Policy, Rope, candidates
+
+CLOSED = np.float32(0.01)  # see reference.gate
 
 
 def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
@@ -12,125 +23,209 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
 
     readout: of that slot, prepared for merging.
     """
-    size, first = k.shape[2], gone - k.shape[1]
-    own = k.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # without RoPE it is written below
-    plain = rotate(own, slice(first, gone), readout.rope, inverse=True)
+    first, arrays = gone - k.shape[1], readout.arrays
+    k, v = (as_bits(x.clone(memory_format=torch.contiguous_format)) for x in (k, v))  # both are written below
+    plain, values, centred = (torch.empty(k.shape) for _ in range(3))
+    _read(arrays, k, v, first, plain.numpy(), values.numpy())
     mean = slots.key_sum[slot].add_(plain.sum(1)) / gone
-    position = torch.arange(first, gone)
-    score = importance(plain, v.float(), mean, policy.importance) + freshness(position, readout.rope, policy)
-    if first < slots.sinks or slots.pins[slot].any():
-        score = score.masked_fill(is_pinned(slots, slot, position), torch.inf)
-    rank = pack_rank(score, position)
-    # Every newcomer's row below ends as what it is, or what it drove out: the losers, EMPTY where nobody lost.
-    k, v, plain, mass = k.reshape(-1, size).clone(), v.reshape(-1, size).clone(), plain.view(-1, size), None
-    _keep_exact(k, v, plain, rank, readout)
-    v, mass = _keep_coarse(k, v, plain, rank, readout)
-    if (rank != EMPTY).any():
-        _merge_rest(v, plain, rank, mass, mean, policy.gate, readout, _columns(readout, gone))
+    score = importance(plain, values, mean, policy.importance)
+    score += freshness(torch.arange(first, gone), readout.rope, policy)
+    rank, gates = np.empty(score.shape, np.int64), policy.gate.contiguous().numpy()
+    _rank(score.numpy(), first, slots.sinks, slots.pins[slot].numpy(), rank)
+    losers = plain.numpy(), values.numpy(), rank, np.ones(rank.shape, np.float32)
+    searching, written = _exchange(arrays, k, v, *losers, gates, mean.numpy(), centred.numpy())
+    if searching.any():
+        written = [written]
+        for g in searching.nonzero()[0].tolist():
+            exact, coarse = readout.exact_count[g], readout.coarse_count[g]
+            among = [range(exact + r.start, exact + r.stop) for r in candidates(coarse, gone, slots.segment) if r]
+            cosine = _cosines(centred[g], readout.plain[g], among, mean[g])
+            columns = among[0].start, len(among[0]), among[-1].start
+            mine = (field[g] for field in (*losers, gates))
+            written.append(_merge_rest(arrays, g, cosine.numpy(), cosine.amax(-1).numpy(), columns, *mine))
+        written = np.concatenate(written)
+    readout.weigh(torch.from_numpy(written))
 
 
-def _duels(order, rank):
-    """See reference._duels, over all heads: (head, column, newcomer) of the winners, [W] each.
-
-    order [G, E], see Readout.prepare_merge; rank [G, C].
-    """
-    pairs = min(order.shape[1], rank.shape[1])
-    worst, column = order.topk(pairs, largest=False, sorted=True)
-    best, newcomer = rank.sort(descending=True, stable=True)
-    head, pair = (best[:, :pairs] > worst.clamp_(min=EMPTY)).nonzero(as_tuple=True)
-    among = newcomer.view(-1).index_select(0, head * newcomer.shape[1] + pair)
-    return head, column.view(-1).index_select(0, head * pairs + pair), among
-
-
-def _keep_exact(k, v, plain, rank, readout):
-    if not readout.exact_order.shape[1]:
-        return
-    head, column, newcomer = _duels(readout.exact_order, rank)
-    if not len(head):
-        return
-    loser, fields = head * rank.shape[1] + newcomer, (k, v, plain, rank.view(-1))
-    given_up = readout.replace_exact(head, column, *(field.index_select(0, loser) for field in fields))
-    for field, old in zip(fields, given_up, strict=True):
-        field.index_copy_(0, loser, old)
+def compile_merge(slots: LayerSlots, rope: Rope | None) -> None:
+    """Compile what merges of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
+    readout, (kv_heads, _, size) = Readout(slots, 0, 1), slots.ring_k.shape[1:]
+    readout.prepare_merge(rope)
+    arrays, nobody = readout.arrays, np.zeros((kv_heads, 1, size), np.float32)
+    k = as_bits(torch.zeros(nobody.shape, dtype=slots.ring_k.dtype))
+    score, rank, gates = nobody[..., 0].copy(), np.full((kv_heads, 1), EMPTY), np.zeros((kv_heads, 3), np.float32)
+    _read(arrays, k, k, 0, nobody, nobody)
+    _rank(score, 0, slots.sinks, slots.pins[0].numpy(), rank.copy())
+    _exchange(arrays, k, k, nobody, nobody, rank, score, gates, nobody[:, 0].copy(), nobody)
+    _merge_rest(arrays, 0, score, score[0], (0, 1, 0), nobody[0], nobody[0], rank[0], score[0], gates[0])
 
 
-def _keep_coarse(k, v, plain, rank, readout):
-    """Returns v fp32 and mass of the losers; changes plain and rank to theirs."""
-    v, mass = v.float(), torch.ones(rank.numel())
-    head, column, newcomer = _duels(readout.coarse_order, rank)
-    if not len(head):
-        return v, mass
-    loser, place = head * rank.shape[1] + newcomer, head * readout.width + column
-    new_k, new_v, new_rank = (field.index_select(0, loser) for field in (k, v, rank.view(-1)))
-    mine = v, mass, plain, rank.view(-1)
-    theirs = readout.v.flatten(0, 1), readout.mass.view(-1), readout.plain.flatten(0, 1), readout.rank.view(-1)
-    for field, source in zip(mine, theirs, strict=True):
-        field.index_copy_(0, loser, source.index_select(0, place).to(field.dtype))
-    readout.store(place, new_k.float(), new_v, torch.ones(len(place)), new_rank)
-    return v, mass
-
-
-def _columns(readout, gone) -> list[list[slice]]:
-    """Columns of each head's coarse entries among which losers look for the nearest: none before a head has losers."""
-    columns, segment = [], readout.slots.segment
-    for exact, coarse in zip(readout.exact_count.tolist(), readout.coarse_count.tolist(), strict=True):
-        full = gone > exact + coarse  # then every entry is taken, and before that every token has one
-        among = candidates(coarse, gone, segment) if full else []
-        columns.append([slice(exact + r.start, exact + r.stop) for r in among if r])
-    return columns
-
-
-def _merge_rest(v, plain, rank, mass, mean, gate_weights, readout, columns):
-    """Every loser into the coarse entry nearest to it, as far as the gate lets it.
-
-    columns: see _columns.
-    """
-    (kv_heads, count), width = rank.shape, readout.width
-    centred = torch.nn.functional.normalize(plain.view(kv_heads, count, -1) - mean[:, None], dim=-1)
-    cosines = [_cosines(centred[g], readout.plain[g], mine, mean[g]) for g, mine in enumerate(columns)]
-    nowhere = torch.full((count,), MASKED)
-    best = torch.stack([nowhere if cosine is None else cosine.amax(-1) for cosine in cosines])
-    # Finding out which entry it is costs more than all the products: only for losers that some mass would let in.
-    heaviest = torch.where(gate_weights[:, 2] > 0, readout.mass.amax(-1).clamp(min=1.0), 1.0)
-    could = gate(best, heaviest[:, None].expand_as(best), gate_weights) > 0
-    loser = (could & (rank != EMPTY) & (best > MASKED / 2)).view(-1).nonzero().squeeze(1)
-    head = loser // count
-    rows = (loser - head * count).split(head.bincount(minlength=kv_heads).tolist())
-    searched = zip(columns, cosines, rows, strict=True)
-    column = [_column(mine, cosine.index_select(0, row).argmax(-1)) for mine, cosine, row in searched if len(row)]
-    if not column:
-        return
-    place = torch.cat(column) + head * width
-    entry_mass = readout.mass.view(-1).index_select(0, place)
-    opened = gate(best.view(-1)[loser][:, None], entry_mass[:, None], gate_weights.index_select(0, head))
-    weight = mass.index_select(0, loser) * opened.squeeze(1)
-    let_in = weight > 0
-    loser, weight = loser[let_in], weight[let_in]
-    target, group = place[let_in].unique(return_inverse=True)
-    plain, v = plain.index_select(0, loser), v.index_select(0, loser)
-    total = readout.mass.view(-1).index_select(0, target).index_add_(0, group, weight)
-    entry_rank = readout.rank.view(-1).index_select(0, target)
-    turned = rotate(plain, key_position(entry_rank, readout.rope).index_select(0, group), readout.rope)
-    merged = []
-    for field, new in ((readout.k, turned), (readout.v, v)):
-        old = field.flatten(0, 1).index_select(0, target).float()
-        delta = new.sub_(old.index_select(0, group)).mul_(weight[:, None])
-        merged.append(old + torch.zeros_like(old).index_add_(0, group, delta).div_(total[:, None]))
-    readout.store(target, *merged, total, entry_rank)
-
-
-def _cosines(centred, entries, columns, mean):
-    """Cosines [C, K] of losers' centred unit keys [C, D] to K columns of entries [E, D]; None without columns."""
+def _cosines(centred, entries, among, mean):
+    """Cosines [C, K] of losers' centred unit keys [C, D] to those of K columns of entries [E, D]."""
     parts = []
-    for mine in columns:
-        unit = entries[mine] - mean
+    for columns in among:
+        unit = entries[columns.start : columns.stop] - mean
         unit.mul_(unit.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
         parts.append(centred @ unit.T)
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _column(columns, place):
-    """The columns that stand at places [W] of the slices together."""
-    first = columns[0].stop - columns[0].start
-    column = columns[0].start + place
-    return column if len(columns) == 1 else torch.where(place < first, column, columns[1].start + place - first)
+@compiled
+def _read(arrays: Arrays, k, v, first, plain, values):
+    """Newcomers from position `first` on as plain keys and values fp32 [G, C, D]."""
+    key = np.empty(k.shape[2], np.float32)
+    for g in range(k.shape[0]):
+        for c in range(k.shape[1]):
+            load(k[g, c], arrays.kind, key)
+            turn(key, arrays.cos[first + c], arrays.sin[first + c], arrays.interleaved, True, plain[g, c])
+            load(v[g, c], arrays.kind, values[g, c])
+
+
+@compiled
+def _rank(score, first, sinks, pins, rank):
+    """See slot.pack_rank and reference.is_pinned: ranks [G, C] of newcomers at positions from `first` on."""
+    for c in range(score.shape[1]):
+        position = first + c
+        pinned = position < sinks
+        for i in range(len(pins)):
+            pinned |= pins[i, 0] <= position < pins[i, 1]
+        for g in range(score.shape[0]):
+            rank[g, c] = pack_rank(np.float32(np.inf) if pinned else score[g, c], position)
+
+
+@compiled
+def _duels(entries, newcomers):
+    """See reference._duels: (entry [W], newcomer [W]) of the winners, from ranks [E] and [C]."""
+    order = np.where(entries == EMPTY, np.arange(len(entries)) - len(entries), entries)
+    best = np.argsort(-newcomers)
+    pairs = min(len(order), len(best))
+    worst = np.nonzero(order <= np.partition(order, pairs - 1)[pairs - 1])[0]
+    worst = worst[np.argsort(order[worst])]
+    won = 0
+    while won < pairs and newcomers[best[won]] > entries[worst[won]]:
+        won += 1
+    return worst[:won], best[:won]
+
+
+@compiled
+def _exchange(arrays: Arrays, k, v, plain, values, rank, mass, gates, mean, centred):
+    """Exact entries take the best newcomers, coarse ones the next best; rows become what they drove out.
+
+    Returns which heads [G] have losers that their gate may let in, and the places that were written. `centred` becomes
+    the unit keys of those losers about `mean` [G, D].
+    """
+    kv_heads, count, size = plain.shape
+    width, kind = arrays.k.shape[1], arrays.kind
+    searching, written, n = np.zeros(kv_heads, np.bool_), np.empty(2 * kv_heads * count, np.int64), 0
+    key, value, old = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for g in range(kv_heads):
+        first, exact = arrays.exact_start[g], arrays.exact_start[g + 1] - arrays.exact_start[g]
+        last = min(exact + arrays.coarse_start[g + 1] - arrays.coarse_start[g], width)
+        if exact:
+            entries, newcomers = _duels(arrays.rank[g, : min(exact, width)], rank[g])
+            for i in range(len(entries)):
+                column, c = entries[i], newcomers[i]
+                entry = first + column
+                arrays.exact_k[entry], arrays.exact_v[entry] = k[g, c], v[g, c]
+                arrays.exact_rank[entry] = rank[g, c]
+                _swap(arrays.k[g, column], k[g, c])
+                _swap(arrays.v[g, column], v[g, c])
+                _swap(arrays.plain[g, column], plain[g, c])
+                arrays.rank[g, column], rank[g, c] = rank[g, c], arrays.rank[g, column]
+                load(v[g, c], kind, values[g, c])
+                written[n] = g * width + column
+                n += 1
+        if last > exact:
+            entries, newcomers = _duels(arrays.rank[g, exact:last], rank[g])
+            for i in range(len(entries)):
+                column, c = exact + entries[i], newcomers[i]
+                load(arrays.v[g, column], kind, old)
+                load(k[g, c], kind, key)
+                value[:], values[g, c] = values[g, c], old
+                plain[g, c], mass[g, c] = arrays.plain[g, column], arrays.mass[g, column]
+                given_up = arrays.rank[g, column]
+                store(arrays, g, column, key, value, np.float32(1), rank[g, c])
+                rank[g, c] = given_up
+                written[n] = g * width + column
+                n += 1
+            heaviest = arrays.mass[g].max() if gates[g, 2] > 0 else np.float32(1)
+            closest = np.float32(1) if gates[g, 1] > 0 else np.float32(-1)
+            searching[g] = (rank[g] != EMPTY).any() and _gate(closest, heaviest, gates[g]) > 0
+        if searching[g]:
+            for c in range(count):
+                _centre(plain[g, c], mean[g], centred[g, c])
+    return searching, written[:n]
+
+
+@compiled
+def _centre(key, mean, unit):
+    square = np.float32(0)
+    for d in range(len(key)):
+        unit[d] = key[d] - mean[d]
+        square += unit[d] * unit[d]
+    scale = np.float32(1) / max(math.sqrt(square), np.float32(1e-12))
+    for d in range(len(key)):
+        unit[d] *= scale
+
+
+@compiled
+def _swap(a, b):
+    for d in range(len(a)):
+        a[d], b[d] = b[d], a[d]
+
+
+@compiled
+def _gate(cosine, mass, weights):
+    """See reference.gate, of one loser and one entry."""
+    exponent = weights[0] + weights[1] * cosine + weights[2] * math.log(mass)
+    opened = np.float32(1) / (np.float32(1) + math.exp(-exponent))
+    return opened if opened >= CLOSED else np.float32(0)
+
+
+@compiled
+def _merge_rest(arrays: Arrays, g, cosine, best, columns, plain, values, rank, mass, gate):
+    """Every loser of head g into the coarse entry nearest to it, as far as the gate lets it; returns places written.
+
+    cosine [C, K], best [C] its maxima; columns: where the first of the K lie, how many lie there, where the others do.
+    """
+    count, size = plain.shape
+    heaviest = arrays.mass[g].max() if gate[2] > 0 else np.float32(1)
+    group, weight = np.full(count, -1), np.zeros(count, np.float32)
+    target, groups = np.empty(count, np.int64), 0
+    for c in range(count):
+        # which entry it is costs most: only for losers that some mass would let in
+        if rank[c] == EMPTY or _gate(best[c], heaviest, gate) == 0:
+            continue
+        place = 0
+        while cosine[c, place] != best[c]:
+            place += 1
+        column = columns[0] + place if place < columns[1] else columns[2] + place - columns[1]
+        weight[c] = mass[c] * _gate(best[c], arrays.mass[g, column], gate)
+        if weight[c] > 0:
+            same = 0
+            while same < groups and target[same] != column:
+                same += 1
+            target[same], group[c] = column, same
+            groups = max(groups, same + 1)
+    k, v = np.empty((groups, size), np.float32), np.empty((groups, size), np.float32)
+    total, delta_k, delta_v = np.empty(groups, np.float32), np.zeros_like(k), np.zeros_like(v)
+    turned = np.empty(size, np.float32)
+    for i in range(groups):
+        load(arrays.k[g, target[i]], arrays.kind, k[i])
+        load(arrays.v[g, target[i]], arrays.kind, v[i])
+        total[i] = arrays.mass[g, target[i]]
+    for c in range(count):
+        i = group[c]
+        if i >= 0:
+            position = key_position(arrays, arrays.rank[g, target[i]])
+            turn(plain[c], arrays.cos[position], arrays.sin[position], arrays.interleaved, False, turned)
+            total[i] += weight[c]
+            for d in range(size):
+                delta_k[i, d] += weight[c] * (turned[d] - k[i, d])
+                delta_v[i, d] += weight[c] * (values[c, d] - v[i, d])
+    for i in range(groups):
+        for d in range(size):
+            k[i, d] += delta_k[i, d] / total[i]
+            v[i, d] += delta_v[i, d] / total[i]
+        store(arrays, g, target[i], k[i], v[i], total[i], arrays.rank[g, target[i]])
+    return g * arrays.k.shape[1] + target[:groups]

@@ -53,6 +53,9 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
     """An LLM in this process (needs VLLM_ENABLE_V1_MULTIPROCESSING=0), gone when the block ends."""
     from vllm import LLM
 
+    from vllm_deltamem.patches import cpu_numba
+
+    cpu_numba.apply()  # vLLM's own backend may follow tests that have loaded Numba
     if backend == "DELTAMEM":
         options["additional_config"] = {"deltamem": settings or {}}
     options = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True} | options

@@ -5,7 +5,7 @@ import torch
 
 from tests.layers import make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu, reference, slot
+from vllm_deltamem.kernels import cpu, cpumerge, reference, slot
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
@@ -65,6 +65,19 @@ def test_cpu_path_matches_reference(settings, rope, learned):
     assert torch.equal(actual_slots.exact_rank, expected_slots.exact_rank)
     torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
     assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings,rope", SETTINGS)
+def test_nothing_is_left_to_compile(settings, rope, dtype):
+    k, v, q = make_tokens(173, dtype=dtype)
+    rope, policy, (slots, slab) = make_rope(rope[0], 32, rope[1]), make_policy(), make_slots(settings, dtype)
+    functions = cpumerge._read, cpumerge._rank, cpumerge._exchange, cpumerge._merge_rest
+    cpumerge.compile_merge(slots, rope)
+    compiled = [len(f.signatures) for f in functions]
+    assert all(compiled) and not slab.any()
+    run(cpu, slots, k, v, q, 2, [173], rope, policy)
+    assert [len(f.signatures) for f in functions] == compiled
 
 
 @pytest.mark.parametrize("chunks", [[7] * 24 + [5], [64, 100, 9], [1] * 173], ids=["7", "ragged", "1"])

@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
 
+logger = init_logger(__name__)
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
+    from vllm_deltamem.kernels.cpumerge import compile_merge
     from vllm_deltamem.kernels.helpers import Helpers
 else:
     from vllm_deltamem.kernels import cuda as kernels
@@ -130,11 +133,17 @@ class SlotPool:
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device, others = slab.device, torch.get_num_threads() - 1
+        rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
+        layers = [layout.views(slab, i) for i in range(layout.shape.layers)]
+        if ON_CPU:
+            logger.info("deltamem compiles its CPU kernels, which takes half a minute the first time.")
+            for slots in (layers[i] for i in layout.shape.full_layers):
+                compile_merge(slots, rope)
         return cls(
             slab=slab,
-            layers=[layout.views(slab, i) for i in range(layout.shape.layers)],
+            layers=layers,
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=[{} for _ in range(layout.shape.layers)],
             helpers=Helpers(others) if ON_CPU and others else None,
-            rope=rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device)),
+            rope=rope,
         )

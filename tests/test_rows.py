@@ -1,0 +1,62 @@
+"""Compiled rows against slot.py, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.layers import make_rope
+from vllm_deltamem.kernels import rows, slot
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def test_every_half_and_what_rounds_to_it():
+    every = torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
+    numbers = every[every.isfinite()].float()
+    between = torch.cat([numbers, numbers.nextafter(torch.tensor(1e9)), numbers.nextafter(torch.tensor(-1e9))])
+    near = numbers.unique()
+    halfway = (near[1:] + near[:-1]) / 2
+    x = torch.cat([between, halfway, torch.tensor([65519.0, 65520.0, 1e30, -1e30, torch.inf, -torch.inf])])
+    row = np.empty(len(x), np.uint16)
+    rows.save(x.numpy(), rows.KINDS[torch.float16], row)
+    assert torch.equal(torch.from_numpy(row).view(torch.float16), x.half())
+    back = torch.empty(len(x))
+    rows.load(row, rows.KINDS[torch.float16], back.numpy())
+    assert torch.equal(back, x.half().float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_rounded_as_pytorch_does(dtype):
+    x = torch.cat([torch.randn(9999) * 3.0**i for i in range(-9, 10)])
+    rounded = torch.empty(len(x), dtype=dtype)
+    rows.save(x.numpy(), rows.KINDS[dtype], rows.as_bits(rounded))
+    assert torch.equal(rounded, x.to(dtype))
+    back = torch.empty(len(x))
+    rows.load(rows.as_bits(rounded), rows.KINDS[dtype], back.numpy())
+    assert torch.equal(back, rounded.float())
+
+
+@pytest.mark.parametrize("kind", ["neox", "interleaved", "partial"])
+@pytest.mark.parametrize("back", [False, True])
+def test_turning(kind, back):
+    x, rope, position = torch.randn(40, 32), make_rope(kind, 32), torch.arange(40) * 50
+    out = torch.empty_like(x)
+    for i, p in enumerate(position.tolist()):
+        rows.turn(x[i].numpy(), rope.cos[p].numpy(), rope.sin[p].numpy(), rope.interleaved, back, out[i].numpy())
+    assert torch.equal(out, slot.rotate(x, position, rope, inverse=back))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("size", [32, 48, 80, 128])
+@pytest.mark.parametrize("spread", [1e-6, 0.01, 1.0, 300.0])
+def test_codes(dtype, width, size, spread):
+    torch.manual_seed(0)
+    x = torch.randn(50, size) * spread + torch.randn(50, 1)
+    x[0] = 3.0  # a constant vector has no range to scale
+    codes, affine, read = slot.encode_and_read(x, width, dtype)
+    mine = torch.zeros_like(codes), torch.zeros_like(affine), torch.zeros_like(read)
+    for row in zip(x.numpy(), *map(rows.as_bits, mine), strict=True):
+        rows.encode(row[0], width, rows.KINDS[dtype], *row[1:])
+    for actual, expected in zip(mine, (codes, affine, read), strict=True):
+        assert torch.equal(actual, expected)
