@@ -11,7 +11,14 @@ from numba import njit
 from .slot import MAX_POSITION, POSITION_BITS
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+
+def compiled(function):
+    """Numba's compiler, whose work stays on disk for the next process, if there is a folder that it may write to."""
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 def as_bits(x: torch.Tensor) -> np.ndarray:

@@ -13,7 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.tiny_llama import save_tiny_llama
 from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
-from vllm_deltamem.calibration import budgets, codes, dialogues, gates, importance, influence, prompts, simulate, trials
+from vllm_deltamem.calibration import (
+    budgets,
+    codes,
+    dialogues,
+    gates,
+    importance,
+    influence,
+    prompts,
+    simulate,
+    tables,
+    trials,
+)
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels import reference
 from vllm_deltamem.kernels.slot import rotate
@@ -112,6 +123,19 @@ def test_dialogues_ask_for_calls_that_the_dialogue_determines(model, monkeypatch
     assert reports
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_tables_ask_for_records_that_stand_in_them_once(model, seed):
+    prompt = tables.table_prompt(model.tokenizer, TEXT, 1400, random.Random(seed))
+    assert torch.equal(prompt.ids, tables.table_prompt(model.tokenizer, TEXT, 1400, random.Random(seed)).ids)
+    text = model.tokenizer.decode
+    listed = text(prompt.ids[: prompt.spans[0][0]])
+    assert len(prompt.spans) == 8 and prompt.spans[-1][1] == len(prompt.ids)
+    for begin, end in prompt.spans:
+        assert text(prompt.ids[begin:end]).strip() in listed
+    records = re.findall(r'^ "([0-9a-f-]+)": ', listed, re.MULTILINE)
+    assert len(records) == len(set(records))
+
+
 def test_instructions_move_into_the_first_message_where_a_template_has_no_place_for_them(model, monkeypatch):
     turns = [prompts.Turn("Hello.", "", "world", wanted=True)]
     template = (
@@ -181,7 +205,7 @@ def test_hull_leaves_out_what_lies_above():
 
 def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gates, "CANDIDATES", {"drop": gates.CANDIDATES["drop"]})
-    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=8, length=1024, held_out=1)
+    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=10, length=1024, held_out=1)
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
@@ -198,7 +222,7 @@ def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp
     monkeypatch.setattr(gates, "CANDIDATES", {})
     tokenizer.save_pretrained(tmp_path)
     made = calibrate.calibrate(
-        str(save_model(tmp_path, family)), tmp_path / "a", [TEXT * 8], prompts=8, length=1024, held_out=1
+        str(save_model(tmp_path, family)), tmp_path / "a", [TEXT * 8], prompts=10, length=1024, held_out=1
     )
     sliding = [kind == "sliding_attention" for kind in MIXED]
     for weight in (*made.importance[:3], made.gate):

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker beside Numba, in a process of its own: this one may have been patched."""
+"""vLLM's CPU worker beside Numba, and Numba without a cache, in processes of their own: this one may be patched."""
 
 import subprocess
 import sys
@@ -24,3 +24,14 @@ def test_a_worker_starts_where_numba_is_loaded():
 
 def test_the_patch_is_still_needed():
     assert "_lib_fn_wrapper" in scan(patched=False).stderr
+
+
+def test_without_a_folder_to_write_to_every_process_compiles_anew():
+    code = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+from vllm_deltamem.kernels import rows
+assert rows.half_bits(1.0) == 0x3C00
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

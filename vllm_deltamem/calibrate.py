@@ -23,11 +23,13 @@ from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
 from vllm_deltamem.calibration.simulate import Score, memory_attention, score
+from vllm_deltamem.calibration.tables import table_prompt
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
-KINDS = (recall_prompt, dialogue_prompt, recall_prompt, text_prompt)  # of training prompts, in turn
+KINDS = (recall_prompt, dialogue_prompt, table_prompt, recall_prompt, text_prompt)  # of training prompts, in turn
+ASKING = recall_prompt, table_prompt
 LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
 
 
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--prompts", type=int, default=24, help="training prompts (default 24)")
+    parser.add_argument("--prompts", type=int, default=25, help="training prompts (default 25)")
     parser.add_argument("--length", type=int, default=1536, help="tokens of a prompt (default 1536)")
     parser.add_argument("--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)")
 
@@ -57,7 +59,7 @@ def calibrate(
     texts: list[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
-    prompts: int = 24,
+    prompts: int = 25,
     length: int = 1536,
     held_out: int = 4,
 ) -> Profile:
@@ -99,7 +101,7 @@ def calibrate(
         importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
-    asked = [o for i, o in enumerate(seen) if KINDS[i % len(KINDS)] is recall_prompt]
+    asked = [o for i, o in enumerate(seen) if KINDS[i % len(KINDS)] in ASKING]
     fitted, recall = (_in_all_layers(learned, shape) for learned in (gates.fit(seen), gates.recalling(asked)))
     tuning = [_draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate(dict.fromkeys(KINDS))]
     profile.meta["gate"], profile = gates.choose(model, profile, fitted, recall, tuning)
@@ -129,17 +131,18 @@ def observations(
 def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
     """Print and return the scores of full attention, no profile and this one on prompts not trained on."""
     gains = {}
-    for kind, draw in (("recall", recall_prompt), ("dialogue", dialogue_prompt), ("text", text_prompt)):
+    for draw in dict.fromkeys(KINDS):
+        kind = draw.__name__.removesuffix("_prompt")
         prompts = [_draw(model, draw, texts, length, f"{seed}-held-out-{i}") for i in range(count)]
         gains[kind] = {"full attention": asdict(score(model, prompts))}
         for share in SHARES:
             for name, candidate in (("no profile", None), ("this profile", profile)):
                 scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
                 gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
-    print(f"{'held-out prompts':24} {'answers':>7} {'tokens':>7} {'tool calls':>11} {'text perplexity':>16}")
-    for name, recall in gains["recall"].items():
-        calls, perplexity = gains["dialogue"][name]["exact"], exp(gains["text"][name]["loss"])
-        print(f"{name:24} {recall['exact']:7.3f} {recall['tokens']:7.3f} {calls:11.3f} {perplexity:16.2f}")
+    print(f"{'held-out prompts':24} {'answers':>8} {'records':>8} {'tool calls':>11} {'text perplexity':>16}")
+    for name in gains["text"]:
+        answers, records, calls = (gains[kind][name]["exact"] for kind in ("recall", "table", "dialogue"))
+        print(f"{name:24} {answers:8.3f} {records:8.3f} {calls:11.3f} {exp(gains['text'][name]['loss']):16.2f}")
     return gains
 
 

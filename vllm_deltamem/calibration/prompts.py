@@ -117,7 +117,7 @@ def _magic_number(rng):
 def _code(rng):
     place, value = (
         f"{rng.choice(CITIES)} {rng.choice(PLACES)}",
-        _letters(rng, string.ascii_uppercase + string.digits, 6),
+        letters(rng, string.ascii_uppercase + string.digits, 6),
     )
     return Fact(
         f"The access code of the {place} is {value}.",
@@ -158,12 +158,12 @@ def _hiding_place(rng):
 
 
 def _pair(rng):
-    key, value = _letters(rng, "0123456789abcdef", 8), _letters(rng, "0123456789abcdef", 8)
+    key, value = letters(rng, "0123456789abcdef", 8), letters(rng, "0123456789abcdef", 8)
     return Fact(f'"{key}": "{value}",', f'What value belongs to the key "{key}"?', f'"{key}":', f'"{value}"')
 
 
 def _variable(rng):
-    name, value = _letters(rng, string.ascii_uppercase, 3), str(rng.randint(10000, 99999))
+    name, value = letters(rng, string.ascii_uppercase, 3), str(rng.randint(10000, 99999))
     return Fact(f"VAR {name} = {value}", f"What is the value of the variable {name}?", f"VAR {name} =", value)
 
 
@@ -184,7 +184,7 @@ def _handed_on(rng):
     """Something that is said only by reference to another: nothing in it looks worth keeping by itself."""
     (name, other), (thing, that) = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
     place, elsewhere = (f"{city} {rng.choice(PLACES)}" for city in rng.sample(CITIES, 2))
-    variable, source = _letters(rng, string.ascii_uppercase, 3), _letters(rng, string.ascii_uppercase, 3)
+    variable, source = letters(rng, string.ascii_uppercase, 3), letters(rng, string.ascii_uppercase, 3)
     said, question, value = rng.choice(
         (
             (f"The locker number of {name} is the one of", f"Whose locker number does {name} have?", other),
@@ -226,7 +226,7 @@ def _quotes(sentences, count, rng):
         )
 
 
-def _letters(rng, alphabet, count):
+def letters(rng: random.Random, alphabet: str, count: int) -> str:
     return "".join(rng.choice(alphabet) for _ in range(count))
 
 
