@@ -18,7 +18,7 @@ from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
-SMALL = 1 << 17  # logits of a call that one thread has done before another one is awake
+SMALL = 1 << 14  # logits of a call that one thread has done before another one is awake
 READOUT_BYTES = 32 << 20  # of dequantised memory that stay from step to step, per layer
 
 

@@ -20,15 +20,16 @@ def apply() -> None:
 
 def onednn_mm(dnnl_handler, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., k] times the handler's weight [k, n], plus bias [n]: [..., n], of x's dtype."""
-    return torch.ops.vllm.deltamem_onednn_mm(x, bias, dnnl_handler.handler_tensor, dnnl_handler.n)
+    run = torch.ops.vllm.deltamem_onednn_mm if torch.compiler.is_compiling() else product
+    return run(x, bias, dnnl_handler.handler_tensor, dnnl_handler.n)
 
 
 def product(x: torch.Tensor, bias: torch.Tensor | None, handler: torch.Tensor, n: int) -> torch.Tensor:
-    """A row of x gives the same bits alone as among others: fewer than FEWEST rows are multiplied beside empty ones."""
+    """A row of x gives the same bits alone as among others: fewer than FEWEST rows are multiplied beside their copies."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if count < FEWEST:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, FEWEST - count))
+        rows = torch.cat([rows] * FEWEST)
     out = x.new_empty((len(rows), n))
     torch.ops._C.onednn_mm(out, rows, bias, handler)
     return out[:count].view(*x.shape[:-1], n)
