@@ -25,7 +25,7 @@ def onednn_mm(dnnl_handler, x: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def product(x: torch.Tensor, bias: torch.Tensor | None, handler: torch.Tensor, n: int) -> torch.Tensor:
-    """A row of x gives the same bits alone as among others: fewer than FEWEST rows are multiplied beside their copies."""
+    """A row of x gives the same bits alone as among others: fewer than FEWEST rows go through beside their copies."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if count < FEWEST:
