@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.layers import make_policy, make_rope, make_tokens
+from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu, cpumerge, reference, slot
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
@@ -148,6 +148,28 @@ def test_batch_rows_do_not_touch_each_other(trained):
     for column, row in enumerate((2, 0, 1)):
         assert torch.equal(outs[:, column], expected[row])
     assert torch.equal(slab, alone_slab)
+
+
+def test_a_large_head_is_read_alike_by_any_number_of_threads():
+    """A token sees the same bits alone, on one thread or two, as in a piece of a prompt."""
+    slab, views = make_layer(exact=(4,), coarse=(2400,), dtype=torch.bfloat16)
+    slots, scratch, (k, v, q) = views(slab), {}, make_tokens(2200, 1, group=8, dtype=torch.bfloat16)
+    for first in range(0, 2200, slots.segment):
+        piece = slice(first, min(first + slots.segment, 2200))
+        batch = make_batch([(1, piece.stop - first, piece.stop)])
+        cpu.write(k[piece], v[piece], slots, *batch)
+        cpu.merge(slots, *batch, None, make_policy(1), scratch=scratch)
+    expected, outs = torch.zeros_like(q[piece]), []
+    cpu.attend(q[piece], slots, *batch, 32**-0.5, expected, scratch=scratch)
+    logits = q.shape[1] * scratch[1].heads(reference.left_ring(2200, slots))[0][0].shape[2]
+    assert logits >= cpu.SMALL, "one thread would do it alone"
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch._C.set_num_threads(count)  # vLLM replaces torch.set_num_threads
+        outs.append(torch.zeros_like(q[-1:]))
+        cpu.attend(q[-1:], slots, *make_batch([(1, 1, 2200)]), 32**-0.5, outs[-1], scratch=scratch)
+    torch._C.set_num_threads(threads)
+    assert torch.equal(outs[0], expected[-1:]) and torch.equal(outs[1], expected[-1:])
 
 
 @pytest.mark.parametrize("module", [reference, cpu])
