@@ -7,11 +7,12 @@ go. Whoever changes a slot other than by merge() takes it out.
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, reduce
+from functools import lru_cache
 from math import lcm
 
 import torch
 
+from .cpucombine import combine
 from .cpumerge import merge_slot
 from .readout import MASKED, Readout
 from .reference import _rows, far_limit, far_query, left_ring
@@ -125,13 +126,13 @@ def _attend_single(q, slots, single, scale, out, rope, scratch):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
     kv_heads = slots.ring_k.shape[1]
     tokens, held, mask = _single_tables(tuple(single), slots.window, slots.segment, slots.sliding)
-    query = q[tokens].view(len(single), kv_heads, -1, q.shape[2])
-    near, lse = _partial(*_operands(query, slots.ring_k[held], slots.ring_v[held], mask), scale)
-    near, lse = near[:, :, : query.shape[2], None], lse[:, :, : query.shape[2], None]
+    query = _whole_blocks(q[tokens].view(len(single), kv_heads, -1, q.shape[2]))
+    near, lse = _partial(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
+    near, lse = near.contiguous(), lse.contiguous()
     for i, (slot, row, seq_len) in enumerate(single):
-        passes = _passes(q[row : row + 1], slots, slot, seq_len, rope, scratch)
-        memory = [_memory(rows, _partials(_memory_operands(rows, heads), scale)) for rows, heads in passes]
-        out[row] = _combine([(near[i], lse[i]), *memory]).reshape(q.shape[1:])
+        this = slice(row, row + 1)
+        calls = _memory_calls(q[this], query[i, :, None], slots, slot, seq_len, rope, scratch)
+        combine(near[i : i + 1], lse[i, :, None], _partials(calls, scale), out[this])
 
 
 @lru_cache(maxsize=4)  # the layers of a step ask for the same ones, or for two
@@ -151,25 +152,21 @@ def _index(places: tuple[int, ...]) -> slice | torch.Tensor:
 def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
     mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
-    kv_heads = slots.ring_k.shape[1]
     ring = slots.ring_k[slot, :, None], slots.ring_v[slot, :, None]
-    passes = _passes(q, slots, slot, seq_len, rope, scratch)
+    calls = _memory_calls(q, _side_by_side(q, slots.ring_k.shape[1]), slots, slot, seq_len, rope, scratch)
     if helpers:  # what they read must stay as it is
         ring = [x.clone() for x in ring]
-        passes = [(rows, [[x.clone() for x in head] for head in heads]) for rows, heads in passes]
-    calls = [[_operands(_by_head(q, kv_heads), *ring, mask)], *(_memory_operands(*seen) for seen in passes)]
+        calls = [(rows, *(x.clone() for x in entries)) for rows, *entries in calls]
+    near = _whole_blocks(_by_head(q, slots.ring_k.shape[1])), *ring, _whole_blocks(mask)
 
     def see():
-        return [_partials(heads, scale) for heads in calls]
-
-    def join(parts):
-        (near, lse), *memory = parts[0][0], *(_memory(q, heads) for heads in parts[1:])
-        _by_head(out, kv_heads).copy_(_combine([(near[:, :, : len(q)], lse[:, :, : len(q)]), *memory]))
+        (part, lse), *memory = _partials([near, *calls], scale)
+        combine(part.permute(2, 0, 1, 3)[: len(q)].contiguous(), lse.transpose(1, 2).contiguous(), memory, out)
 
     if helpers:
-        helpers.submit(see, join)
+        helpers.submit(see)
     else:
-        join(see())
+        see()
 
 
 def _by_head(q, kv_heads):
@@ -177,68 +174,47 @@ def _by_head(q, kv_heads):
     return q.view(len(q), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
 
 
-def _passes(q, slots, slot, seq_len, rope, scratch):
-    """How queries [T, H, D] at the end of a sequence see its memory: near entries, and far ones in a second pass.
+def _side_by_side(q, kv_heads):
+    """Queries [T, H, D] as [G, 1, R * T, D] in whole blocks: the heads of a group see the same entries."""
+    return _whole_blocks(_by_head(q, kv_heads).reshape(kv_heads, 1, -1, q.shape[2]))
 
-    Returns (queries, Readout.heads) of each pass.
+
+def _memory_calls(q, rows, slots, slot, seq_len, rope, scratch):
+    """What _partial takes for queries [T, H, D] at the end of a sequence to see its memory, head by head.
+
+    Near entries of all heads, and where there are far ones those of all heads in a second pass.
+    rows: q side by side.
     """
     gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
     if not gone or slots.sliding:
         return []
     readout = _readout(slots, slot, gone, scratch)
     if not limit:
-        return [(q, readout.heads(gone))]
+        return _by_entries(rows, readout.heads(gone))
     far = readout.far(limit)
-    turned = far_query(q, torch.arange(seq_len - len(q), seq_len), rope)
-    return [(rows, readout.heads(gone, unseen)) for rows, unseen in ((q, far), (turned, ~far))]
+    turned = _side_by_side(far_query(q, torch.arange(seq_len - len(q), seq_len), rope), len(rows))
+    return _by_entries(rows, readout.heads(gone, far)) + _by_entries(turned, readout.heads(gone, ~far))
 
 
-def _memory_operands(q, heads):
-    """Of each head, for queries [T, H, D]; heads: see Readout.heads."""
-    query = _by_head(q, len(heads))
-    together = _whole_blocks(query.reshape(len(query), 1, -1, q.shape[2]))  # the heads of a group see the same keys
-    return [(rows, *head) for rows, head in zip(together.split(1), heads, strict=True)]
+def _by_entries(rows, heads):
+    """Of each head its queries and its entries; heads: see Readout.heads."""
+    return [(query, *entries) for query, entries in zip(rows.split(1), heads, strict=True)]
 
 
-def _memory(q, parts):
-    """Partial attention of queries [T, H, D] to the entries of all heads."""
-    shape = len(parts), q.shape[1] // len(parts), len(q)
-    out, lse = (torch.cat(column)[:, :, : shape[1] * shape[2]] for column in zip(*parts, strict=True))
-    return out.reshape(*shape, q.shape[2]), lse.reshape(shape)
-
-
-def _operands(q, k, v, mask):
-    """For _partial: q [B, P, T, D], k and v [B, P or 1, K, D], mask broadcast; T becomes whole blocks."""
-    q = _whole_blocks(q)
-    if mask.shape[2] > 1:
-        mask = _whole_blocks(mask)
-    shape = (*q.shape[:2], *k.shape[2:])
-    return q, k.expand(shape), v.expand(shape), mask
-
-
-def _partials(heads, scale):
-    return [_partial(*operands, scale) for operands in heads]
+def _partials(calls, scale):
+    return [_partial(*call, scale) for call in calls]
 
 
 def _partial(q, k, v, mask, scale):
-    """Partial attention and its log-sum-exp, of operands as above."""
+    """Partial attention and its log-sum-exp: q [B, P, T, D] whole blocks, k and v [B, P or 1, K, D], mask broadcast."""
+    heads = (-1, q.shape[1], -1, -1)
     with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k.expand(heads), v.expand(heads), attn_mask=mask, scale=scale
+        )
 
 
 def _whole_blocks(x):
     """x [B, P, T, ...] with empty rows up to a multiple of ROW_BLOCK."""
     spare = -x.shape[2] % ROW_BLOCK
     return torch.nn.functional.pad(x, (0, 0, 0, spare)) if spare else x
-
-
-@_one_thread()
-def _combine(parts):
-    """Join partial attentions [..., D] by their log-sum-exp [...] (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
-    if len(parts) == 1:
-        return parts[0][0]
-    top = reduce(torch.maximum, [lse for _, lse in parts])
-    # torch.sigmoid and logaddexp round by a value's place in the tensor, exp does not
-    shares = [(lse - top).contiguous().exp().unsqueeze(-1) for _, lse in parts]
-    joined = [out.float().mul(share) for (out, _), share in zip(parts, shares, strict=True)]  # no fma
-    return reduce(torch.add, joined).div_(reduce(torch.add, shares))

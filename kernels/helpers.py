@@ -21,26 +21,26 @@ class Helpers:
         threads = min(threads, MOST_THREADS)
         self._most = OPEN * threads
         self._pool = ThreadPoolExecutor(threads, "deltamem", _settle)
-        self._open: dict[Future, Callable] = {}
-        self._results: list[tuple[Future, Callable]] = []
+        self._open: dict[Future, Callable[[], None]] = {}
 
-    def submit(self, task: Callable[[], list], then: Callable[[list], None]) -> None:
-        """Have a task done by another thread, or at once where many are open; finish() gives its result to `then`."""
-        self._open = {future: left for future, left in self._open.items() if not future.done()}
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have a task done by another thread, or at once where many are open: once finish() returns it is done."""
+        for future in [future for future in self._open if future.done()]:
+            del self._open[future]
+            future.result()  # raises what the task raised
         if len(self._open) < self._most:
-            future = self._pool.submit(torch.inference_mode()(task))
-            self._open[future] = task
+            self._open[self._pool.submit(torch.inference_mode()(task))] = task
         else:
-            future = Future()
-            future.set_result(task())
-        self._results.append((future, then))
+            task()
 
     def finish(self) -> None:
-        """Do what no thread has begun, wait for the rest, and pass the results on. Raises what a task raised."""
-        results, self._results = self._results, []
+        """Do what no thread has begun and wait for the rest. Raises what a task raised."""
         left, self._open = self._open, {}  # an idle server keeps no copies
-        for future, then in reversed(results):  # the threads begin with the first
-            then(left[future]() if future.cancel() else future.result())
+        for future, task in reversed(left.items()):  # the threads begin with the first
+            if future.cancel():
+                task()
+            else:
+                future.result()
 
 
 def _settle():

@@ -10,6 +10,7 @@ from numba import njit
 
 from .slot import MAX_POSITION, POSITION_BITS
 
+BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by bytes
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -23,7 +24,7 @@ def compiled(function):
 
 def as_bits(x: torch.Tensor) -> np.ndarray:
     """The same memory, floats as their bits."""
-    whole = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}[x.itemsize]
+    whole = BITS[x.itemsize]
     return (x if x.dtype == whole else x.view(whole)).numpy()
 
 

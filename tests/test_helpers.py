@@ -1,6 +1,7 @@
 """Helpers: what other threads attend to is what the caller would have, whatever it does in the meantime."""
 
 import threading
+from concurrent.futures import wait as futures_wait
 
 import pytest
 import torch
@@ -30,38 +31,43 @@ def test_prompt_is_attended_as_without_helpers(threads, trained):
     assert torch.equal(*slabs)
 
 
-def test_every_result_arrives_once_and_work_is_bounded():
-    helpers, release, begun, results = Helpers(1), threading.Event(), threading.Event(), []
-    caller = threading.current_thread()
+def test_every_task_is_done_once_and_open_ones_are_bounded():
+    helpers, release, begun, callers = Helpers(1), threading.Event(), threading.Event(), []
+
+    def note():
+        callers.append(threading.current_thread())
 
     def wait():
         begun.set()
         assert release.wait(60)
-        return [threading.current_thread() is caller]
+        note()
 
-    helpers.submit(wait, results.append)
+    helpers.submit(wait)
     assert begun.wait(60)
     for _ in range(9):
-        helpers.submit(lambda: [threading.current_thread() is caller], results.append)
-    assert not results and len(helpers._open) <= OPEN
+        helpers.submit(note)
+    assert len(callers) == 10 - OPEN and len(helpers._open) == OPEN
     threading.Timer(0.2, release.set).start()
     helpers.finish()
-    assert len(results) == 10 and not helpers._open
-    assert results.count([False]) == 1, "the caller does what the thread has not begun"
+    assert len(callers) == 10 and not helpers._open
+    assert callers.count(threading.current_thread()) == 9, "the caller does what the thread has not begun"
     helpers.finish()
-    assert len(results) == 10
+    assert len(callers) == 10
 
 
-def test_error_of_a_task_reaches_the_caller():
-    helpers = Helpers(1)
+@pytest.mark.parametrize("later", ["submit", "finish"])
+def test_error_of_a_task_reaches_the_caller(later):
+    helpers, done = Helpers(1), []
 
     def fail():
         raise RuntimeError("no such memory")
 
-    helpers.submit(fail, lambda result: None)
+    helpers.submit(fail)
     with pytest.raises(RuntimeError, match="no such memory"):
+        if later == "submit":
+            futures_wait(helpers._open)
+            helpers.submit(lambda: None)
         helpers.finish()
-    results = []
-    helpers.submit(lambda: [1], results.append)
+    helpers.submit(lambda: done.append(1))
     helpers.finish()
-    assert results == [[1]]
+    assert done == [1]

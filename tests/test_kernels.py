@@ -5,7 +5,7 @@ import torch
 
 from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu, cpumerge, reference, slot
+from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, reference, slot
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
@@ -72,11 +72,12 @@ def test_cpu_path_matches_reference(settings, rope, learned):
 def test_nothing_is_left_to_compile(settings, rope, dtype):
     k, v, q = make_tokens(173, dtype=dtype)
     rope, policy, (slots, slab) = make_rope(rope[0], 32, rope[1]), make_policy(), make_slots(settings, dtype)
-    functions = cpumerge._read, cpumerge._rank, cpumerge._exchange, cpumerge._merge_rest
+    functions = cpumerge._read, cpumerge._rank, cpumerge._exchange, cpumerge._merge_rest, cpucombine._combine
     cpumerge.compile_merge(slots, rope)
+    cpucombine.compile_combine(dtype)
     compiled = [len(f.signatures) for f in functions]
     assert all(compiled) and not slab.any()
-    run(cpu, slots, k, v, q, 2, [173], rope, policy)
+    run(cpu, slots, k, v, q, 2, [170, 1, 2], rope, policy)
     assert [len(f.signatures) for f in functions] == compiled
 
 

@@ -15,6 +15,7 @@ logger = init_logger(__name__)
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
+    from vllm_deltamem.kernels.cpucombine import compile_combine
     from vllm_deltamem.kernels.cpumerge import compile_merge
     from vllm_deltamem.kernels.helpers import Helpers
 else:
@@ -137,6 +138,7 @@ class SlotPool:
         layers = [layout.views(slab, i) for i in range(layout.shape.layers)]
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes half a minute the first time.")
+            compile_combine(layout.shape.dtype)
             for slots in (layers[i] for i in layout.shape.full_layers):
                 compile_merge(slots, rope)
         return cls(
