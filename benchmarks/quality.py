@@ -131,10 +131,10 @@ def execute(run: Run) -> None:
 
 
 def cache_bytes(jobs: int) -> int | None:
-    """Of the KV cache of each of the engines at a time: a quarter of the machine's memory goes to caches, or half of
+    """Of the KV cache of each of the engines at a time: an eighth of the machine's memory goes to caches, or half of
     the GPU's; None: what vLLM finds free there."""
     if not torch.cuda.is_available():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // jobs
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8 // jobs
     return torch.cuda.get_device_properties(0).total_memory // 2 // jobs if jobs > 1 else None
 
 
