@@ -7,7 +7,6 @@ import time
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
 from engines import FAMILIES, OPTIONS, STOCK, engine, save_model, tokens  # noqa: E402
