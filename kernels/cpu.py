@@ -19,7 +19,7 @@ from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
-SMALL = 1 << 14  # logits of a call that one thread has done before another one is awake
+SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
 READOUT_BYTES = 32 << 20  # of dequantised memory that stay from step to step, per layer
 
 
@@ -157,7 +157,8 @@ def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
     if helpers:  # what they read must stay as it is
         ring = [x.clone() for x in ring]
         calls = [(rows, *(x.clone() for x in entries)) for rows, *entries in calls]
-    near = _whole_blocks(_by_head(q, slots.ring_k.shape[1])), *ring, _whole_blocks(mask)
+    query = _whole_blocks(_by_head(q, slots.ring_k.shape[1]))
+    near = query, *(x.expand(-1, query.shape[1], -1, -1) for x in ring), _whole_blocks(mask)
 
     def see():
         (part, lse), *memory = _partials([near, *calls], scale)
@@ -180,7 +181,7 @@ def _side_by_side(q, kv_heads):
 
 
 def _memory_calls(q, rows, slots, slot, seq_len, rope, scratch):
-    """What _partial takes for queries [T, H, D] at the end of a sequence to see its memory, head by head.
+    """What _partial takes for queries [T, H, D] at the end of a sequence to see its memory.
 
     Near entries of all heads, and where there are far ones those of all heads in a second pass.
     rows: q side by side.
@@ -190,15 +191,16 @@ def _memory_calls(q, rows, slots, slot, seq_len, rope, scratch):
         return []
     readout = _readout(slots, slot, gone, scratch)
     if not limit:
-        return _by_entries(rows, readout.heads(gone))
+        return _by_entries(rows, readout.runs(gone))
     far = readout.far(limit)
     turned = _side_by_side(far_query(q, torch.arange(seq_len - len(q), seq_len), rope), len(rows))
-    return _by_entries(rows, readout.heads(gone, far)) + _by_entries(turned, readout.heads(gone, ~far))
+    return _by_entries(rows, readout.runs(gone, far)) + _by_entries(turned, readout.runs(gone, ~far))
 
 
-def _by_entries(rows, heads):
-    """Of each head its queries and its entries; heads: see Readout.heads."""
-    return [(query, *entries) for query, entries in zip(rows.split(1), heads, strict=True)]
+def _by_entries(rows, runs):
+    """Queries [1, P, R * T, D] and entries of each run of heads, see Readout.runs."""
+    queries = rows.transpose(0, 1).split([k.shape[1] for k, _, _ in runs], 1)
+    return [(query, *entries) for query, entries in zip(queries, runs, strict=True)]
 
 
 def _partials(calls, scale):
@@ -206,12 +208,9 @@ def _partials(calls, scale):
 
 
 def _partial(q, k, v, mask, scale):
-    """Partial attention and its log-sum-exp: q [B, P, T, D] whole blocks, k and v [B, P or 1, K, D], mask broadcast."""
-    heads = (-1, q.shape[1], -1, -1)
+    """Partial attention and its log-sum-exp: q [B, P, T, D] whole blocks, k and v [B, P, K, D], mask broadcast."""
     with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.expand(heads), v.expand(heads), attn_mask=mask, scale=scale
-        )
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _whole_blocks(x):

@@ -12,16 +12,15 @@ def combine(near, near_lse, parts, out) -> None:
     """Join what queries saw in their ring and in their memory (Milakov & Gimelshein 2018, arXiv 1805.02867).
 
     near [T, G, R or more, D] and near_lse [G, T, R or more] fp32, contiguous: of the ring, of every kv head.
-    parts: of the memory, pass by pass and head by head, (partial [1, 1, R * T or more, D], log-sum-exp); may be empty.
+    parts: of the memory, pass by pass, (partial [1, P, R * T or more, D], log-sum-exp) of some heads; may be empty.
     out [T, H, D]: written, in the dtype of the partials.
     """
     if not parts:
         rows = out.view(len(out), near.shape[1], -1, out.shape[2])
         rows.copy_(near[:, :, : rows.shape[2]])
         return
-    memory, memory_lse = (torch.cat(column) for column in zip(*parts, strict=True))
-    kind = KINDS[out.dtype]
-    _combine(kind, as_bits(near), near_lse.numpy(), as_bits(memory[:, 0]), memory_lse[:, 0].numpy(), as_bits(out))
+    memory, memory_lse = (torch.cat(column, 1)[0] for column in zip(*parts, strict=True))
+    _combine(KINDS[out.dtype], as_bits(near), near_lse.numpy(), as_bits(memory), memory_lse.numpy(), as_bits(out))
 
 
 def compile_combine(dtype: torch.dtype) -> None:

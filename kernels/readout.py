@@ -1,5 +1,7 @@
 """The memory of one slot in one layer as attention and merging read it, dequantised, for the CPU path."""
 
+from itertools import groupby
+
 import torch
 
 from .arrays import Arrays
@@ -34,7 +36,7 @@ class Readout:
         self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
         self.arrays: Arrays | None = None
         self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
-        self._heads: tuple[int, list] = 0, []  # likewise of heads()
+        self._runs: tuple[int, list] = 0, []  # likewise of runs()
 
     @property
     def nbytes(self) -> int:
@@ -45,19 +47,23 @@ class Readout:
         """Columns of each head that may hold something once the memory has seen `gone` tokens."""
         return [blocks(min(capacity, gone)) for capacity in self.capacities]
 
-    def heads(self, gone: int, unseen: torch.Tensor | None = None) -> list[tuple[torch.Tensor, ...]]:
-        """(k, v [1, 1, E, D], bias [1, 1, 1, E]) of each head as its queries see it: views, one by one since a head
-        may hold eight times the mean. Columns `unseen` [G, E] are masked.
+    def runs(self, gone: int, unseen: torch.Tensor | None = None) -> list[tuple[torch.Tensor, ...]]:
+        """(k, v [1, P, E, D], bias [1, P, 1, E]) of every P heads side by side that hold as many entries, as their
+        queries see them: views, since a head may hold eight times the mean. Columns `unseen` [G, E] are masked.
         """
         if unseen is not None:
             return self._cut(gone, self.bias.masked_fill(unseen, MASKED))
-        if self._heads[0] != gone:
-            self._heads = gone, self._cut(gone, self.bias)
-        return self._heads[1]
+        if self._runs[0] != gone:
+            self._runs = gone, self._cut(gone, self.bias)
+        return self._runs[1]
 
     def _cut(self, gone, bias):
-        rows = zip(self.k, self.v, bias, self.widths(gone), strict=True)
-        return [(k[None, None, :n], v[None, None, :n], mask[None, None, None, :n]) for k, v, mask, n in rows]
+        first, found = 0, []
+        for n, run in groupby(self.widths(gone)):
+            heads = slice(first, first + len(list(run)))
+            found.append((self.k[None, heads, :n], self.v[None, heads, :n], bias[None, heads, None, :n]))
+            first = heads.stop
+        return found
 
     def far(self, limit: int) -> torch.Tensor:
         """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""

@@ -162,7 +162,7 @@ def test_a_large_head_is_read_alike_by_any_number_of_threads():
         cpu.merge(slots, *batch, None, make_policy(1), scratch=scratch)
     expected, outs = torch.zeros_like(q[piece]), []
     cpu.attend(q[piece], slots, *batch, 32**-0.5, expected, scratch=scratch)
-    logits = q.shape[1] * scratch[1].heads(reference.left_ring(2200, slots))[0][0].shape[2]
+    logits = q.shape[1] * scratch[1].runs(reference.left_ring(2200, slots))[0][0].shape[2]
     assert logits >= cpu.SMALL, "one thread would do it alone"
     threads = torch.get_num_threads()
     for count in (1, 2):
