@@ -20,6 +20,7 @@ from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
+TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
 READOUT_BYTES = 32 << 20  # of dequantised memory that stay from step to step, per layer
 
 
@@ -76,11 +77,17 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
 
 
-@contextmanager
 def _one_thread():
     """For many small operations: to wake other threads for one takes longer than the operation."""
+    return _at_most(1)
+
+
+@contextmanager
+def _at_most(most):
+    """With no more of PyTorch's threads."""
     threads = torch.get_num_threads()
-    torch._C.set_num_threads(1)  # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
+    # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
+    torch._C.set_num_threads(min(most, threads))
     try:
         yield
     finally:
@@ -151,13 +158,14 @@ def _index(places: tuple[int, ...]) -> slice | torch.Tensor:
 
 def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
+    kv_heads = slots.ring_k.shape[1]
     mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
     ring = slots.ring_k[slot, :, None], slots.ring_v[slot, :, None]
-    calls = _memory_calls(q, _side_by_side(q, slots.ring_k.shape[1]), slots, slot, seq_len, rope, scratch)
+    calls = _memory_calls(q, _side_by_side(q, kv_heads), slots, slot, seq_len, rope, scratch)
     if helpers:  # what they read must stay as it is
         ring = [x.clone() for x in ring]
         calls = [(rows, *(x.clone() for x in entries)) for rows, *entries in calls]
-    query = _whole_blocks(_by_head(q, slots.ring_k.shape[1]))
+    query = _whole_blocks(_by_head(q, kv_heads))
     near = query, *(x.expand(-1, query.shape[1], -1, -1) for x in ring), _whole_blocks(mask)
 
     def see():
@@ -209,7 +217,13 @@ def _partials(calls, scale):
 
 def _partial(q, k, v, mask, scale):
     """Partial attention and its log-sum-exp: q [B, P, T, D] whole blocks, k and v [B, P, K, D], mask broadcast."""
-    with _one_thread() if q.shape[:3].numel() * k.shape[2] < SMALL else nullcontext():
+    if q.shape[:3].numel() * k.shape[2] < SMALL:
+        threads = _one_thread()
+    elif q.shape[:2].numel() == 1 and q.shape[2] <= TASK_ROWS:
+        threads = _at_most(2)  # three and more round a product otherwise than one does, two as one
+    else:
+        threads = nullcontext()
+    with threads:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
 

@@ -4,18 +4,27 @@ import pytest
 import torch
 
 from vllm_deltamem.kernels.cpucombine import combine
-
-EMPTY = -1e30  # the log-sum-exp of a memory that holds nothing, about
+from vllm_deltamem.kernels.readout import MASKED
 
 
 def make(passes, tokens, kv_heads, group, size, dtype):
-    """(near, near_lse, parts) with rows beyond what is asked for."""
+    """(near, near_lse, parts of one head each) with rows beyond what is asked for."""
     spare = 3
     near = torch.randn(tokens, kv_heads, group + spare, size).to(dtype)
     near_lse = 4 * torch.randn(kv_heads, tokens, group + spare)
     rows = group * tokens + spare
     calls = [(torch.randn(1, 1, rows, size).to(dtype), 4 * torch.randn(1, 1, rows)) for _ in range(passes * kv_heads)]
     return near, near_lse, calls
+
+
+def runs(calls, kv_heads):
+    """The same parts with all heads of a pass but the first in one."""
+    found = []
+    for first in range(0, len(calls), kv_heads):
+        found.append(calls[first])
+        if kv_heads > 1:
+            found.append(tuple(torch.cat(x, 1) for x in zip(*calls[first + 1 : first + kv_heads], strict=True)))
+    return found
 
 
 def expected(near, near_lse, calls, tokens, kv_heads, group):
@@ -41,11 +50,14 @@ def test_parts_are_joined_by_their_log_sum_exp(passes, tokens, kv_heads, group, 
     combine(near, near_lse, calls, out)
     wanted = expected(near, near_lse, calls, tokens, kv_heads, group)
     torch.testing.assert_close(out.double(), wanted.flatten(1, 2), atol=close, rtol=close)
+    together = torch.empty_like(out)
+    combine(near, near_lse, runs(calls, kv_heads), together)
+    assert torch.equal(together, out)
 
 
 def test_what_holds_nothing_adds_nothing():
     near, near_lse, calls = make(1, 4, 2, 3, 32, torch.bfloat16)
-    calls = [(part, torch.full_like(lse, EMPTY)) for part, lse in calls]
+    calls = [(part, torch.full_like(lse, MASKED)) for part, lse in calls]
     out = torch.empty(4, 6, 32, dtype=torch.bfloat16)
     combine(near, near_lse, calls, out)
     assert torch.equal(out, near[:, :, :3].flatten(1, 2))

@@ -151,26 +151,29 @@ def test_batch_rows_do_not_touch_each_other(trained):
     assert torch.equal(slab, alone_slab)
 
 
-def test_a_large_head_is_read_alike_by_any_number_of_threads():
-    """A token sees the same bits alone, on one thread or two, as in a piece of a prompt."""
-    slab, views = make_layer(exact=(4,), coarse=(2400,), dtype=torch.bfloat16)
-    slots, scratch, (k, v, q) = views(slab), {}, make_tokens(2200, 1, group=8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("coarse", [(2400,), (1100,), (2400, 2400, 700), (90, 2400)], ids=str)
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_large_heads_are_read_alike_by_any_number_of_threads(coarse, group):
+    """A token sees the same bits alone, on however many threads, as in a piece of a prompt."""
+    kv_heads = len(coarse)
+    slab, views = make_layer(exact=(4,) * kv_heads, coarse=coarse, size=64, dtype=torch.bfloat16)
+    slots, scratch, (k, v, q) = views(slab), {}, make_tokens(2200, kv_heads, 64, group, torch.bfloat16)
     for first in range(0, 2200, slots.segment):
         piece = slice(first, min(first + slots.segment, 2200))
         batch = make_batch([(1, piece.stop - first, piece.stop)])
         cpu.write(k[piece], v[piece], slots, *batch)
-        cpu.merge(slots, *batch, None, make_policy(1), scratch=scratch)
+        cpu.merge(slots, *batch, None, make_policy(kv_heads, 64), scratch=scratch)
     expected, outs = torch.zeros_like(q[piece]), []
     cpu.attend(q[piece], slots, *batch, 32**-0.5, expected, scratch=scratch)
-    logits = q.shape[1] * scratch[1].runs(reference.left_ring(2200, slots))[0][0].shape[2]
+    logits = group * max(k.shape[2] for k, _, _ in scratch[1].runs(reference.left_ring(2200, slots)))
     assert logits >= cpu.SMALL, "one thread would do it alone"
     threads = torch.get_num_threads()
-    for count in (1, 2):
+    for count in (1, 2, 3, 4, 8):
         torch._C.set_num_threads(count)  # vLLM replaces torch.set_num_threads
         outs.append(torch.zeros_like(q[-1:]))
         cpu.attend(q[-1:], slots, *make_batch([(1, 1, 2200)]), 32**-0.5, outs[-1], scratch=scratch)
     torch._C.set_num_threads(threads)
-    assert torch.equal(outs[0], expected[-1:]) and torch.equal(outs[1], expected[-1:])
+    assert all(torch.equal(out, expected[-1:]) for out in outs)
 
 
 @pytest.mark.parametrize("module", [reference, cpu])
