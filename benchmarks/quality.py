@@ -16,6 +16,7 @@ soon as a policy is through.
 import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,12 +121,15 @@ def prepare(base: Plan, policy: str, reduction: float) -> Run:
     return Run(policy, reduction, memory, allowed, replace(base, outputs=str(folder), **own))
 
 
-def execute(run: Run) -> None:
-    """Raises RuntimeError where the engine fails."""
+def execute(run: Run, engines: set[subprocess.Popen]) -> None:
+    """Keeps its engine among `engines` while that runs. Raises RuntimeError where it fails."""
     module = "benchmarks.alternatives.runner" if run.plan.alternative else "benchmarks.engine"
-    done = subprocess.run([sys.executable, "-m", module], input=run.plan.written(), text=True, cwd=ROOT)
-    if done.returncode:
-        end = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+    engine = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, text=True, cwd=ROOT)
+    engines.add(engine)
+    engine.communicate(run.plan.written())
+    engines.remove(engine)
+    if engine.returncode:
+        end = f"signal {-engine.returncode}" if engine.returncode < 0 else f"status {engine.returncode}"
         what = f"{run.policy} at {run.reduction:.0%}"
         raise RuntimeError(f"The engine of {what} ended with {end}; the same command goes on where it stopped.")
 
@@ -139,13 +143,23 @@ def cache_bytes(jobs: int) -> int | None:
 
 
 def executed(runs: list[Run], jobs: int) -> Iterator[Run]:
-    """The runs in their order, each once it is done; `jobs` at a time, on cores of their own."""
+    """The runs in their order, each once it is done; `jobs` at a time, on cores of their own.
+
+    Whoever stops iterating, by an exception or a signal, stops the engines.
+    """
+    engines: set[subprocess.Popen] = set()
     cores = sorted(os.sched_getaffinity(0))
     shares = SimpleQueue()
     for i in range(jobs):
         shares.put(cores[i::jobs] or cores)
     with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
-        yield from (run for run, _ in zip(runs, pool.map(execute, runs), strict=True))
+        done = pool.map(execute, runs, [engines] * len(runs))
+        try:
+            yield from (run for run, _ in zip(runs, done, strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for engine in list(engines):
+                engine.terminate()
 
 
 def summary(part: str):
@@ -180,6 +194,7 @@ def rows(suite: str, samples: list, full: dict, outputs: dict) -> list[dict]:
 
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; the same command goes on where it stopped."))
     model, data = (str(folder.absolute()) for folder in (args.model, args.data))
     base = Plan(model, data, args.context, args.suites, args.seed, args.n, cache=cache_bytes(args.jobs))
     runs = [prepare(base, "full", 0.0)]

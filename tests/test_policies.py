@@ -1,7 +1,10 @@
 """What the quality benchmark compares: bytes, ablations and the table of them. No weights."""
 
 import os
-from threading import Barrier
+import signal
+from pathlib import Path
+from threading import Barrier, Thread
+from time import monotonic, sleep
 
 import pytest
 from transformers import LlamaConfig
@@ -74,7 +77,7 @@ def test_full_attention_holds_what_it_read(base):
 def test_engines_at_a_time_share_the_cores(monkeypatch):
     seen, both = [], Barrier(2)
 
-    def execute(run):
+    def execute(run, engines):
         both.wait(10)
         seen.append(os.sched_getaffinity(0))
 
@@ -89,6 +92,29 @@ def test_an_engine_that_fails_is_named(base, monkeypatch):
     monkeypatch.setattr(quality.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="engine of full at 0% ended with status 1; the same command goes on"):
         list(quality.executed([quality.prepare(base, "full", 0.0)], jobs=1))
+
+
+def test_a_benchmark_that_is_killed_ends_its_engine(base, tmp_path, monkeypatch):
+    engine = tmp_path / "engine"
+    engine.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    engine.chmod(0o700)
+    monkeypatch.setattr(quality.sys, "executable", str(engine))
+
+    def kill():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, killer, began = signal.getsignal(signal.SIGTERM), Thread(target=kill), monotonic()
+    monkeypatch.setattr(quality, "prepare", lambda plan, *_: quality.Run("full", 0.0, None, None, plan))
+    killer.start()
+    try:
+        with pytest.raises(SystemExit, match="Terminated; the same command goes on"):
+            quality.main(["--model", base.model, "--data", base.data, "--suites", "needle1"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert monotonic() - began < 30
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 def test_only_deltamem_is_asked_for_pins_and_sessions():
