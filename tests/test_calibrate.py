@@ -1,5 +1,6 @@
 """Calibration on a tiny random model: influence is a derivative, budgets an optimum, runs repeat."""
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from vllm_deltamem import calibrate, windows
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.calibration import (
     budgets,
+    cases,
     codes,
     dialogues,
     gates,
@@ -136,6 +138,22 @@ def test_tables_ask_for_records_that_stand_in_them_once(model, seed):
     assert len(records) == len(set(records))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_cases_ask_for_calls_whose_arguments_were_told(model, seed):
+    prompt = cases.case_prompt(model.tokenizer, TEXT * 8, 6000, random.Random(seed))
+    again = cases.case_prompt(model.tokenizer, TEXT * 8, 6000, random.Random(seed))
+    assert torch.equal(prompt.ids, again.ids)
+    text = model.tokenizer.decode
+    assert 5000 < len(prompt.ids) < 6500 and prompt.spans[-1][1] == len(prompt.ids)
+    looked_up = [span for span in prompt.spans if text(prompt.ids[slice(*span)]).startswith("find_")]
+    assert len(looked_up) >= 3 and len(prompt.spans) > len(looked_up)
+    for begin, end in prompt.spans:
+        before, call = text(prompt.ids[:begin]), text(prompt.ids[begin:end])
+        name, arguments = call.split('"', 1)[0].split()[0], json.loads(re.search(r"{[^{}]*}", call)[0])
+        assert f"- {name}(" in before
+        assert name == "report" or {str(value) in before for value in arguments.values()} == {True}
+
+
 def test_instructions_move_into_the_first_message_where_a_template_has_no_place_for_them(model, monkeypatch):
     turns = [prompts.Turn("Hello.", "", "world", wanted=True)]
     template = (
@@ -205,7 +223,7 @@ def test_hull_leaves_out_what_lies_above():
 
 def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gates, "CANDIDATES", {"drop": gates.CANDIDATES["drop"]})
-    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=10, length=1024, held_out=1)
+    made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=12, length=1024, held_out=1)
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
@@ -222,7 +240,7 @@ def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp
     monkeypatch.setattr(gates, "CANDIDATES", {})
     tokenizer.save_pretrained(tmp_path)
     made = calibrate.calibrate(
-        str(save_model(tmp_path, family)), tmp_path / "a", [TEXT * 8], prompts=10, length=1024, held_out=1
+        str(save_model(tmp_path, family)), tmp_path / "a", [TEXT * 8], prompts=12, length=1024, held_out=1
     )
     sliding = [kind == "sliding_attention" for kind in MIXED]
     for weight in (*made.importance[:3], made.gate):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vllm_deltamem.calibration import budgets, codes, gates, importance
+from vllm_deltamem.calibration.cases import case_prompt
 from vllm_deltamem.calibration.dialogues import dialogue_prompt
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
@@ -28,7 +29,14 @@ from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
-KINDS = (recall_prompt, dialogue_prompt, table_prompt, recall_prompt, text_prompt)  # of training prompts, in turn
+KINDS = (
+    recall_prompt,
+    dialogue_prompt,
+    table_prompt,
+    recall_prompt,
+    case_prompt,
+    text_prompt,
+)  # of training prompts, in turn
 ASKING = recall_prompt, table_prompt
 LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
 
@@ -39,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--prompts", type=int, default=25, help="training prompts (default 25)")
+    parser.add_argument("--prompts", type=int, default=24, help="training prompts (default 24)")
     parser.add_argument("--length", type=int, default=1536, help="tokens of a prompt (default 1536)")
     parser.add_argument("--held-out", type=int, default=4, help="prompts of the closing comparison (default 4)")
 
@@ -59,7 +67,7 @@ def calibrate(
     texts: list[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
-    prompts: int = 25,
+    prompts: int = 24,
     length: int = 1536,
     held_out: int = 4,
 ) -> Profile:
@@ -139,10 +147,11 @@ def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, l
             for name, candidate in (("no profile", None), ("this profile", profile)):
                 scores = [score(model, [p], memory_attention(model, candidate, len(p.ids), share)) for p in prompts]
                 gains[kind][f"{share:.0%}, {name}"] = asdict(_mean(scores))
-    print(f"{'held-out prompts':24} {'answers':>8} {'records':>8} {'tool calls':>11} {'text perplexity':>16}")
+    columns = {"recall": "answers", "table": "records", "dialogue": "tool calls", "case": "calls of cases"}
+    print(f"{'held-out prompts':24}", *(f"{title:>14}" for title in columns.values()), f"{'text perplexity':>16}")
     for name in gains["text"]:
-        answers, records, calls = (gains[kind][name]["exact"] for kind in ("recall", "table", "dialogue"))
-        print(f"{name:24} {answers:8.3f} {records:8.3f} {calls:11.3f} {exp(gains['text'][name]['loss']):16.2f}")
+        exact = (f"{gains[kind][name]['exact']:14.3f}" for kind in columns)
+        print(f"{name:24}", *exact, f"{exp(gains['text'][name]['loss']):16.2f}")
     return gains
 
 
