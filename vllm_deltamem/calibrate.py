@@ -29,14 +29,8 @@ from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
 SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
-KINDS = (
-    recall_prompt,
-    dialogue_prompt,
-    table_prompt,
-    recall_prompt,
-    case_prompt,
-    text_prompt,
-)  # of training prompts, in turn
+# Of training prompts, in turn
+KINDS = recall_prompt, dialogue_prompt, table_prompt, recall_prompt, case_prompt, text_prompt
 ASKING = recall_prompt, table_prompt
 LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hold what every head needs
 

@@ -13,6 +13,7 @@ from vllm_deltamem.calibration.prompts import (
     Prompt,
     Turn,
     conversation,
+    count_tokens,
     excerpt,
     letters,
 )
@@ -42,10 +43,10 @@ def case_prompt(tokenizer, text: str, length: int, rng: random.Random) -> Prompt
     tools = "\n".join(f"- {signature}" for signature in rng.sample(signatures, len(signatures)))
     system = f"You look after the {kind}s of customers. Every answer is one tool call.\n\n# Rules\n\n{rules}"
     system += f"\n\n# Tools\n\n{tools}\n\nCall one tool: {style[0]}...{style[1]}{{...}}{style[2]}"
-    turns, left = [], length - _tokens(tokenizer, system)
+    turns, left = [], length - count_tokens(tokenizer, system)
     for said, name, arguments in _customers(kind, rng):
         value = f"{name}{style[1]}{json.dumps(arguments)}{style[2]}"
-        left -= _tokens(tokenizer, said + style[0] + value) + TURN_EXTRA
+        left -= count_tokens(tokenizer, said + style[0] + value) + TURN_EXTRA
         if left < 0 and len(turns) > 1:  # something is to be predicted
             return conversation(tokenizer, turns, system)
         turns.append(Turn(said, style[0], value, wanted=name != "find_customer"))
@@ -63,11 +64,10 @@ def _customer(kind: str, rng: random.Random) -> Iterator[tuple[str, str, dict]]:
     payments = [f"{method}_{rng.randint(10**6, 10**7 - 1)}" for method in rng.sample(METHODS, 2)]
     things = rng.sample(THINGS, 6)
     records = [_record(kind, number, things[2 * i : 2 * i + 2], rng.choice(payments), rng) for i in range(3)]
-    numbers = [record[kind] for record in records]
     said = f"Hello, this is {first} {last}, my customer number is {number}. I have a question about my {kind}s."
     yield said, "find_customer", {"customer": number}
     found = {"customer": number, "name": {"first": first, "last": last}, "address": _address(rng)}
-    found |= {"payment_methods": payments, f"{kind}s": numbers}
+    found |= {"payment_methods": payments, f"{kind}s": [record[kind] for record in records]}
     for record in records:
         yield _response(found), f"find_{kind}", {kind: record[kind]}
         found = record
@@ -110,7 +110,3 @@ def _price(rng: random.Random) -> str:
 
 def _response(document: dict) -> str:
     return f"<tool_response>{json.dumps(document)}</tool_response>"
-
-
-def _tokens(tokenizer, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -230,6 +230,11 @@ def letters(rng: random.Random, alphabet: str, count: int) -> str:
     return "".join(rng.choice(alphabet) for _ in range(count))
 
 
+def count_tokens(tokenizer, text: str) -> int:
+    """Tokens of text that stands inside a prompt."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def excerpt(tokenizer, text, tokens, rng):
     """About that many tokens of text from a random place."""
     width = min(tokens * 6, len(text))

@@ -14,6 +14,7 @@ from vllm_deltamem.calibration.prompts import (
     Prompt,
     Turn,
     conversation,
+    count_tokens,
     excerpt,
     letters,
 )
@@ -32,9 +33,9 @@ def table_prompt(tokenizer, text: str, length: int, rng: random.Random, question
         fact = record(rng)
         if fact.question not in records:  # one answer to a question
             records[fact.question] = fact
-            left -= len(tokenizer(fact.statement + "\n", add_special_tokens=False)["input_ids"])
+            left -= count_tokens(tokenizer, fact.statement + "\n")
     block = "\n".join([opening, *(fact.statement for fact in records.values()), closing])
-    rest = room - len(tokenizer(block, add_special_tokens=False)["input_ids"])
+    rest = room - count_tokens(tokenizer, block)
     before, after = "", ""
     if rest > 0:
         filler = excerpt(tokenizer, text, rest, rng)
