@@ -71,6 +71,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for value in getattr(args, name):
             if value not in table:
                 parser.error(f"unknown {name[:-1]} {value!r}; known: {', '.join(table)}")
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} is no model folder: it has no config.json.")
     return args
 
 
@@ -122,7 +124,7 @@ def prepare(base: Plan, policy: str, reduction: float) -> Run:
 
 
 def execute(run: Run, engines: set[subprocess.Popen]) -> None:
-    """Keeps its engine among `engines` while that runs. Raises RuntimeError where it fails."""
+    """Keeps its engine among `engines` while that runs. Raises ChildProcessError where it fails."""
     module = "benchmarks.alternatives.runner" if run.plan.alternative else "benchmarks.engine"
     engine = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, text=True, cwd=ROOT)
     engines.add(engine)
@@ -131,7 +133,7 @@ def execute(run: Run, engines: set[subprocess.Popen]) -> None:
     if engine.returncode:
         end = f"signal {-engine.returncode}" if engine.returncode < 0 else f"status {engine.returncode}"
         what = f"{run.policy} at {run.reduction:.0%}"
-        raise RuntimeError(f"The engine of {what} ended with {end}; the same command goes on where it stopped.")
+        raise ChildProcessError(f"The engine of {what} ended with {end}; the same command goes on where it stopped.")
 
 
 def cache_bytes(jobs: int) -> int | None:
@@ -226,4 +228,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, ChildProcessError) as error:
+        sys.exit(f"quality: {error}")

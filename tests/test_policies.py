@@ -90,7 +90,7 @@ def test_engines_at_a_time_share_the_cores(monkeypatch):
 
 def test_an_engine_that_fails_is_named(base, monkeypatch):
     monkeypatch.setattr(quality.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="engine of full at 0% ended with status 1; the same command goes on"):
+    with pytest.raises(ChildProcessError, match="engine of full at 0% ended with status 1; the same command goes on"):
         list(quality.executed([quality.prepare(base, "full", 0.0)], jobs=1))
 
 
