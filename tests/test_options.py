@@ -1,8 +1,11 @@
 """What clients may ask of one request, and what the engine gets of it."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from vllm_deltamem.memory import MAX_PINS
 from vllm_deltamem.options import PINS, SESSION, TENANT, check_session, resolve, tenant
@@ -12,8 +15,16 @@ from vllm_deltamem.sessionname import tenant_of
 class Characters:
     """A tokenizer of one character per token; token 0 is 'ab', so that a text may begin inside a token."""
 
-    def decode(self, tokens):
-        return "".join("ab" if token == 0 else chr(token) for token in tokens)
+    is_fast = True
+
+    def __len__(self):
+        return sys.maxunicode + 1
+
+    def convert_ids_to_tokens(self, ids, skip_special_tokens):
+        return ["ab" if token == 0 else chr(token) for token in ids]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
 
 
 PROMPT = [ord(c) for c in "a key: 4711. A door. A key: 4711."]
@@ -41,6 +52,38 @@ def test_spans_are_united():
 def test_a_text_pins_the_tokens_that_it_touches():
     assert pins({"deltamem_pin": "b!"}, prompt=[0, ord("!"), 0]) == [[0, 2]]
     assert pins({"deltamem_pin": "bab"}, prompt=[0, 0]) == [[0, 2]]
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral have it: a space belongs to the next word, what is not in the vocabulary is bytes."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁to", "▁allergic", "▁penicillin"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_tokens(words[-3:])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """As Llama 3 and Qwen have it, here without any merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("make", [sentencepiece, byte_level])
+@pytest.mark.parametrize("text", ["allergic to penicillin", "to penicillin 🎂", "🎂", "Zoë, 過敏"])
+def test_a_text_is_found_whatever_its_tokens_are(make, text):
+    tokenizer = make()
+    prompt = tokenizer("Dr. Zoë, 過敏: allergic to penicillin 🎂 or 🧁")["input_ids"]
+    ((first, end),) = resolve({"deltamem_pin": text}, prompt, tokenizer, 99)[PINS]
+    assert text in tokenizer.decode(prompt[first:end])
+    assert text not in tokenizer.decode(prompt[first + 1 : end]) and text not in tokenizer.decode(
+        prompt[first : end - 1]
+    )
 
 
 def test_other_arguments_pass():

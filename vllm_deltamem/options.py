@@ -10,6 +10,8 @@ They are checked where the request enters, so that a malformed one fails alone; 
 
 from contextvars import ContextVar
 
+from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
+
 from vllm_deltamem.memory import MAX_PINS
 from vllm_deltamem.sessionname import check_name, tenant_of
 
@@ -83,17 +85,33 @@ def _text_spans(texts, prompt: list[int], tokenizer) -> list[tuple[int, int]]:
         raise ValueError(f"deltamem_pin must be a text or a list of texts, got {texts!r:.200}.")
     if tokenizer is None:
         raise ValueError("deltamem_pin needs a tokenizer, which this server skips: use deltamem_pin_tokens.")
-    pieces = [tokenizer.decode([token]) for token in prompt]
-    joined, owner = "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
+    joined, owners = _decoded(prompt, tokenizer)
     spans = []
     for text in texts:
         at = joined.find(text)
         if at < 0:
             raise ValueError(f"deltamem_pin: the prompt does not contain {text!r:.200}.")
         while at >= 0:
-            spans.append((owner[at], owner[at + len(text) - 1] + 1))
+            spans.append((owners[at][0], owners[at + len(text) - 1][1]))
             at = joined.find(text, at + 1)
     return spans
+
+
+def _decoded(prompt: list[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt's text, and of each of its characters the tokens that it is from, as a range.
+
+    Decoded on and on as vLLM decodes an answer: alone, a token may lose its space or be part of a character.
+    """
+    pieces, owners, begin = [], [], 0
+    tokens, prefix, read = [], 0, 0
+    for i, token in enumerate(prompt):
+        new, piece, prefix, read = detokenize_incrementally(tokenizer, [token], tokens, prefix, read)
+        tokens += new
+        pieces.append(piece)
+        owners += [(begin, i + 1)] * len(piece)
+        if piece:
+            begin = i + 1
+    return "".join(pieces), owners
 
 
 def _united(spans: list[tuple[int, int]]) -> list[list[int]]:
