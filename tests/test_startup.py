@@ -140,6 +140,7 @@ def test_profile_of_another_model_refused(llama, tmp_path):
         ({"prefill_context_parallel_size": 2}, "does not support prefill context"),
         ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),
         ({"worker_extension_cls": "some.Extension"}, "does not support --worker-extension-cls"),
+        ({"kv_offloading_size": 1.0}, "does not support --kv-offloading-size"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "does not support --kv-transfer-config"),
     ],

@@ -101,6 +101,7 @@ def _refuse_unsupported(vllm_config) -> None:
         "--worker-extension-cls (its own reaches the sessions)": parallel.worker_extension_cls
         not in ("", WORKER_EXTENSION),
         "--kv-transfer-config (its own connector carries sessions)": _foreign_connector(vllm_config),
+        "--kv-offloading-size (see the setting 'sessions')": cache.kv_offloading_size is not None,
         f"--kv-cache-dtype {cache.cache_dtype} (see the setting 'fidelity')": cache.cache_dtype
         not in ("auto", str(model.dtype).removeprefix("torch.")),
     }
