@@ -81,9 +81,8 @@ def test_a_text_is_found_whatever_its_tokens_are(make, text):
     prompt = tokenizer("Dr. Zoë, 過敏: allergic to penicillin 🎂 or 🧁")["input_ids"]
     ((first, end),) = resolve({"deltamem_pin": text}, prompt, tokenizer, 99)[PINS]
     assert text in tokenizer.decode(prompt[first:end])
-    assert text not in tokenizer.decode(prompt[first + 1 : end]) and text not in tokenizer.decode(
-        prompt[first : end - 1]
-    )
+    for shorter in (prompt[first + 1 : end], prompt[first : end - 1]):
+        assert text not in tokenizer.decode(shorter)
 
 
 def test_other_arguments_pass():
