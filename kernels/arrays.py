@@ -14,6 +14,7 @@ class Arrays(NamedTuple):
     kind: int  # of the model's dtype, see rows.KINDS
     exact_start: np.ndarray
     coarse_start: np.ndarray
+    start: np.ndarray
     exact_k: np.ndarray
     exact_v: np.ndarray
     exact_rank: np.ndarray
@@ -44,14 +45,14 @@ def key_position(arrays: Arrays, rank):
 
 
 @compiled
-def store(arrays: Arrays, g, column, k, v, mass, rank):
-    """Write a coarse entry of head g, in the slot and in the readout: k, v [D] fp32."""
-    entry = arrays.coarse_start[g] + column - (arrays.exact_start[g + 1] - arrays.exact_start[g])
-    keys, values = arrays.k[g, column], arrays.v[g, column]
+def store(arrays: Arrays, g, place, k, v, mass, rank):
+    """Write a coarse entry of head g, in the slot and at a place of the readout: k, v [D] fp32."""
+    entry = arrays.coarse_start[g] + place - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
+    keys, values = arrays.k[place], arrays.v[place]
     encode(k, arrays.key_bits, arrays.kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], keys)
     encode(v, arrays.value_bits, arrays.kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], values)
     position, as_read = key_position(arrays, rank), np.empty(len(k), np.float32)
     load(keys, arrays.kind, as_read)
-    turn(as_read, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[g, column])
-    arrays.mass[g, column] = arrays.coarse_mass[entry] = mass
-    arrays.rank[g, column] = arrays.coarse_rank[entry] = rank
+    turn(as_read, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+    arrays.mass[place] = arrays.coarse_mass[entry] = mass
+    arrays.rank[place] = arrays.coarse_rank[entry] = rank

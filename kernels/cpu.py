@@ -21,7 +21,7 @@ from .slot import LayerSlots, Policy, Rope
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
 TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
-READOUT_BYTES = 32 << 20  # of dequantised memory that stay from step to step, per layer
+READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, per layer
 
 
 def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
@@ -101,9 +101,9 @@ def _cells(first, count, ring):
 
 
 def _readout(slots, slot, gone, scratch):
-    """The readout of one slot, from scratch if it is there and wide enough."""
+    """The readout of one slot, from scratch if it is there and has room."""
     readout = scratch.pop(slot, None)
-    fresh = readout is None or readout.width < max(readout.widths(gone))
+    fresh = readout is None or not readout.has_room(gone)
     if fresh:
         readout = Readout(slots, slot, 2 * gone)  # a sequence goes on growing
     scratch[slot] = readout  # the last used is the last in order

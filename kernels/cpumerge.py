@@ -37,12 +37,12 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
     if searching.any():
         written = [written]
         for g in searching.nonzero()[0].tolist():
-            exact, coarse = readout.exact_count[g], readout.coarse_count[g]
-            among = [range(exact + r.start, exact + r.stop) for r in candidates(coarse, gone, slots.segment) if r]
-            cosine = _cosines(centred[g], readout.plain[g], among, mean[g])
-            columns = among[0].start, len(among[0]), among[-1].start
+            first, coarse = readout.start[g] + readout.exact_count[g], readout.coarse_count[g]
+            among = [range(first + r.start, first + r.stop) for r in candidates(coarse, gone, slots.segment) if r]
+            cosine = _cosines(centred[g], readout.plain, among, mean[g])
+            places = among[0].start, len(among[0]), among[-1].start
             mine = (field[g] for field in (*losers, gates))
-            written.append(_merge_rest(arrays, g, cosine.numpy(), cosine.amax(-1).numpy(), columns, *mine))
+            written.append(_merge_rest(arrays, g, cosine.numpy(), cosine.amax(-1).numpy(), places, *mine))
         written = np.concatenate(written)
     readout.weigh(torch.from_numpy(written))
 
@@ -61,10 +61,10 @@ def compile_merge(slots: LayerSlots, rope: Rope | None) -> None:
 
 
 def _cosines(centred, entries, among, mean):
-    """Cosines [C, K] of losers' centred unit keys [C, D] to those of K columns of entries [E, D]."""
+    """Cosines [C, K] of losers' centred unit keys [C, D] to those of the entries [N, D] at K places."""
     parts = []
-    for columns in among:
-        unit = entries[columns.start : columns.stop] - mean
+    for places in among:
+        unit = entries[places.start : places.stop] - mean
         unit.mul_(unit.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
         parts.append(centred @ unit.T)
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -115,40 +115,40 @@ def _exchange(arrays: Arrays, k, v, plain, values, rank, mass, gates, mean, cent
     the unit keys of those losers about `mean` [G, D].
     """
     kv_heads, count, size = plain.shape
-    width, kind = arrays.k.shape[1], arrays.kind
+    kind = arrays.kind
     searching, written, n = np.zeros(kv_heads, np.bool_), np.empty(2 * kv_heads * count, np.int64), 0
     key, value, old = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for g in range(kv_heads):
         first, exact = arrays.exact_start[g], arrays.exact_start[g + 1] - arrays.exact_start[g]
-        last = min(exact + arrays.coarse_start[g + 1] - arrays.coarse_start[g], width)
+        start, stop = arrays.start[g], arrays.start[g + 1]
+        last = min(start + exact + arrays.coarse_start[g + 1] - arrays.coarse_start[g], stop)
         if exact:
-            entries, newcomers = _duels(arrays.rank[g, : min(exact, width)], rank[g])
+            entries, newcomers = _duels(arrays.rank[start : min(start + exact, stop)], rank[g])
             for i in range(len(entries)):
-                column, c = entries[i], newcomers[i]
-                entry = first + column
+                entry, place, c = first + entries[i], start + entries[i], newcomers[i]
                 arrays.exact_k[entry], arrays.exact_v[entry] = k[g, c], v[g, c]
                 arrays.exact_rank[entry] = rank[g, c]
-                _swap(arrays.k[g, column], k[g, c])
-                _swap(arrays.v[g, column], v[g, c])
-                _swap(arrays.plain[g, column], plain[g, c])
-                arrays.rank[g, column], rank[g, c] = rank[g, c], arrays.rank[g, column]
+                _swap(arrays.k[place], k[g, c])
+                _swap(arrays.v[place], v[g, c])
+                _swap(arrays.plain[place], plain[g, c])
+                arrays.rank[place], rank[g, c] = rank[g, c], arrays.rank[place]
                 load(v[g, c], kind, values[g, c])
-                written[n] = g * width + column
+                written[n] = place
                 n += 1
-        if last > exact:
-            entries, newcomers = _duels(arrays.rank[g, exact:last], rank[g])
+        if last > start + exact:
+            entries, newcomers = _duels(arrays.rank[start + exact : last], rank[g])
             for i in range(len(entries)):
-                column, c = exact + entries[i], newcomers[i]
-                load(arrays.v[g, column], kind, old)
+                place, c = start + exact + entries[i], newcomers[i]
+                load(arrays.v[place], kind, old)
                 load(k[g, c], kind, key)
                 value[:], values[g, c] = values[g, c], old
-                plain[g, c], mass[g, c] = arrays.plain[g, column], arrays.mass[g, column]
-                given_up = arrays.rank[g, column]
-                store(arrays, g, column, key, value, np.float32(1), rank[g, c])
+                plain[g, c], mass[g, c] = arrays.plain[place], arrays.mass[place]
+                given_up = arrays.rank[place]
+                store(arrays, g, place, key, value, np.float32(1), rank[g, c])
                 rank[g, c] = given_up
-                written[n] = g * width + column
+                written[n] = place
                 n += 1
-            heaviest = arrays.mass[g].max() if gates[g, 2] > 0 else np.float32(1)
+            heaviest = arrays.mass[start:stop].max() if gates[g, 2] > 0 else np.float32(1)
             closest = np.float32(1) if gates[g, 1] > 0 else np.float32(-1)
             searching[g] = (rank[g] != EMPTY).any() and _gate(closest, heaviest, gates[g]) > 0
         if searching[g]:
@@ -183,41 +183,41 @@ def _gate(cosine, mass, weights):
 
 
 @compiled
-def _merge_rest(arrays: Arrays, g, cosine, best, columns, plain, values, rank, mass, gate):
+def _merge_rest(arrays: Arrays, g, cosine, best, places, plain, values, rank, mass, gate):
     """Every loser of head g into the coarse entry nearest to it, as far as the gate lets it; returns places written.
 
-    cosine [C, K], best [C] its maxima; columns: where the first of the K lie, how many lie there, where the others do.
+    cosine [C, K], best [C] its maxima; places: where the first of the K lie, how many lie there, where the others do.
     """
     count, size = plain.shape
-    heaviest = arrays.mass[g].max() if gate[2] > 0 else np.float32(1)
+    heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
     group, weight = np.full(count, -1), np.zeros(count, np.float32)
     target, groups = np.empty(count, np.int64), 0
     for c in range(count):
         # which entry it is costs most: only for losers that some mass would let in
         if rank[c] == EMPTY or _gate(best[c], heaviest, gate) == 0:
             continue
-        place = 0
-        while cosine[c, place] != best[c]:
-            place += 1
-        column = columns[0] + place if place < columns[1] else columns[2] + place - columns[1]
-        weight[c] = mass[c] * _gate(best[c], arrays.mass[g, column], gate)
+        i = 0
+        while cosine[c, i] != best[c]:
+            i += 1
+        place = places[0] + i if i < places[1] else places[2] + i - places[1]
+        weight[c] = mass[c] * _gate(best[c], arrays.mass[place], gate)
         if weight[c] > 0:
             same = 0
-            while same < groups and target[same] != column:
+            while same < groups and target[same] != place:
                 same += 1
-            target[same], group[c] = column, same
+            target[same], group[c] = place, same
             groups = max(groups, same + 1)
     k, v = np.empty((groups, size), np.float32), np.empty((groups, size), np.float32)
     total, delta_k, delta_v = np.empty(groups, np.float32), np.zeros_like(k), np.zeros_like(v)
     turned = np.empty(size, np.float32)
     for i in range(groups):
-        load(arrays.k[g, target[i]], arrays.kind, k[i])
-        load(arrays.v[g, target[i]], arrays.kind, v[i])
-        total[i] = arrays.mass[g, target[i]]
+        load(arrays.k[target[i]], arrays.kind, k[i])
+        load(arrays.v[target[i]], arrays.kind, v[i])
+        total[i] = arrays.mass[target[i]]
     for c in range(count):
         i = group[c]
         if i >= 0:
-            position = key_position(arrays, arrays.rank[g, target[i]])
+            position = key_position(arrays, arrays.rank[target[i]])
             turn(plain[c], arrays.cos[position], arrays.sin[position], arrays.interleaved, False, turned)
             total[i] += weight[c]
             for d in range(size):
@@ -227,5 +227,5 @@ def _merge_rest(arrays: Arrays, g, cosine, best, columns, plain, values, rank, m
         for d in range(size):
             k[i, d] += delta_k[i, d] / total[i]
             v[i, d] += delta_v[i, d] / total[i]
-        store(arrays, g, target[i], k[i], v[i], total[i], arrays.rank[g, target[i]])
-    return g * arrays.k.shape[1] + target[:groups]
+        store(arrays, g, target[i], k[i], v[i], total[i], arrays.rank[target[i]])
+    return target[:groups]

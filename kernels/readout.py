@@ -1,7 +1,8 @@
 """The memory of one slot in one layer as attention and merging read it, dequantised, for the CPU path."""
 
-from itertools import groupby
+from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 
 from .arrays import Arrays
@@ -13,25 +14,25 @@ MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 in
 
 
 class Readout:
-    """Entries of all heads side by side: entry e of head g is column e of row g, exact ones first.
+    """Entries of all heads end to end: entry e of head g is at place start[g] + e, exact ones first.
 
-    What is read of a head is a number of whole key blocks that position alone decides, whatever the width.
+    What is read of a head is a number of whole key blocks that position alone decides, whatever room there is.
     A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
     merge_slot, which changes both. What only merging reads is made by its first merge.
 
-    k, v [G, E, D] model dtype; bias [G, E] fp32, the log of the mass, MASKED where there is no entry.
+    k, v [N, D] model dtype; bias [N] fp32, the log of the mass, MASKED where there is no entry.
     """
 
     def __init__(self, slots: LayerSlots, slot: int, gone: int):
         self.slots, self.slot = slots, slot
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
         self.capacities = [x + y for x, y in zip(self.exact_count, self.coarse_count, strict=True)]
-        self.width = max(self.widths(gone))
-        (kv_heads, _, size), dtype = slots.ring_k.shape[1:], slots.ring_k.dtype
-        self.k = torch.zeros(kv_heads, self.width, size, dtype=dtype)
-        self.v = torch.zeros(kv_heads, self.width, size, dtype=dtype)
-        self.mass = torch.zeros(kv_heads, self.width)  # of coarse entries
-        self.rank = torch.zeros(kv_heads, self.width, dtype=torch.int64)
+        self.rooms = self.widths(gone)
+        self.start = [0, *accumulate(self.rooms)]
+        places, size, dtype = self.start[-1], slots.ring_k.shape[-1], slots.ring_k.dtype
+        self.k, self.v = torch.zeros(places, size, dtype=dtype), torch.zeros(places, size, dtype=dtype)
+        self.mass = torch.zeros(places)  # of coarse entries
+        self.rank = torch.zeros(places, dtype=torch.int64)
         self._read()
         self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
         self.arrays: Arrays | None = None
@@ -44,12 +45,15 @@ class Readout:
         return self.k.numel() * (2 * self.k.element_size() + 4) + self.mass.numel() * 17
 
     def widths(self, gone: int) -> list[int]:
-        """Columns of each head that may hold something once the memory has seen `gone` tokens."""
+        """Entries of each head that may hold something once the memory has seen `gone` tokens, in whole key blocks."""
         return [blocks(min(capacity, gone)) for capacity in self.capacities]
 
+    def has_room(self, gone: int) -> bool:
+        return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
+
     def runs(self, gone: int, unseen: torch.Tensor | None = None) -> list[tuple[torch.Tensor, ...]]:
-        """(k, v [1, P, E, D], bias [1, P, 1, E]) of every P heads side by side that hold as many entries, as their
-        queries see them: views, since a head may hold eight times the mean. Columns `unseen` [G, E] are masked.
+        """(k, v [1, P, E, D], bias [1, P, 1, E]) of every P heads end to end that hold as many entries, as their
+        queries see them: views, since a head may hold eight times the mean. Places `unseen` [N] are masked.
         """
         if unseen is not None:
             return self._cut(gone, self.bias.masked_fill(unseen, MASKED))
@@ -59,20 +63,22 @@ class Readout:
 
     def _cut(self, gone, bias):
         first, found = 0, []
-        for n, run in groupby(self.widths(gone)):
-            heads = slice(first, first + len(list(run)))
-            found.append((self.k[None, heads, :n], self.v[None, heads, :n], bias[None, heads, None, :n]))
-            first = heads.stop
+        for (width, room), run in groupby(zip(self.widths(gone), self.rooms, strict=True)):
+            heads = len(list(run))
+            places = slice(first, first + heads * room)
+            k, v = (x[places].view(1, heads, room, -1)[:, :, :width] for x in (self.k, self.v))
+            found.append((k, v, bias[places].view(1, heads, 1, room)[..., :width]))
+            first = places.stop
         return found
 
     def far(self, limit: int) -> torch.Tensor:
-        """Columns [G, E] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
+        """Places [N] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
         if self._far[0] != limit:
             self._far = limit, (self.rank != EMPTY) & (rank_position(self.rank) < limit)
         return self._far[1]
 
     def prepare_merge(self, rope: Rope | None) -> None:
-        """Turn keys that become far, and make what only merging needs: plain keys [G, E, D] fp32, and `arrays`."""
+        """Turn keys that become far, and make what only merging needs: plain keys [N, D] fp32, and `arrays`."""
         self.rope, limit = rope, rope.limit if rope is not None else 0
         if limit:
             self._turn_far()
@@ -83,9 +89,9 @@ class Readout:
             self.arrays = self.arrays._replace(limit=limit)
 
     def weigh(self, place: torch.Tensor) -> None:
-        """Renew the bias of entries that were written; place [W] = head * width + column."""
-        mass = self.mass.view(-1).index_select(0, place)
-        self.bias.view(-1).index_copy_(0, place, torch.where(mass > 0, mass.log(), 0.0))
+        """Renew the bias of entries that were written, at places [W]."""
+        mass = self.mass.index_select(0, place)
+        self.bias.index_copy_(0, place, torch.where(mass > 0, mass.log(), 0.0))
 
     def _as_arrays(self) -> Arrays:
         slots, rope = self.slots, self.rope
@@ -97,6 +103,7 @@ class Readout:
             **{name: getattr(slots, name)[self.slot].numpy() for name in plain},
             exact_start=slots.exact_start.numpy(),
             coarse_start=slots.coarse_start.numpy(),
+            start=np.array(self.start),
             kind=KINDS[self.k.dtype],
             key_bits=slots.codec.key_bits,
             value_bits=slots.codec.value_bits,
@@ -116,34 +123,35 @@ class Readout:
         slots, slot, rope = self.slots, self.slot, self.rope
         position = rank_position(self.rank)
         due = (self.rank != EMPTY) & (position < rope.limit) & (position >= rope.limit - slots.segment)
-        head, column = due.nonzero(as_tuple=True)
-        turned = rotate(self.k[head, column].float(), position[head, column], rope, inverse=True)
+        place = due.nonzero().squeeze(1)
+        start = torch.tensor(self.start)
+        head = torch.searchsorted(start, place, right=True) - 1
+        turned, column = rotate(self.k[place].float(), position[place], rope, inverse=True), place - start[head]
         counts = slots.exact_start.diff()
         keys, exact = turned.to(self.k.dtype), column < counts[head]
         slots.exact_k[slot, (slots.exact_start[head] + column)[exact]] = keys[exact]
         entry = (slots.coarse_start[head] + column - counts[head])[~exact]
         _, bits, codes, affine = self._coded()[0]
         codes[entry], affine[entry], keys[~exact] = encode_and_read(turned[~exact], bits, keys.dtype)
-        self.k[head, column] = keys
+        self.k[place] = keys
         if self.arrays is not None:
-            self.plain[head, column] = rotate(keys.float(), torch.zeros_like(column), rope, inverse=True)
+            self.plain[place] = rotate(keys.float(), torch.zeros_like(place), rope, inverse=True)
 
     def _read(self):
         slots, slot = self.slots, self.slot
-        first = slots.exact_start.tolist()
-        for g, count in enumerate(self.exact_count):
-            rows = slice(first[g], first[g] + min(count, self.width))
+        exact_start, coarse_start = slots.exact_start.tolist(), slots.coarse_start.tolist()
+        for g, first in enumerate(self.start[:-1]):
+            exact = min(self.exact_count[g], self.rooms[g])
+            rows, places = slice(exact_start[g], exact_start[g] + exact), slice(first, first + exact)
             for field, source in ((self.k, slots.exact_k), (self.v, slots.exact_v), (self.rank, slots.exact_rank)):
-                field[g, : rows.stop - rows.start] = source[slot, rows]
-        first, exact = slots.coarse_start.tolist(), self.exact_count
-        for g, count in enumerate(self.coarse_count):
-            count = min(count, self.width - exact[g])
-            if count > 0:
-                rows, columns = slice(first[g], first[g] + count), slice(exact[g], exact[g] + count)
-                for field, bits, codes, affine in self._coded():
-                    field[g, columns] = decode(codes[rows], affine[rows], bits, field.dtype)
-                self.mass[g, columns] = slots.coarse_mass[slot, rows]
-                self.rank[g, columns] = slots.coarse_rank[slot, rows]
+                field[places] = source[slot, rows]
+            coarse = min(self.coarse_count[g], self.rooms[g] - exact)
+            rows = slice(coarse_start[g], coarse_start[g] + coarse)
+            places = slice(first + exact, first + exact + coarse)
+            for field, bits, codes, affine in self._coded():
+                field[places] = decode(codes[rows], affine[rows], bits, field.dtype)
+            self.mass[places] = slots.coarse_mass[slot, rows]
+            self.rank[places] = slots.coarse_rank[slot, rows]
 
     def _coded(self):
         """(readout, bits, codes, affine) of the coarse keys and values."""
