@@ -33,13 +33,25 @@ def start(model: str, settings: dict | None, length: int, **options):
 
 
 def extra_args(suite: str, sample: Sample, i: int, settings: dict | None) -> dict | None:
-    """What prompt i of a sample asks of deltamem: a pin, if its settings allow any, and its conversation's session."""
+    """What prompt i of a sample asks of deltamem: a pin, if its settings allow any, and a session to start from."""
     asked = {}
     if settings is not None and sample.growing:
         asked["deltamem_session"] = f"{suite}-{sample.seed}"
+    if settings is not None and sample.shared:
+        asked["deltamem_session_from"] = f"{suite}-{sample.seed}"
     if settings is not None and sample.pinned and sample.pinned[i] and settings.get("pinned") != 0:
         asked["deltamem_pin"] = sample.pinned[i]
     return asked or None
+
+
+def shared_prompt(suite: str, sample: Sample, settings: dict | None):
+    """What deltamem reads before the prompts that begin with it, and how; vLLM's own backend has its prefix cache."""
+    from vllm import SamplingParams
+
+    if settings is None or not sample.shared:
+        return None
+    kept = SamplingParams(max_tokens=1, extra_args={"deltamem_session": f"{suite}-{sample.seed}"})
+    return sample.prompt([])[: sample.shared], kept
 
 
 def sampling(sample: Sample, asked: dict | None, tokenizer):
@@ -83,19 +95,24 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
     longest = engine.model_config.max_model_len
     running = {}
 
+    def add(suite: str, sample: Sample, outputs: list[dict] | None, prompt: list[int], params) -> None:
+        name = f"{suite}/{sample.seed}/{'shared' if outputs is None else len(outputs)}"
+        engine.add_request(name, engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0], params)
+        running[name] = suite, sample, outputs
+
     def submit(suite: str, sample: Sample, outputs: list[dict]) -> bool:
         prompt = sample.prompt(outputs)
         if prompt is None or len(prompt) + sample.max_tokens > longest:
             return False
-        name = f"{suite}/{sample.seed}/{len(outputs)}"
-        rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
         asked = extra_args(suite, sample, len(outputs), plan.settings)
-        engine.add_request(name, rendered, sampling(sample, asked, engine.renderer.tokenizer))
-        running[name] = suite, sample, outputs
+        add(suite, sample, outputs, prompt, sampling(sample, asked, engine.renderer.tokenizer))
         return True
 
     for suite, sample in waiting:
-        if not submit(suite, sample, []):
+        shared = shared_prompt(suite, sample, plan.settings)
+        if shared is not None:
+            add(suite, sample, None, *shared)
+        elif not submit(suite, sample, []):
             raise ValueError(
                 f"{suite}: prompt and answer are longer than the {longest} tokens that full attention was "
                 "trained for: give a shorter --context."
@@ -106,7 +123,7 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
                 if not request.finished:
                     continue
                 suite, sample, outputs = running.pop(request.request_id)
-                outputs = [*outputs, extract(sample, request)]
+                outputs = [] if outputs is None else [*outputs, extract(sample, request)]
                 if not submit(suite, sample, outputs):
                     store.keep(plan.path(suite), sample, outputs)
                     bar.update()

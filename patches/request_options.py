@@ -16,7 +16,7 @@ def apply() -> None:
         from vllm.exceptions import VLLMValidationError
 
         from vllm_deltamem.config import DeltaMemConfig
-        from vllm_deltamem.options import SESSION, check_session, resolve
+        from vllm_deltamem.options import SESSIONS, check_session, resolve
         from vllm_deltamem.plan import plan_memory
         from vllm_deltamem.startup import is_chosen
 
@@ -27,7 +27,7 @@ def apply() -> None:
             tokenizer = self.renderer.tokenizer
             try:
                 params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
-                if SESSION in params.extra_args:
+                if params.extra_args.keys() & SESSIONS:
                     directory = DeltaMemConfig.from_vllm(self.vllm_config).sessions.get("directory")
                     check_session(request, self.vllm_config.parallel_config.tensor_parallel_size, directory)
             except ValueError as error:

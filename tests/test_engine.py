@@ -180,6 +180,32 @@ def test_a_restored_session_goes_on_as_if_it_had_never_ended(folders):
     assert resumed[0] == expected[0] and torch.equal(resumed[1], expected[1])
 
 
+def test_many_requests_start_from_one_session_that_stays(folders):
+    """As questions on one document do, and conversations that part."""
+    document, tails = tokens(200), [tokens(30 + i, seed=1 + i) for i in range(3)]
+
+    def ask(llm, **names):
+        options = [greedy(20, extra_args={f"deltamem_{k}": v.format(i) for k, v in names.items()}) for i in range(3)]
+        outs = llm.generate([{"prompt_token_ids": document + t} for t in tails], options, use_tqdm=False)
+        said = [out.kv_transfer_params["deltamem_session"] for out in outs]
+        return [list(out.outputs[0].token_ids) for out in outs], said
+
+    with engine(folders("llama"), settings=SMALL) as llm:
+        answers = [slab_of(llm, document + tail, 20, f"fresh-{i}")[0] for i, tail in enumerate(tails)]
+        generate(llm, [document], greedy(1, extra_args={"deltamem_session": "document"}))
+        for _ in range(2):  # it has not changed
+            restored = {"name": "document", "history": "restored"}
+            assert ask(llm, session_from="document") == (answers, 3 * [restored])
+        texts, said = ask(llm, session_from="document", session="branch-{}")
+        assert texts == answers and [s["name"] for s in said] == ["branch-0", "branch-1", "branch-2"]
+        assert all(s["history"] == "restored" and s["saved_tokens"] >= 230 for s in said)
+        for i, text in enumerate(answers):
+            prompt = document + tails[i] + text
+            again = slab_of(llm, prompt, 20, f"branch-{i}"), slab_of(llm, prompt, 20, f"fresh-{i}")
+            assert again[0][0] == again[1][0] and torch.equal(again[0][1], again[1][1])
+        assert ask(llm, session_from="nowhere") == (answers, 3 * [{"name": "nowhere", "history": "new"}])
+
+
 def test_a_session_goes_on_with_its_own_pins_only(folders):
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_deltamem.memory import MAX_PINS
-from vllm_deltamem.options import PINS, SESSION, TENANT, check_session, resolve, tenant
+from vllm_deltamem.options import PINS, SESSION, SOURCE, TENANT, check_session, resolve, tenant
 from vllm_deltamem.sessionname import tenant_of
 
 
@@ -97,6 +97,7 @@ def test_a_session_belongs_to_the_caller():
         tenant.reset(token)
     assert found == {SESSION: "chat-1", TENANT: tenant_of("key")}
     assert resolve({"deltamem_session": "chat-1"}, PROMPT, None, 8)[TENANT] == tenant_of(None)
+    assert resolve({"deltamem_session_from": "doc"}, PROMPT, None, 8) == {SOURCE: "doc", TENANT: tenant_of(None)}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_a_session_belongs_to_the_caller():
         ({"deltamem_session": ""}, "a session name has"),
         ({"deltamem_session": "a/b"}, "a session name has"),
         ({"deltamem_session": ["a"]}, "a session name has"),
+        ({"deltamem_session": "a", "deltamem_session_from": "../b"}, "a session name has"),
         ({"deltamem_pin": 7}, "must be a text or a list of texts"),
         ({"deltamem_pin": ["4711", ""]}, "must be a text or a list of texts"),
         ({"deltamem_pin": "4712"}, "the prompt does not contain '4712'"),
@@ -168,7 +170,11 @@ def test_sessions_of_several_workers_need_a_directory():
 
 @pytest.mark.parametrize(
     "asked, message",
-    [("deltamem_sesion", "Unknown option 'deltamem_sesion'"), ("deltamem_session", "does not go with a LoRA adapter")],
+    [
+        ("deltamem_sesion", "Unknown option 'deltamem_sesion'"),
+        ("deltamem_session", "does not go with a LoRA adapter"),
+        ("deltamem_session_from", "does not go with a LoRA adapter"),
+    ],
 )
 def test_a_malformed_option_is_the_clients_error(monkeypatch, asked, message):
     """vLLM answers 500 to a ValueError from here, 400 to its own kind."""

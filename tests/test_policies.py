@@ -125,6 +125,14 @@ def test_only_deltamem_is_asked_for_pins_and_sessions():
     assert engine.extra_args("toy", sample, 0, {"pinned": 0}) == {"deltamem_session": "toy-7"}
 
 
+def test_what_prompts_share_is_read_once():
+    sample = Sample(7, ask([1, 2, 3], [1, 2, 4]), None, shared=2)
+    assert engine.shared_prompt("toy", sample, None) is None, "vLLM's own backend has its prefix cache"
+    prompt, params = engine.shared_prompt("toy", sample, {})
+    assert prompt == [1, 2] and params.max_tokens == 1 and params.extra_args == {"deltamem_session": "toy-7"}
+    assert engine.extra_args("toy", sample, 1, {}) == {"deltamem_session_from": "toy-7"}
+
+
 def test_the_table_compares_the_same_prompts_only():
     def row(suite, policy, score, n=6):
         ends = [score - 1.0, score - 0.5]

@@ -42,7 +42,10 @@ def test_a_model_must_be_named():
     "body, session",
     [
         ({"vllm_xargs": {"deltamem_session": "chat-1"}}, "chat-1"),
+        ({"vllm_xargs": {"deltamem_session": "chat-1", "deltamem_session_from": "doc"}}, "doc"),
+        ({"vllm_xargs": {"deltamem_session_from": "doc"}}, "doc"),
         ({"vllm_xargs": {}}, ""),
+        ({"vllm_xargs": ["deltamem_session"]}, ""),
         ({"vllm_xargs": None}, ""),
         ({"messages": []}, ""),
         ([1], ""),

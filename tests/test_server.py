@@ -135,6 +135,18 @@ def test_session_continues(server):
     assert after["session_tokens_reused"] - before["session_tokens_reused"] > 300
 
 
+def test_questions_start_from_a_session_that_stays(server):
+    questions = [two_turns(server, "asked"), two_turns(server, "as-often", question="And who was it?")]
+    kept = listed(server, ANN, "asked")["asked"]
+    kept.pop("age_s")
+    for messages in questions:
+        fresh, _ = chat(server, messages)
+        for key, history in ((ANN, "restored"), (BOB, "new")):  # Bob has none of that name
+            answer, said = chat(server, messages, key=key, vllm_xargs={"deltamem_session_from": "asked"})
+            assert answer == fresh and said == {"name": "asked", "history": history}
+    assert listed(server, ANN, "asked")["asked"].items() >= kept.items()
+
+
 def test_other_history_is_computed_anew(server):
     messages = two_turns(server, "changed")
     messages[0] = user(messages[0]["content"].replace("April", "March"))

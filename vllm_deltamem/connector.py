@@ -23,7 +23,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_deltamem.enginestore import open_store
 from vllm_deltamem.metrics import DeltaMemPromMetrics, DeltaMemStats
-from vllm_deltamem.options import PINS, SESSION, TENANT
+from vllm_deltamem.options import PINS, SESSION, SOURCE, TENANT
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
@@ -74,7 +74,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     # In the scheduler
 
     def on_new_request(self, request):
-        name, tenant = self._session_of(request)
+        options = _options(request.sampling_params)
+        name, tenant = options.get(SESSION), options.get(TENANT)
         if name is None:
             return
         try:
@@ -93,7 +94,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return tuple(range(len(self._kv_cache_config.kv_cache_groups)))
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
-        name, tenant = self._session_of(request)
+        name, tenant = _source(request), _options(request.sampling_params).get(TENANT)
         refused = self._outcome.get(request.request_id, "new") not in ("new", "restored")
         if name is None or num_computed_tokens or refused:
             return 0, False
@@ -120,7 +121,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
-            pins = self._pins(request.sampling_params)
+            pins = _pins(request.sampling_params)
             self._step.restores.append(Transfer(request.request_id, slot, matched[0], pins=pins))
             self._restoring[request.request_id] = num_external_tokens
 
@@ -129,11 +130,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            pins = step.pins[request.block_ids[0][0]] = self._pins(request.sampling_params)
+            pins = step.pins[request.block_ids[0][0]] = _pins(request.sampling_params)
             self._count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                step.pins[blocks[0][0]] = self._pins(self._requests[request_id])
+                step.pins[blocks[0][0]] = _pins(self._requests[request_id])
         self._count_tokens(scheduler_output)
         return step
 
@@ -143,8 +144,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
+        said = {"name": _source(request), "history": outcome}
         if turn is None:
-            return False, None
+            return False, {SESSION: said} if outcome else None
         completed = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         computed = min(request.num_computed_tokens, request.num_tokens)
         if not completed or not block_ids[0] or not computed:
@@ -159,7 +161,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._step.saves.append(save)
             self._saving[request.request_id] = save
-        return not here, {"deltamem_session": {"name": turn.name, "history": outcome, "saved_tokens": computed}}
+        return not here, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
 
     def request_finished(self, request, block_ids):
         return self.request_finished_all_groups(request, (block_ids,))
@@ -225,13 +227,6 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
         return session and Note.of(session.header.save_id, session.tokens)
-
-    def _session_of(self, request) -> tuple[str | None, str | None]:
-        extra = (request.sampling_params and request.sampling_params.extra_args) or {}
-        return extra.get(SESSION), extra.get(TENANT)
-
-    def _pins(self, params) -> list[list[int]]:
-        return ((params and params.extra_args) or {}).get(PINS, [])
 
     def _count(self, name: str, amount: float) -> None:
         if amount:
@@ -324,3 +319,18 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs):
         return
+
+
+def _options(params) -> dict:
+    """What a request asks of the memory, by the names in options.py; params: vLLM's SamplingParams, or None."""
+    return (params and params.extra_args) or {}
+
+
+def _pins(params) -> list[list[int]]:
+    return _options(params).get(PINS, [])
+
+
+def _source(request) -> str | None:
+    """The session that a request starts from."""
+    options = _options(request.sampling_params)
+    return options.get(SOURCE, options.get(SESSION))

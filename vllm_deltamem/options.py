@@ -3,9 +3,10 @@
     deltamem_pin            text, or a list of texts, that the prompt contains: every occurrence is pinned
     deltamem_pin_tokens     [first, end, first, end, ...], ranges of prompt positions
     deltamem_session        name under which the memory is kept after the request and found before it
+    deltamem_session_from   name under which it is found instead: that session stays as it is
 
 They are checked where the request enters, so that a malformed one fails alone; the engine gets `PINS`,
-`SESSION` and `TENANT` below, already resolved.
+`SESSION`, `SOURCE` and `TENANT` below, already resolved.
 """
 
 from contextvars import ContextVar
@@ -15,8 +16,9 @@ from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
 from vllm_deltamem.memory import MAX_PINS
 from vllm_deltamem.sessionname import check_name, tenant_of
 
-PINS, SESSION, TENANT = "deltamem_pins", "deltamem_session", "deltamem_tenant"
-CLIENT_OPTIONS = ("deltamem_pin", "deltamem_pin_tokens", SESSION)
+PINS, TENANT = "deltamem_pins", "deltamem_tenant"
+SESSIONS = SESSION, SOURCE = "deltamem_session", "deltamem_session_from"
+CLIENT_OPTIONS = ("deltamem_pin", "deltamem_pin_tokens", *SESSIONS)
 
 NOBODY = tenant_of(None)
 tenant: ContextVar[str] = ContextVar("deltamem_tenant", default=NOBODY)  # of the HTTP request at hand
@@ -41,9 +43,9 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
         spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer)
     if spans:
         resolved[PINS] = _within_quota(_united(spans), quota)
-    if SESSION in options:
-        check_name(options[SESSION])
-        resolved |= {SESSION: options[SESSION], TENANT: tenant.get()}
+    for name in options.keys() & SESSIONS:
+        check_name(options[name])
+        resolved |= {name: options[name], TENANT: tenant.get()}
     return resolved
 
 

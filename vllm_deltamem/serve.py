@@ -255,8 +255,9 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def session_of(body: bytes) -> str:
-    """The session that a request names in `vllm_xargs`, or '' (no session, or not JSON: vLLM will say so)."""
+    """The session that a request starts from by its `vllm_xargs`, or '' (none, or not JSON: vLLM will say so)."""
     try:
-        return str(json.loads(body)["vllm_xargs"]["deltamem_session"])
-    except (ValueError, KeyError, TypeError):
+        options = json.loads(body)["vllm_xargs"]
+        return str(options.get("deltamem_session_from") or options["deltamem_session"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return ""

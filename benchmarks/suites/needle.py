@@ -53,4 +53,5 @@ def needle(source: Source, seed: int, keys: int = 1, questions: int = 1, sweep: 
             parts[f"depth {depths[0]:.1f}"] = right
         return parts
 
-    return Sample(seed, ask(*(context + tail for tail in tails)), score, max_tokens=ROOM)
+    shared = len(context) if questions > 1 else 0
+    return Sample(seed, ask(*(context + tail for tail in tails)), score, max_tokens=ROOM, shared=shared)

@@ -23,6 +23,7 @@ class Sample:
     scored: int = 0  # last tokens of the prompt whose distribution is wanted
     pinned: tuple[str | None, ...] = ()  # text that is pinned in each prompt, where the memory can pin
     growing: bool = False  # a prompt begins with the one before it and its answer: an engine may go on from there
+    shared: int = 0  # tokens that all its prompts begin with: an engine may read them once
 
 
 def ask(*prompts: list[int]) -> Callable[[Outputs], list[int] | None]:
