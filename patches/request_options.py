@@ -29,7 +29,9 @@ def apply() -> None:
                 params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
                 if params.extra_args.keys() & SESSIONS:
                     directory = DeltaMemConfig.from_vllm(self.vllm_config).sessions.get("directory")
-                    check_session(request, self.vllm_config.parallel_config.tensor_parallel_size, directory)
+                    parallel = self.vllm_config.parallel_config
+                    workers = parallel.tensor_parallel_size * parallel.data_parallel_size
+                    check_session(request, workers, directory)
             except ValueError as error:
                 raise VLLMValidationError(str(error)) from error
         return request

@@ -191,7 +191,7 @@ def test_a_malformed_option_is_the_clients_error(monkeypatch, asked, message):
     monkeypatch.setattr(startup, "is_chosen", lambda config: True)
     monkeypatch.setattr(plan, "plan_memory", lambda config: SimpleNamespace(layout=SimpleNamespace(pinned=8)))
     request_options.apply()
-    parallel = SimpleNamespace(tensor_parallel_size=1)
+    parallel = SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1)
     config = SimpleNamespace(additional_config={}, parallel_config=parallel)
     processor = SimpleNamespace(vllm_config=config, renderer=SimpleNamespace(tokenizer=None))
     with pytest.raises(VLLMValidationError, match=message):

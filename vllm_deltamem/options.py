@@ -52,11 +52,12 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
 def check_session(request, workers: int, directory: str | None) -> None:
     """Raise ValueError for vLLM's request if its session cannot be kept by this server, or not by its tokens alone.
 
-    workers: tensor-parallel, whose parts of a session meet in the directory.
+    workers: tensor-parallel, whose parts of a session meet in the directory, of all data-parallel engines, which take
+    turns in a conversation and meet there, too.
     """
     if workers > 1 and directory is None:
         raise ValueError(
-            "deltamem_session: this server has several workers and no directory where their parts of a session meet. "
+            "deltamem_session: this server has several workers and no directory where they meet. "
             "Start it with the setting 'sessions.directory', or leave the session out."
         )
     untold = {

@@ -1,7 +1,13 @@
-"""Two tensor-parallel workers under vLLM's own executor: a session is theirs together; test_ray.py has Ray's."""
+"""Two workers under vLLM's own executor, tensor-parallel or of two engines: sessions are theirs together.
+
+test_ray.py has Ray's.
+"""
+
+import re
 
 import pytest
-from test_server import chat, complete, start_server, two_turns, user
+import requests
+from test_server import ANN, chat, complete, start_server, two_turns, user
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +42,30 @@ def test_a_session_of_two_workers(tmp_path, monkeypatch):
         server.stop()
 
 
-def test_two_workers_without_a_directory_keep_no_sessions(tmp_path, monkeypatch):
+def test_engines_take_turns_in_a_session(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    server = start_server(tmp_path, {}, "--tensor-parallel-size", "2")
+    server = start_server(tmp_path, {"directory": str(tmp_path / "sessions")}, "--data-parallel-size", "2")
+    try:
+        messages, histories = [user("Why thirteen?")], []
+        for _ in range(4):
+            answer, said = chat(server, messages, "shared", max_tokens=5)
+            assert answer == chat(server, messages, max_tokens=5)[0]
+            histories.append(said["history"])
+            messages += [{"role": "assistant", "content": answer}, user("And then?")]
+        assert histories == ["new"] + 3 * ["restored"]
+        text = requests.get(f"{server.url}/metrics", timeout=30).text
+        saved = re.findall(r'^vllm:deltamem_sessions_saved_total{engine="(\d)".*} (\d)', text, re.M)
+        assert [engine for engine, count in saved if int(count)] == ["0", "1"], "one engine had all turns"
+        assert server.call("DELETE", "/v1/deltamem/sessions/shared", ANN).ok
+        assert chat(server, messages, "shared")[1]["history"] == "new"
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"])
+def test_two_workers_without_a_directory_keep_no_sessions(tmp_path, monkeypatch, option):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    server = start_server(tmp_path, {}, option, "2")
     try:
         answer, _ = chat(server, [user("Why thirteen?")])
         body = {"prompt": "Why?", "vllm_xargs": {"deltamem_session": "a"}}
