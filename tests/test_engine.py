@@ -196,6 +196,10 @@ def test_many_requests_start_from_one_session_that_stays(folders):
         for _ in range(2):  # it has not changed
             restored = {"name": "document", "history": "restored"}
             assert ask(llm, session_from="document") == (answers, 3 * [restored])
+        scored = greedy(20, prompt_logprobs=0, extra_args={"deltamem_session_from": "document"})
+        out = llm.generate([{"prompt_token_ids": document + tails[0]}], scored, use_tqdm=False)[0]
+        assert list(out.outputs[0].token_ids) == answers[0] and all(out.prompt_logprobs[1:])
+        assert out.kv_transfer_params["deltamem_session"]["history"] == "prompt logprobs"
         texts, said = ask(llm, session_from="document", session="branch-{}")
         assert texts == answers and [s["name"] for s in said] == ["branch-0", "branch-1", "branch-2"]
         assert all(s["history"] == "restored" and s["saved_tokens"] >= 230 for s in said)

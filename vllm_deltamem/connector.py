@@ -98,6 +98,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         refused = self._outcome.get(request.request_id, "new") not in ("new", "restored")
         if name is None or num_computed_tokens or refused:
             return 0, False
+        if request.skip_reading_prefix_cache:  # vLLM computes all of it, for the prompt's log-probabilities
+            self._outcome[request.request_id] = "prompt logprobs"
+            return 0, False
         if request.request_id in self._matched:
             return self._matched[request.request_id][1], True
         if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
