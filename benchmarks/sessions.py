@@ -46,10 +46,11 @@ HOST_BYTES = 2 << 20  # of the soak's server, less than its sessions take
 LONG = 200  # tokens of an answer that is broken off: it must not end before that
 
 
-def body_of(prompt: list[int], count: int, session: str | None) -> dict:
-    """A request for exactly `count` tokens, greedily."""
+def body_of(prompt: list[int], count: int, session: str | None, source: str | None = None) -> dict:
+    """A request for exactly `count` tokens, greedily; source: the session that it starts from, if not from its own."""
     body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    return body | ({"vllm_xargs": {"deltamem_session": session}} if session else {})
+    names = {"deltamem_session": session, "deltamem_session_from": source}
+    return body | {"vllm_xargs": {name: value for name, value in names.items() if value}}
 
 
 def complete(server: VllmServer, prompt: list[int], count: int, session: str | None = None) -> tuple[list[int], str]:
@@ -61,9 +62,11 @@ def complete(server: VllmServer, prompt: list[int], count: int, session: str | N
     return said["choices"][0]["token_ids"], history
 
 
-def stream(server: VllmServer, prompt: list[int], count: int, session: str | None = None) -> Iterator[dict]:
+def stream(
+    server: VllmServer, prompt: list[int], count: int, session: str | None = None, source: str | None = None
+) -> Iterator[dict]:
     """The events of an answer; closing the iterator breaks it off. Raises requests.HTTPError."""
-    body = body_of(prompt, count, session) | {"stream": True, "stream_options": {"include_usage": True}}
+    body = body_of(prompt, count, session, source) | {"stream": True, "stream_options": {"include_usage": True}}
     with server.call("POST", "/v1/completions", json=body, stream=True) as response:
         response.raise_for_status()
         for line in response.iter_lines():
