@@ -32,14 +32,20 @@ def start(model: str, settings: dict | None, length: int, **options):
     return LLM(max_model_len=length, **options).llm_engine
 
 
+def session_of(suite: str, sample: Sample) -> str:
+    return f"{suite}-{sample.seed}"
+
+
 def extra_args(suite: str, sample: Sample, i: int, settings: dict | None) -> dict | None:
     """What prompt i of a sample asks of deltamem: a pin, if its settings allow any, and a session to start from."""
-    asked = {}
-    if settings is not None and sample.growing:
-        asked["deltamem_session"] = f"{suite}-{sample.seed}"
-    if settings is not None and sample.shared:
-        asked["deltamem_session_from"] = f"{suite}-{sample.seed}"
-    if settings is not None and sample.pinned and sample.pinned[i] and settings.get("pinned") != 0:
+    if settings is None:
+        return None
+    asked, session = {}, session_of(suite, sample)
+    if sample.growing:
+        asked["deltamem_session"] = session
+    if sample.shared:
+        asked["deltamem_session_from"] = session
+    if sample.pinned and sample.pinned[i] and settings.get("pinned") != 0:
         asked["deltamem_pin"] = sample.pinned[i]
     return asked or None
 
@@ -50,7 +56,7 @@ def shared_prompt(suite: str, sample: Sample, settings: dict | None):
 
     if settings is None or not sample.shared:
         return None
-    kept = SamplingParams(max_tokens=1, extra_args={"deltamem_session": f"{suite}-{sample.seed}"})
+    kept = SamplingParams(max_tokens=1, extra_args={"deltamem_session": session_of(suite, sample)})
     return sample.prompt([])[: sample.shared], kept
 
 
