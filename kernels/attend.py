@@ -47,7 +47,8 @@ class Tile(NamedTuple):
 
 TOKEN = Tile(16, 64, 2, 2, 4)  # few warps: each scale of a code then serves more columns of a lane
 PROMPT = Tile(64, 64, 4, 3, 2)
-OLDER_PROMPT = Tile(128, 32, 8, 3, 1)  # below capability 9.0 operands lie in registers: there the other one spills
+REGISTER_PROMPT = Tile(128, 32, 8, 3, 1)  # where operands of a product lie in registers: there the other one spills
+OPERANDS_IN_MEMORY = (9, 10)  # major capabilities whose products read shared memory; not 12, a later one
 
 
 class Call(NamedTuple):
@@ -131,7 +132,7 @@ def _read(call: Call, rows: tuple) -> torch.Tensor:
 def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tensor) -> None:
     """Pieces of prompts: programs are tiles of query rows over tiles of a head's keys."""
     slots, size = call.slots, call.q.shape[2]
-    tile = _fit(PROMPT if _capability() >= 90 else OLDER_PROMPT, call)
+    tile = _fit(PROMPT if _capability() // 10 in OPERANDS_IN_MEMORY else REGISTER_PROMPT, call)
     tokens = tile.rows // call.group
     blocks = live_tokens // tokens + len(rows[0])
     pieces, partial, lse = _pieces(call, tile, blocks, tokens)
