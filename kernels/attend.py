@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 TOKEN = Tile(16, 64, 2, 2, 4)  # few warps: each scale of a code then serves more columns of a lane
 PROMPT = Tile(64, 64, 4, 3, 2)
 REGISTER_PROMPT = Tile(128, 32, 8, 3, 1)  # where operands of a product lie in registers: there the other one spills
-OPERANDS_IN_MEMORY = (9, 10)  # major capabilities whose products read shared memory; not 12, a later one
+OPERANDS_IN_MEMORY = (9, 10)  # major capabilities whose products read shared memory; those of 12 do not
 
 
 class Call(NamedTuple):
@@ -173,7 +173,7 @@ def _slot_constants(slots: LayerSlots) -> dict:
 
 @cache
 def _capability() -> int:
-    """Ten times the compute capability of the GPU; the newest where kernels are interpreted."""
+    """Ten times the compute capability of the GPU; an H100's where kernels are interpreted."""
     if triton.knobs.runtime.interpret:
         return 90
     return triton.runtime.driver.active.get_current_target().arch
