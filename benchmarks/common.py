@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def device() -> str:
-    """The GPU that torch sees, or the processor and the number of cores this process may use."""
+    """The GPU that torch sees, or the processor, its vector instructions and the cores this process may use."""
     import torch
 
     if torch.cuda.is_available():
@@ -35,7 +35,8 @@ def device() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    name, instructions = names[0] if names else platform.processor(), torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {instructions}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions() -> dict[str, str]:

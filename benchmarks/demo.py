@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_deltamem.models import DEFAULT_MODEL, fetch_default_model
+from vllm_deltamem.precision import fast_dtype
 
 HERE = Path(__file__).parent
 TEXT = HERE / "demo_text.txt"  # from chapter I of Bram Stoker's Dracula, 1897, in the public domain
@@ -58,6 +60,7 @@ def serve(model: Path, backend: str) -> Iterator[str]:
         port = free.getsockname()[1]
     options = {"--host": "127.0.0.1", "--port": port, "--served-model-name": DEFAULT_MODEL}
     options |= {"--attention-backend": backend, "--max-model-len": CONTEXT, "--max-num-seqs": 4}
+    options["--dtype"] = str(fast_dtype(torch.bfloat16)).removeprefix("torch.")
     if backend.upper() == OURS:
         options["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
     vllm = Path(sys.executable).with_name("vllm")

@@ -54,6 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--most-tokens", type=int, default=1 << 20, help="of a batch's prompts; larger ones are left out"
     )
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--dtype", default="auto", help="as of `vllm serve`; a CPU may be faster at float32")
     parser.add_argument("--cache-bytes", type=int, help="of the KV cache, which is else as large as vLLM makes it")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="file that the rows are added to")
     return parser.parse_args(arguments)
@@ -71,6 +72,7 @@ def measure(plan: dict) -> list[dict]:
         max_model_len=longest,
         max_num_seqs=max(plan["batches"]),
         load_format=plan["load_format"],
+        dtype=plan["dtype"],
         enable_prefix_caching=False,
         disable_log_stats=True,
         kv_cache_memory_bytes=plan["cache_bytes"],
@@ -164,6 +166,7 @@ def main(arguments: list[str]) -> None:
                 "output_tokens": args.output_tokens,
                 "repeats": args.repeats,
                 "load_format": args.load_format,
+                "dtype": args.dtype,
                 "cache_bytes": args.cache_bytes,
             }
             print(f"{backend} {memory or ''} ...", file=sys.stderr, flush=True)
@@ -179,6 +182,8 @@ def main(arguments: list[str]) -> None:
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
             if args.cache_bytes:
                 here["cache_bytes"] = args.cache_bytes
+            if args.dtype != "auto":
+                here["dtype"] = args.dtype
             if backend == "DELTAMEM":
                 here["settings"] = settings
             rows = [here | figure for figure in figures]

@@ -101,6 +101,18 @@ def test_memory_larger_than_the_context_is_full_attention(model):
     assert small.loss != pytest.approx(full.loss, rel=1e-4)
 
 
+def test_a_cpu_slow_at_bfloat16_computes_in_float32_what_is_held_in_bfloat16(folder, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    own, fast = FrozenModel(tmp_path), FrozenModel(tmp_path, fast=True)
+    assert (own.model.dtype, fast.model.dtype) == (torch.bfloat16, torch.float32)
+    assert own.shape(300) == fast.shape(300)
+    prompt = prompts.text_prompt(own.tokenizer, TEXT, 300, random.Random(0))
+    losses = [simulate.score(m, [prompt], simulate.memory_attention(m, None, 300, 0.3)).loss for m in (own, fast)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
+
+
 def test_prompts_follow_from_their_seed_and_mark_the_answers(model):
     drawn = [prompts.recall_prompt(model.tokenizer, TEXT, 900, random.Random(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0].ids, drawn[1].ids) and not torch.equal(drawn[0].ids, drawn[2].ids)

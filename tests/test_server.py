@@ -122,6 +122,11 @@ def test_start_says_what_a_sequence_takes(server):
     assert len(said) == 1 and f"{SLOTS} sequences fit" in said[0]
 
 
+def test_kernels_are_compiled_before_the_first_request(server):
+    log = server.log.read_text()
+    assert 0 < log.find("deltamem compiles its CPU kernels") < log.find("Application startup complete")
+
+
 def test_session_continues(server):
     messages = two_turns(server, "continued")
     fresh, said = chat(server, messages)

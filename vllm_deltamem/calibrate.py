@@ -78,7 +78,7 @@ def calibrate(
     for text in texts:
         if len(text) < 8 * length:
             raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
-    model = FrozenModel(model_folder, device)
+    model = FrozenModel(model_folder, device, fast=True)
     shape = model.shape(budgets.CONTEXT)
     partial = out.with_name(out.name + ".partial")
     seen = observations(model, texts, partial, seed, prompts, length)

@@ -256,6 +256,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     # In a worker
 
+    def register_kv_caches(self, kv_caches):
+        SlotPool.serving()  # what it compiles should not keep the first request waiting
+
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)
         pool = SlotPool.serving()

@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_deltamem.kernels.slot import Rope
 from vllm_deltamem.memory import Shape
+from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.profile import fingerprint_of
 from vllm_deltamem.windows import FULL, find_windows, is_unrotated
 
@@ -19,13 +20,18 @@ class FrozenModel:
     """A model of which no weight changes.
 
     An attention is called with (layer, q [H, T, D], k [G, T, D], v [G, T, D], scale), rotated and in the
-    model's dtype, and returns [H, T, D]. Layers with a sliding window keep theirs.
+    dtype that is computed in, and returns [H, T, D]. Layers with a sliding window keep theirs.
+
+    dtype: of the weights on disk, in which vLLM serves them.
     """
 
-    def __init__(self, folder: str, device: str = "cpu"):
+    def __init__(self, folder: str, device: str = "cpu", fast: bool = False):
+        """fast: compute in float32 on a CPU that is slow at the model's own dtype."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
-        self.model.to(device).eval().requires_grad_(False)
+        self.dtype = self.model.dtype
+        computed = fast_dtype(self.dtype, device) if fast else self.dtype
+        self.model.to(device, computed).eval().requires_grad_(False)
         self.device = device
         self.config = self.model.config.get_text_config()
         self.fingerprint = fingerprint_of(self.config)
@@ -34,7 +40,7 @@ class FrozenModel:
     def shape(self, context: int) -> Shape:
         """What decides the size of its memory in a context of that many tokens."""
         layers, kv_heads, size = (self.fingerprint[name] for name in ("layers", "kv_heads", "head_size"))
-        return Shape(layers, kv_heads, size, self.model.dtype, context, find_windows(self.config, context))
+        return Shape(layers, kv_heads, size, self.dtype, context, find_windows(self.config, context))
 
     def rope(self, positions: int) -> Rope | None:
         """Tables of the rotary embedding for at least that many positions, with unit norm.

@@ -35,7 +35,8 @@ class MemoryAttention:
         self.keeps_readouts = on_cpu
 
     def __call__(self, layer, q, k, v, scale):
-        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+        computed, held = q.dtype, self.model.dtype
+        q, k, v = (x.transpose(0, 1).to(held).contiguous() for x in (q, k, v))
         slots = self.slots[layer]
         self.slab.zero_()
         out, options = torch.empty_like(q), {"scratch": {}} if self.keeps_readouts else {}
@@ -46,7 +47,7 @@ class MemoryAttention:
             self.kernels.write(k[piece], v[piece], slots, *batch)
             self.kernels.attend(q[piece], slots, *batch, scale, out[piece], **options)
             self.kernels.merge(slots, *batch, self.model.rope(len(q)), self.policies[layer], **options)
-        return out.transpose(0, 1)
+        return out.transpose(0, 1).to(computed)
 
 
 def memory_attention(
