@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from model_configs import (
     BLOOM,
     CHUNKED,
@@ -20,11 +21,14 @@ from model_configs import (
     save_config,
     vllm_config,
 )
+from vllm.platforms import current_platform
 
 from benchmarks.server import VllmServer
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.profile import Profile, fingerprint_of, save
 from vllm_deltamem.rope import TRAINED
+
+ON_CPU = current_platform.is_cpu()
 
 
 def rope(**parameters):
@@ -185,6 +189,14 @@ def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog):
         config = vllm_config(llama, enable_prefix_caching=True)
     assert not config.cache_config.enable_prefix_caching
     assert sum("prefix caching is off" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("fast, dtype, warns", [(False, "bfloat16", 1), (False, "float32", 0), (True, "bfloat16", 0)])
+def test_a_cpu_slow_at_the_dtype_is_named(llama, monkeypatch, caplog, fast, dtype, warns):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast, raising=False)
+    with caplog.at_level(logging.WARNING, "vllm_deltamem"):
+        vllm_config(llama, dtype=dtype)
+    assert sum("--dtype float32" in record.message for record in caplog.records) == warns * ON_CPU
 
 
 def test_max_model_len_past_the_trained_context(llama, monkeypatch):

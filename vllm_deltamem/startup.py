@@ -4,10 +4,12 @@ import os
 
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_deltamem import BACKEND
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.rope import extend
 from vllm_deltamem.seal import Seal
 from vllm_deltamem.sessiondirectory import SessionDirectory
@@ -40,6 +42,12 @@ def configure(vllm_config) -> None:
     if vllm_config.cache_config.enable_prefix_caching:
         logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
         vllm_config.cache_config.enable_prefix_caching = False
+    dtype = vllm_config.model_config.dtype
+    if fast_dtype(dtype, current_platform.device_type) != dtype:
+        logger.warning(
+            "This CPU has no instructions for %s: with --dtype float32 it reads prompts several times faster.",
+            str(dtype).removeprefix("torch."),
+        )
     layout = plan_memory(vllm_config, settings).layout
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
     _check_sessions(SessionSettings.from_dict(settings.sessions))
