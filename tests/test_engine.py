@@ -106,17 +106,23 @@ def save_profile(folder, path):
 
 
 @pytest.mark.parametrize(
-    "family,trained,learned",
-    [("llama", 2048, False), ("llama", 160, False), ("llama", 160, True), ("gemma3-mixed", 2048, False)],
+    "family,trained,learned,dtype",
+    [
+        ("llama", 2048, False, "bfloat16"),
+        ("llama", 2048, False, "float32"),
+        ("llama", 160, False, "bfloat16"),
+        ("llama", 160, True, "bfloat16"),
+        ("gemma3-mixed", 2048, False, "bfloat16"),
+    ],
 )
-def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tmp_path, family, trained, learned):
+def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tmp_path, family, trained, learned, dtype):
     """One prompt: in chunks of 64, 100 and 2048 tokens, among others, in a used slot: the same bytes.
 
     Also where most of it lies past the context that the model was trained on, and with a profile.
     """
     settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    options = {"max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": trained}}
+    options = {"dtype": dtype, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": trained}}
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
