@@ -45,8 +45,8 @@ def configure(vllm_config) -> None:
     dtype = vllm_config.model_config.dtype
     if fast_dtype(dtype, current_platform.device_type) != dtype:
         logger.warning(
-            "This CPU has no instructions for %s: with --dtype float32 it reads prompts several times faster.",
-            str(dtype).removeprefix("torch."),
+            "This CPU has no instructions for bfloat16: --dtype float32 reads prompts several times faster, in twice "
+            "the memory."
         )
     layout = plan_memory(vllm_config, settings).layout
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
