@@ -2,8 +2,7 @@
 
 Results of a row never depend on which other rows share the call: how many keys a product has is fixed by the
 row's own position, and how many rows does not matter to it (see ROW_BLOCK, and KEY_BLOCK in readout.py).
-`scratch` is a dict, one per layer, in which the readouts of the slots used last stay, as far as READOUT_BYTES
-go. Whoever changes a slot other than by merge() takes it out.
+`readouts`, one per layer, keep what steps before have read of the slots.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -14,14 +13,14 @@ import torch
 
 from .cpucombine import combine
 from .cpumerge import merge_slot
-from .readout import MASKED, Readout
+from .readout import MASKED
+from .readouts import Readouts
 from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
 
 ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
 TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
-READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, per layer
 
 
 def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
@@ -35,36 +34,40 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
 
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
-    ring = slots.ring_k.shape[2]
-    for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
+    ring, rows = slots.ring_k.shape[2], tuple(_rows(slot_indices, cu_seqlens, seq_lens))
+    if rows and all(end - begin == 1 for _, begin, end, _ in rows):
+        tokens, held, cells = _single_cells(rows, ring)
+        slots.ring_k[held, :, cells], slots.ring_v[held, :, cells] = k[tokens], v[tokens]
+        return
+    for slot, begin, end, seq_len in rows:
         cells = _cells(seq_len - (end - begin), end - begin, ring)
         slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
         slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
 def attend(
-    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, scratch=None, helpers=None
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None, helpers=None
 ) -> None:
-    """See reference.attend. The rings of single-token rows go through in one call, longer rows in a call each.
+    """See reference.attend. Single-token rows go through together, longer rows in calls of their own.
 
     helpers: may attend to the longer rows from copies of what these see now; `out` is whole when they have finished.
     """
-    scratch = {} if scratch is None else scratch
-    rows = list(_rows(slot_indices, cu_seqlens, seq_lens))
+    readouts = readouts or Readouts(slots)
+    rows = sorted(_rows(slot_indices, cu_seqlens, seq_lens))  # slots that follow one another are read in place
     single = [(slot, begin, seq_len) for slot, begin, end, seq_len in rows if end - begin == 1]
     if single:
-        _attend_single(q, slots, single, scale, out, rope, scratch)
+        _attend_single(q, slots, single, scale, out, rope, readouts)
     with _one_thread() if helpers else nullcontext():  # the other cores are theirs
         for slot, begin, end, seq_len in rows:
             if end - begin > 1:
-                _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, scratch, helpers)
+                _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, readouts, helpers)
 
 
-def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, scratch=None):
+def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, readouts=None):
     """See reference.merge."""
     if slots.sliding:
         return
-    scratch = {} if scratch is None else scratch
+    readouts = readouts or Readouts(slots)
     for slot, _, _, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone = seq_len - slots.window
         if seq_len % slots.segment or gone <= 0:
@@ -72,7 +75,7 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         cells = _cells(first, gone - first, slots.ring_k.shape[2])
         with _one_thread():
-            readout = _readout(slots, slot, gone, scratch)
+            readout = readouts.of(slot, gone)
             readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
             merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
 
@@ -100,18 +103,6 @@ def _cells(first, count, ring):
     return slice(cell, cell + count) if cell + count <= ring else torch.arange(cell, cell + count) % ring
 
 
-def _readout(slots, slot, gone, scratch):
-    """The readout of one slot, from scratch if it is there and has room."""
-    readout = scratch.pop(slot, None)
-    fresh = readout is None or not readout.has_room(gone)
-    if fresh:
-        readout = Readout(slots, slot, 2 * gone)  # a sequence goes on growing
-    scratch[slot] = readout  # the last used is the last in order
-    while fresh and len(scratch) > 1 and sum(kept.nbytes for kept in scratch.values()) > READOUT_BYTES:
-        del scratch[next(iter(scratch))]
-    return readout
-
-
 def _local_mask(first, last, window, segment, sliding):
     """0 or MASKED for queries at positions first..last of one sequence over the ring cells, [T, L]."""
     ring = window + segment
@@ -129,17 +120,40 @@ def _mask(first, last, window, segment, sliding):
     return torch.zeros(len(position), ring).masked_fill_((held > position) | (held < begin), MASKED)
 
 
-def _attend_single(q, slots, single, scale, out, rope, scratch):
+def _attend_single(q, slots, single, scale, out, rope, readouts):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
     kv_heads = slots.ring_k.shape[1]
     tokens, held, mask = _single_tables(tuple(single), slots.window, slots.segment, slots.sliding)
     query = _whole_blocks(q[tokens].view(len(single), kv_heads, -1, q.shape[2]))
     near, lse = _partial(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
-    near, lse = near.contiguous(), lse.contiguous()
+    near, lse, alike = near.contiguous(), lse.contiguous(), {}
     for i, (slot, row, seq_len) in enumerate(single):
+        gone = 0 if slots.sliding else left_ring(seq_len, slots)
+        if gone and len(single) > 1 and not far_limit(seq_len, slots, rope):
+            alike[slot] = i, gone
+            continue
         this = slice(row, row + 1)
-        calls = _memory_calls(q[this], query[i, :, None], slots, slot, seq_len, rope, scratch)
+        calls = _memory_calls(q[this], query[i, :, None], slots, slot, seq_len, rope, readouts)
         combine(near[i : i + 1], lse[i, :, None], _partials(calls, scale), out[this])
+    for wave in readouts.waves({slot: gone for slot, (_, gone) in alike.items()}):
+        members, gone = zip(*(alike[readout.slot] for readout in wave), strict=True)
+        at, rows = _index(members), _index(tuple(single[i][1] for i in members))
+        seen = _attend_together(query[at], out.shape[1] // kv_heads, readouts.parts(wave, gone), scale)
+        target = out[rows]
+        combine(near[at], lse[at].transpose(0, 1).contiguous(), [seen], target)
+        if not isinstance(rows, slice):
+            out[rows] = target
+
+
+def _attend_together(query, group, parts, scale):
+    """What N single tokens [N, G, R or more, D] see in their memories: partial [1, G, R * N, D], log-sum-exp."""
+    n, kv_heads, _, size = query.shape
+    seen, lse = query.new_empty(kv_heads, group, n, size), query.new_empty(kv_heads, group, n, dtype=torch.float)
+    for sequences, heads, *entries in parts:
+        part, part_lse = _partial(query[sequences, heads], *entries, scale)
+        seen[heads, :, sequences] = part[:, :, :group].permute(1, 2, 0, 3)
+        lse[heads, :, sequences] = part_lse[:, :, :group].permute(1, 2, 0)
+    return seen.view(1, kv_heads, -1, size), lse.view(1, kv_heads, -1)
 
 
 @lru_cache(maxsize=4)  # the layers of a step ask for the same ones, or for two
@@ -150,18 +164,25 @@ def _single_tables(single, window, segment, sliding):
     return _index(rows), _index(slots), mask[:, None]
 
 
+@lru_cache(maxsize=4)
+def _single_cells(rows, ring):
+    """Rows of k and v, slots and ring cells of single tokens."""
+    slots, tokens, _, seq_lens = zip(*rows, strict=True)
+    return _index(tokens), torch.tensor(slots), (torch.tensor(seq_lens) - 1) % ring
+
+
 def _index(places: tuple[int, ...]) -> slice | torch.Tensor:
     """A slice where places follow one another, as most do while sequences decode: a view instead of a copy."""
     run = range(places[0], places[0] + len(places))
     return slice(run.start, run.stop) if places == tuple(run) else torch.tensor(places)
 
 
-def _attend_piece(q, slots, slot, seq_len, scale, out, rope, scratch, helpers):
+def _attend_piece(q, slots, slot, seq_len, scale, out, rope, readouts, helpers):
     """A run of query tokens of one sequence, all inside one segment: q [T, H, D]."""
     kv_heads = slots.ring_k.shape[1]
     mask = _local_mask(seq_len - len(q), seq_len - 1, slots.window, slots.segment, slots.sliding)[None, None]
     ring = slots.ring_k[slot, :, None], slots.ring_v[slot, :, None]
-    calls = _memory_calls(q, _side_by_side(q, kv_heads), slots, slot, seq_len, rope, scratch)
+    calls = _memory_calls(q, _side_by_side(q, kv_heads), slots, slot, seq_len, rope, readouts)
     if helpers:  # what they read must stay as it is
         ring = [x.clone() for x in ring]
         calls = [(rows, *(x.clone() for x in entries)) for rows, *entries in calls]
@@ -188,7 +209,7 @@ def _side_by_side(q, kv_heads):
     return _whole_blocks(_by_head(q, kv_heads).reshape(kv_heads, 1, -1, q.shape[2]))
 
 
-def _memory_calls(q, rows, slots, slot, seq_len, rope, scratch):
+def _memory_calls(q, rows, slots, slot, seq_len, rope, readouts):
     """What _partial takes for queries [T, H, D] at the end of a sequence to see its memory.
 
     Near entries of all heads, and where there are far ones those of all heads in a second pass.
@@ -197,7 +218,7 @@ def _memory_calls(q, rows, slots, slot, seq_len, rope, scratch):
     gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
     if not gone or slots.sliding:
         return []
-    readout = _readout(slots, slot, gone, scratch)
+    readout = readouts.of(slot, gone)
     if not limit:
         return _by_entries(rows, readout.runs(gone))
     far = readout.far(limit)

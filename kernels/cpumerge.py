@@ -11,6 +11,7 @@ import torch
 
 from .arrays import Arrays, key_position, store
 from .readout import Readout
+from .readouts import Readouts
 from .reference import freshness, importance
 from .rows import as_bits, compiled, load, pack_rank, turn
 from .slot import EMPTY, LayerSlots, Policy, Rope, candidates
@@ -49,7 +50,7 @@ def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, re
 
 def compile_merge(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what merges of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
-    readout, (kv_heads, _, size) = Readout(slots, 0, 1), slots.ring_k.shape[1:]
+    readout, (kv_heads, _, size) = Readouts(slots).of(0, 1), slots.ring_k.shape[1:]
     readout.prepare_merge(rope)
     arrays, nobody = readout.arrays, np.zeros((kv_heads, 1, size), np.float32)
     k = as_bits(torch.zeros(nobody.shape, dtype=slots.ring_k.dtype))

@@ -1,6 +1,7 @@
 """The memory of one slot in one layer as attention and merging read it, dequantised, for the CPU path."""
 
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +10,34 @@ from .arrays import Arrays
 from .rows import KINDS, as_bits
 from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, key_position, rank_position, rotate
 
+LEAST_ROOM = 512  # entries per head that the shortest sequence gets, so that it is not read anew at every other merge
 KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
+
+
+class Storage(NamedTuple):
+    """Room for the readouts of R slots [R, N, ...], or for that of one [N, ...], at N places."""
+
+    k: torch.Tensor  # [R, N, D] model dtype
+    v: torch.Tensor  # [R, N, D] model dtype
+    plain: torch.Tensor  # [R, N, D] fp32, keys before RoPE, which only merging reads
+    bias: torch.Tensor  # [R, N] fp32, the log of the mass, MASKED where there is no entry
+    mass: torch.Tensor  # [R, N] fp32, of coarse entries
+    rank: torch.Tensor  # [R, N] int64
+
+    @classmethod
+    def of(cls, rows: int, places: int, like: torch.Tensor) -> "Storage":
+        """Keys and values as wide as `like` [..., D], of its dtype. Memory is taken page by page, as it is written."""
+        dtypes, size = (like.dtype, like.dtype, torch.float, torch.float, torch.float, torch.int64), like.shape[-1:]
+        shapes = [(rows, places, *size)] * 3 + [(rows, places)] * 3
+        return cls(*(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+
+    @staticmethod
+    def bytes_per_place(like: torch.Tensor) -> int:
+        return like.shape[-1] * (2 * like.itemsize + 4) + 16
+
+    def row(self, row: int) -> "Storage":
+        return Storage(*(x[row] for x in self))
 
 
 class Readout:
@@ -20,33 +47,27 @@ class Readout:
     A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
     merge_slot, which changes both. What only merging reads is made by its first merge.
 
-    k, v [N, D] model dtype; bias [N] fp32, the log of the mass, MASKED where there is no entry.
+    rooms: places of every head, see rooms(); row: where it lies in the storage of its layer; storage: that row.
     """
 
-    def __init__(self, slots: LayerSlots, slot: int, gone: int):
-        self.slots, self.slot = slots, slot
+    def __init__(self, slots: LayerSlots, slot: int, rooms: list[int], row: int, storage: Storage):
+        self.slots, self.slot, self.rooms, self.row = slots, slot, rooms, row
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
         self.capacities = [x + y for x, y in zip(self.exact_count, self.coarse_count, strict=True)]
-        self.rooms = self.widths(gone)
         self.start = [0, *accumulate(self.rooms)]
-        places, size, dtype = self.start[-1], slots.ring_k.shape[-1], slots.ring_k.dtype
-        self.k, self.v = torch.zeros(places, size, dtype=dtype), torch.zeros(places, size, dtype=dtype)
-        self.mass = torch.zeros(places)  # of coarse entries
-        self.rank = torch.zeros(places, dtype=torch.int64)
+        places = self.start[-1]
+        self.k, self.v, self.plain, self.bias, self.mass, self.rank = (x[:places] for x in storage)
+        for field in (self.k, self.v, self.mass, self.rank):
+            field.zero_()
         self._read()
-        self.bias = torch.where(self.mass > 0, self.mass.log(), 0.0).masked_fill_(self.rank == EMPTY, MASKED)
+        self.bias.copy_(torch.where(self.mass > 0, self.mass.log(), 0.0))
+        self.bias.masked_fill_(self.rank == EMPTY, MASKED)
         self.arrays: Arrays | None = None
         self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
         self._runs: tuple[int, list] = 0, []  # likewise of runs()
 
-    @property
-    def nbytes(self) -> int:
-        """With what merging needs."""
-        return self.k.numel() * (2 * self.k.element_size() + 4) + self.mass.numel() * 17
-
     def widths(self, gone: int) -> list[int]:
-        """Entries of each head that may hold something once the memory has seen `gone` tokens, in whole key blocks."""
-        return [blocks(min(capacity, gone)) for capacity in self.capacities]
+        return widths(self.capacities, gone)
 
     def has_room(self, gone: int) -> bool:
         return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
@@ -83,7 +104,7 @@ class Readout:
         if limit:
             self._turn_far()
         if self.arrays is None:
-            self.plain = rotate(self.k.float(), key_position(self.rank, rope), rope, inverse=True)
+            self.plain.copy_(rotate(self.k.float(), key_position(self.rank, rope), rope, inverse=True))
             self.arrays = self._as_arrays()
         if self.arrays.limit != limit:
             self.arrays = self.arrays._replace(limit=limit)
@@ -160,6 +181,16 @@ class Readout:
             (self.k, slots.codec.key_bits, slots.coarse_k[slot], slots.coarse_k_affine[slot]),
             (self.v, slots.codec.value_bits, slots.coarse_v[slot], slots.coarse_v_affine[slot]),
         )
+
+
+def widths(capacities: list[int], gone: int) -> list[int]:
+    """Entries of each head that may hold something once the memory has seen `gone` tokens, in whole key blocks."""
+    return [blocks(min(capacity, gone)) for capacity in capacities]
+
+
+def rooms(capacities: list[int], gone: int) -> list[int]:
+    """The same up to a power of two: a sequence goes on growing, and readouts of others about as long lie alike."""
+    return widths(capacities, max(LEAST_ROOM, 1 << max(gone - 1, 0).bit_length()))
 
 
 def blocks(count: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
 from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.helpers import OPEN, Helpers
+from vllm_deltamem.kernels.readouts import Readouts
 
 
 @pytest.mark.parametrize("trained", [0, 90], ids=["near", "far"])
@@ -18,13 +19,14 @@ def test_prompt_is_attended_as_without_helpers(threads, trained):
     rope, policy, (k, v, q) = make_rope("neox", 32, trained), make_policy(), make_tokens(300, dtype=torch.bfloat16)
     slabs, outs = [slab, slab.clone()], [torch.zeros_like(q), torch.zeros_like(q)]
     for slab, out, helpers in zip(slabs, outs, (None, Helpers(threads)), strict=True):
-        slots, scratch = views(slab), {}
+        slots = views(slab)
+        readouts = Readouts(slots)
         for first in range(0, 300, 16):
             piece = slice(first, min(first + 16, 300))
             batch = make_batch([(1, piece.stop - first, piece.stop)])
             cpu.write(k[piece], v[piece], slots, *batch)
-            cpu.attend(q[piece], slots, *batch, 32**-0.5, out[piece], rope, scratch=scratch, helpers=helpers)
-            cpu.merge(slots, *batch, rope, policy, scratch=scratch)
+            cpu.attend(q[piece], slots, *batch, 32**-0.5, out[piece], rope, readouts=readouts, helpers=helpers)
+            cpu.merge(slots, *batch, rope, policy, readouts=readouts)
         if helpers:
             helpers.finish()
     assert torch.equal(*outs) and outs[0].any(1).all()

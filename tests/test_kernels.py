@@ -6,6 +6,7 @@ import torch
 from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, reference, slot
+from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
 
@@ -157,21 +158,23 @@ def test_large_heads_are_read_alike_by_any_number_of_threads(coarse, group):
     """A token sees the same bits alone, on however many threads, as in a piece of a prompt."""
     kv_heads = len(coarse)
     slab, views = make_layer(exact=(4,) * kv_heads, coarse=coarse, size=64, dtype=torch.bfloat16)
-    slots, scratch, (k, v, q) = views(slab), {}, make_tokens(2200, kv_heads, 64, group, torch.bfloat16)
+    slots, (k, v, q) = views(slab), make_tokens(2200, kv_heads, 64, group, torch.bfloat16)
+    readouts = Readouts(slots)
     for first in range(0, 2200, slots.segment):
         piece = slice(first, min(first + slots.segment, 2200))
         batch = make_batch([(1, piece.stop - first, piece.stop)])
         cpu.write(k[piece], v[piece], slots, *batch)
-        cpu.merge(slots, *batch, None, make_policy(kv_heads, 64), scratch=scratch)
+        cpu.merge(slots, *batch, None, make_policy(kv_heads, 64), readouts=readouts)
     expected, outs = torch.zeros_like(q[piece]), []
-    cpu.attend(q[piece], slots, *batch, 32**-0.5, expected, scratch=scratch)
-    logits = group * max(k.shape[2] for k, _, _ in scratch[1].runs(reference.left_ring(2200, slots)))
+    cpu.attend(q[piece], slots, *batch, 32**-0.5, expected, readouts=readouts)
+    gone = reference.left_ring(2200, slots)
+    logits = group * max(k.shape[2] for k, _, _ in readouts.of(1, gone).runs(gone))
     assert logits >= cpu.SMALL, "one thread would do it alone"
     threads = torch.get_num_threads()
     for count in (1, 2, 3, 4, 8):
         torch._C.set_num_threads(count)  # vLLM replaces torch.set_num_threads
         outs.append(torch.zeros_like(q[-1:]))
-        cpu.attend(q[-1:], slots, *make_batch([(1, 1, 2200)]), 32**-0.5, outs[-1], scratch=scratch)
+        cpu.attend(q[-1:], slots, *make_batch([(1, 1, 2200)]), 32**-0.5, outs[-1], readouts=readouts)
     torch._C.set_num_threads(threads)
     assert all(torch.equal(out, expected[-1:]) for out in outs)
 

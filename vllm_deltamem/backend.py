@@ -274,11 +274,11 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         slots = pool.layers[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
         helpers = pool.helpers if len(attn_metadata.steps) > 1 else None  # one step goes to all cores as it is
-        scratch = {"scratch": pool.readouts[self.position], "helpers": helpers} if ON_CPU else {}
+        read = {"readouts": pool.readouts[self.position], "helpers": helpers} if ON_CPU else {}
         for step in attn_metadata.steps:
             known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
-            known |= scratch if ON_CPU else {"max_seq_len": step.reach}
+            known |= read if ON_CPU else {"max_seq_len": step.reach}
             kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known)
             pool.merge(self.position, step.due)
         if helpers:

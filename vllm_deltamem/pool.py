@@ -18,6 +18,7 @@ if ON_CPU:
     from vllm_deltamem.kernels.cpucombine import compile_combine
     from vllm_deltamem.kernels.cpumerge import compile_merge
     from vllm_deltamem.kernels.helpers import Helpers
+    from vllm_deltamem.kernels.readouts import Readouts
 else:
     from vllm_deltamem.kernels import cuda as kernels
 
@@ -43,7 +44,7 @@ class SlotPool:
     layers: list[LayerSlots]
     policies: list[Policy]
     rope: Rope | None
-    readouts: list[dict]  # per layer, the CPU path's scratch: bounded, see kernels/cpu.py
+    readouts: "list[Readouts]"  # per layer, on a CPU
     helpers: "Helpers | None" = None  # on a CPU of several cores
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
@@ -69,7 +70,7 @@ class SlotPool:
     def merge(self, layer: int, due: list[Due]) -> None:
         """Merge in one layer."""
         for rows, longest in due:
-            known = {"scratch": self.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
+            known = {"readouts": self.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
             kernels.merge(self.layers[layer], *rows, self.rope, self.policies[layer], **known)
 
     @torch.inference_mode()
@@ -89,9 +90,9 @@ class SlotPool:
 
     def forget(self, slots: list[int]) -> None:
         """Drop what the CPU path has read of slots that were cleared or restored."""
-        for scratch in self.readouts:
+        for readouts in self.readouts:
             for slot in slots:
-                scratch.pop(slot, None)
+                readouts.forget(slot)
 
     def pin(self, claimed: dict[int, list[list[int]]]) -> None:
         """Note the pinned spans of slots that sequences just claimed, and write them."""
@@ -145,7 +146,7 @@ class SlotPool:
             slab=slab,
             layers=layers,
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
-            readouts=[{} for _ in range(layout.shape.layers)],
+            readouts=[Readouts(slots) for slots in layers] if ON_CPU else [],
             helpers=Helpers(others) if ON_CPU and others else None,
             rope=rope,
         )

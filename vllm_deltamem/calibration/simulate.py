@@ -39,7 +39,7 @@ class MemoryAttention:
         q, k, v = (x.transpose(0, 1).to(held).contiguous() for x in (q, k, v))
         slots = self.slots[layer]
         self.slab.zero_()
-        out, options = torch.empty_like(q), {"scratch": {}} if self.keeps_readouts else {}
+        out, options = torch.empty_like(q), {"readouts": self.kernels.Readouts(slots)} if self.keeps_readouts else {}
         for begin in range(0, len(q), slots.segment):
             piece = slice(begin, min(begin + slots.segment, len(q)))
             rows = ([0], [0, piece.stop - begin], [piece.stop])
