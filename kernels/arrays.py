@@ -45,6 +45,19 @@ def key_position(arrays: Arrays, rank):
 
 
 @compiled
+def read_plain(arrays: Arrays):
+    """Fill `plain`: keys as they were before RoPE, 0 where there is no entry."""
+    key = np.empty(arrays.k.shape[1], np.float32)
+    for place in range(len(arrays.rank)):
+        if arrays.rank[place] == EMPTY:
+            arrays.plain[place] = 0
+            continue
+        position = key_position(arrays, arrays.rank[place])
+        load(arrays.k[place], arrays.kind, key)
+        turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+
+
+@compiled
 def store(arrays: Arrays, g, place, k, v, mass, rank):
     """Write a coarse entry of head g, in the slot and at a place of the readout: k, v [D] fp32."""
     entry = arrays.coarse_start[g] + place - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])

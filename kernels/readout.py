@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import Arrays
+from .arrays import Arrays, read_plain
 from .rows import KINDS, as_bits
-from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, key_position, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, rank_position, rotate
 
 LEAST_ROOM = 512  # entries per head that the shortest sequence gets, so that it is not read anew at every other merge
 KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
@@ -47,19 +47,21 @@ class Readout:
     A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
     merge_slot, which changes both. What only merging reads is made by its first merge.
 
-    rooms: places of every head, see rooms(); row: where it lies in the storage of its layer; storage: that row.
+    gone: tokens that the memory has seen, or is about to; row: where it lies in the storage of its layer; storage: that
+    row.
     """
 
-    def __init__(self, slots: LayerSlots, slot: int, rooms: list[int], row: int, storage: Storage):
-        self.slots, self.slot, self.rooms, self.row = slots, slot, rooms, row
+    def __init__(self, slots: LayerSlots, slot: int, gone: int, row: int, storage: Storage):
+        self.slots, self.slot, self.row = slots, slot, row
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
         self.capacities = [x + y for x, y in zip(self.exact_count, self.coarse_count, strict=True)]
+        self.rooms = rooms(self.capacities, gone)
         self.start = [0, *accumulate(self.rooms)]
         places = self.start[-1]
         self.k, self.v, self.plain, self.bias, self.mass, self.rank = (x[:places] for x in storage)
         for field in (self.k, self.v, self.mass, self.rank):
             field.zero_()
-        self._read()
+        self._read(gone)
         self.bias.copy_(torch.where(self.mass > 0, self.mass.log(), 0.0))
         self.bias.masked_fill_(self.rank == EMPTY, MASKED)
         self.arrays: Arrays | None = None
@@ -103,11 +105,11 @@ class Readout:
         self.rope, limit = rope, rope.limit if rope is not None else 0
         if limit:
             self._turn_far()
-        if self.arrays is None:
-            self.plain.copy_(rotate(self.k.float(), key_position(self.rank, rope), rope, inverse=True))
-            self.arrays = self._as_arrays()
-        if self.arrays.limit != limit:
-            self.arrays = self.arrays._replace(limit=limit)
+        fresh = self.arrays is None
+        arrays = self._as_arrays() if fresh else self.arrays
+        self.arrays = arrays if arrays.limit == limit else arrays._replace(limit=limit)
+        if fresh:
+            read_plain(self.arrays)
 
     def weigh(self, place: torch.Tensor) -> None:
         """Renew the bias of entries that were written, at places [W]."""
@@ -158,15 +160,15 @@ class Readout:
         if self.arrays is not None:
             self.plain[place] = rotate(keys.float(), torch.zeros_like(place), rope, inverse=True)
 
-    def _read(self):
+    def _read(self, gone):
         slots, slot = self.slots, self.slot
         exact_start, coarse_start = slots.exact_start.tolist(), slots.coarse_start.tolist()
         for g, first in enumerate(self.start[:-1]):
-            exact = min(self.exact_count[g], self.rooms[g])
+            exact = min(self.exact_count[g], gone)
             rows, places = slice(exact_start[g], exact_start[g] + exact), slice(first, first + exact)
             for field, source in ((self.k, slots.exact_k), (self.v, slots.exact_v), (self.rank, slots.exact_rank)):
                 field[places] = source[slot, rows]
-            coarse = min(self.coarse_count[g], self.rooms[g] - exact)
+            coarse = min(self.coarse_count[g], gone - exact)
             rows = slice(coarse_start[g], coarse_start[g] + coarse)
             places = slice(first + exact, first + exact + coarse)
             for field, bits, codes, affine in self._coded():

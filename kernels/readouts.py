@@ -43,7 +43,7 @@ class Readouts:
             self.forget(slot)
             self._make_room(gone)
             row = self._free.pop() if self._free else self._held.pop(next(iter(self._held))).row
-            readout = Readout(self.slots, slot, rooms(self._capacities, gone), row, self._storage.row(row))
+            readout = Readout(self.slots, slot, gone, row, self._storage.row(row))
         self._held.pop(slot, None)
         self._held[slot] = readout
         return readout
