@@ -2,7 +2,8 @@
 
 import torch
 
-FEWEST = 4  # rows of a product: two would give the same bits, but take longer than four (benchmarks/NOTES.md)
+# Rows of a product: two give the same bits, but with AVX-512 take longer than four, without it less (see NOTES.md).
+FEWEST = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2
 
 
 def apply() -> None:
