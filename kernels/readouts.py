@@ -9,7 +9,7 @@ import torch
 from .readout import Readout, Storage, rooms
 from .slot import LayerSlots
 
-READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, per layer
+READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, for each layer of a model
 
 
 class Part(NamedTuple):
@@ -23,18 +23,25 @@ class Part(NamedTuple):
 
 
 class Readouts:
-    """As many as READOUT_BYTES hold if all are as long as the longest yet, one in any case.
+    """As many as `most_bytes` hold if all are as long as the longest yet, one in any case.
 
     Whoever changes a slot other than by merge() has to forget() it.
     """
 
-    def __init__(self, slots: LayerSlots):
-        self.slots = slots
+    def __init__(self, slots: LayerSlots, most_bytes: int = READOUT_BYTES):
+        self.slots, self._most_bytes = slots, most_bytes
         self._capacities = (slots.exact_start.diff() + slots.coarse_start.diff()).tolist()
         self._storage = Storage.of(0, 0, slots.ring_k)
         self._free: list[int] = []  # rows of it
         self._held: dict[int, Readout] = {}  # by slot, the one used last at the end
         self._parts: tuple[tuple, list[Part]] = (), []  # what parts() last answered, and to what
+
+    @classmethod
+    def of_layers(cls, layers: list[LayerSlots]) -> list["Readouts"]:
+        """Of layers that share their bytes by entries, since a step needs a sequence in all of them."""
+        entries = [slots.exact_rank.shape[1] + slots.coarse_rank.shape[1] for slots in layers]
+        each = READOUT_BYTES * len(layers) / max(sum(entries), 1)
+        return [cls(slots, int(each * count)) for slots, count in zip(layers, entries, strict=True)]
 
     def of(self, slot: int, gone: int) -> Readout:
         """The readout of one slot whose memory has seen `gone` tokens: as it was left, else read anew."""
@@ -94,6 +101,6 @@ class Readouts:
         """Have rows that take a sequence whose memory has seen `gone` tokens."""
         places, have = sum(rooms(self._capacities, gone)), self._storage.k.shape[1]
         if places > have:
-            count = max(1, READOUT_BYTES // (places * Storage.bytes_per_place(self.slots.ring_k)))
+            count = max(1, self._most_bytes // (places * Storage.bytes_per_place(self.slots.ring_k)))
             self._storage = Storage.of(min(count, len(self.slots.ring_k)), places, self.slots.ring_k)
             self._free, self._held, self._parts = [*reversed(range(len(self._storage.k)))], {}, ((), [])

@@ -16,12 +16,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_readouts(slots, rows, monkeypatch):
+def make_readouts(slots, rows):
     """Readouts that hold `rows` of the longest sequence here."""
     places = sum(readout.rooms((slots.exact_start.diff() + slots.coarse_start.diff()).tolist(), 540))
-    each = places * readout.Storage.bytes_per_place(slots.ring_k)
-    monkeypatch.setattr(readouts, "READOUT_BYTES", rows * each)
-    return Readouts(slots)
+    return Readouts(slots, rows * places * readout.Storage.bytes_per_place(slots.ring_k))
 
 
 def step(slots, tokens, rows, rope, policy, kept):
@@ -50,7 +48,7 @@ def test_together_as_alone(dtype, fidelity, trained, rows, monkeypatch):
     rope, policy = make_rope("neox", 32, trained), make_policy()
     tokens = {slot: make_tokens(length + STEPS, dtype=dtype) for slot, length in STARTS.items()}
     slots, alone = views(slab), views(slab.clone())
-    kept = make_readouts(slots, rows, monkeypatch)
+    kept = make_readouts(slots, rows)
     for slot, length in STARTS.items():
         prompt(slots, slot, length, tokens, rope, policy, kept)
         prompt(alone, slot, length, tokens, rope, policy, None)
@@ -64,11 +62,11 @@ def test_together_as_alone(dtype, fidelity, trained, rows, monkeypatch):
         assert torch.equal(getattr(slots, field), getattr(alone, field)), field
 
 
-def test_a_slot_is_read_anew_when_another_sequence_has_it(monkeypatch):
+def test_a_slot_is_read_anew_when_another_sequence_has_it():
     """As vLLM hands slots on while others decode."""
     slab, views = make_layer(exact=(8,), coarse=(100,), slots=8)
     slots, policy = views(slab), make_policy(1)
-    kept = make_readouts(slots, 8, monkeypatch)
+    kept = make_readouts(slots, 8)
     tokens = {slot: make_tokens(200, 1) for slot in range(3)}
     for slot in tokens:
         prompt(slots, slot, 150, tokens, None, policy, kept)
@@ -86,7 +84,7 @@ def test_a_slot_is_read_anew_when_another_sequence_has_it(monkeypatch):
 def test_readouts_at_hand_are_kept_in_a_step_that_needs_more(monkeypatch):
     slab, views = make_layer(exact=(8,), coarse=(100,), slots=8)
     slots, policy = views(slab), make_policy(1)
-    kept = make_readouts(slots, 3, monkeypatch)
+    kept = make_readouts(slots, 3)
     tokens = {slot: make_tokens(120, 1) for slot in range(5)}
     for slot in tokens:
         prompt(slots, slot, 100, tokens, None, policy, kept)
@@ -98,3 +96,12 @@ def test_readouts_at_hand_are_kept_in_a_step_that_needs_more(monkeypatch):
         made.clear()
         step(slots, tokens, [(slot, 1, n) for slot in tokens], None, policy, kept)
         assert len(made) == 2
+
+
+def test_layers_of_any_size_hold_as_many_sequences(monkeypatch):
+    monkeypatch.setattr(readouts, "READOUT_BYTES", 4 << 20)
+    made = [make_layer(exact=(64,), coarse=(coarse,), slots=64) for coarse in (64, 192, 1216)]
+    held = []
+    for kept in Readouts.of_layers([views(slab) for slab, views in made]):
+        held.append({kept.of(slot, 4000).row for slot in range(64)})
+    assert [len(rows) for rows in held] == [18] * 3  # of 128, 256 and 1,280 entries of 400 bytes

@@ -146,7 +146,7 @@ class SlotPool:
             slab=slab,
             layers=layers,
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
-            readouts=[Readouts(slots) for slots in layers] if ON_CPU else [],
+            readouts=Readouts.of_layers(layers) if ON_CPU else [],
             helpers=Helpers(others) if ON_CPU and others else None,
             rope=rope,
         )
