@@ -45,27 +45,29 @@ def key_position(arrays: Arrays, rank):
 
 
 @compiled
-def read_plain(arrays: Arrays):
-    """Fill `plain`: keys as they were before RoPE, 0 where there is no entry."""
-    key = np.empty(arrays.k.shape[1], np.float32)
+def read_plain(arrays: Arrays, place):
+    """The key at a place of the readout as it was before RoPE, into `plain`."""
+    position, key = key_position(arrays, arrays.rank[place]), np.empty(arrays.k.shape[1], np.float32)
+    load(arrays.k[place], arrays.kind, key)
+    turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+
+
+@compiled
+def read_all_plain(arrays: Arrays):
+    """The same of all places, 0 where there is no entry."""
     for place in range(len(arrays.rank)):
         if arrays.rank[place] == EMPTY:
             arrays.plain[place] = 0
-            continue
-        position = key_position(arrays, arrays.rank[place])
-        load(arrays.k[place], arrays.kind, key)
-        turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+        else:
+            read_plain(arrays, place)
 
 
 @compiled
 def store(arrays: Arrays, g, place, k, v, mass, rank):
     """Write a coarse entry of head g, in the slot and at a place of the readout: k, v [D] fp32."""
     entry = arrays.coarse_start[g] + place - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
-    keys, values = arrays.k[place], arrays.v[place]
-    encode(k, arrays.key_bits, arrays.kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], keys)
-    encode(v, arrays.value_bits, arrays.kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], values)
-    position, as_read = key_position(arrays, rank), np.empty(len(k), np.float32)
-    load(keys, arrays.kind, as_read)
-    turn(as_read, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+    encode(k, arrays.key_bits, arrays.kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], arrays.k[place])
+    encode(v, arrays.value_bits, arrays.kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], arrays.v[place])
     arrays.mass[place] = arrays.coarse_mass[entry] = mass
     arrays.rank[place] = arrays.coarse_rank[entry] = rank
+    read_plain(arrays, place)

@@ -141,7 +141,7 @@ def _attend_single(q, slots, single, scale, out, rope, readouts):
         seen = _attend_together(query[at], out.shape[1] // kv_heads, readouts.parts(wave, gone), scale)
         target = out[rows]
         combine(near[at], lse[at].transpose(0, 1).contiguous(), [seen], target)
-        if not isinstance(rows, slice):
+        if not isinstance(rows, slice):  # a copy
             out[rows] = target
 
 

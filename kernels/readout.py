@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import Arrays, read_plain
+from .arrays import Arrays, read_all_plain
 from .rows import KINDS, as_bits
 from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, rank_position, rotate
 
@@ -54,7 +54,7 @@ class Readout:
     def __init__(self, slots: LayerSlots, slot: int, gone: int, row: int, storage: Storage):
         self.slots, self.slot, self.row = slots, slot, row
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
-        self.capacities = [x + y for x, y in zip(self.exact_count, self.coarse_count, strict=True)]
+        self.capacities = capacities(slots)
         self.rooms = rooms(self.capacities, gone)
         self.start = [0, *accumulate(self.rooms)]
         places = self.start[-1]
@@ -105,18 +105,18 @@ class Readout:
         self.rope, limit = rope, rope.limit if rope is not None else 0
         if limit:
             self._turn_far()
-        fresh = self.arrays is None
-        arrays = self._as_arrays() if fresh else self.arrays
-        self.arrays = arrays if arrays.limit == limit else arrays._replace(limit=limit)
-        if fresh:
-            read_plain(self.arrays)
+        if self.arrays is None:
+            self.arrays = self._as_arrays(limit)
+            read_all_plain(self.arrays)
+        elif self.arrays.limit != limit:
+            self.arrays = self.arrays._replace(limit=limit)
 
     def weigh(self, place: torch.Tensor) -> None:
         """Renew the bias of entries that were written, at places [W]."""
         mass = self.mass.index_select(0, place)
         self.bias.index_copy_(0, place, torch.where(mass > 0, mass.log(), 0.0))
 
-    def _as_arrays(self) -> Arrays:
+    def _as_arrays(self, limit: int) -> Arrays:
         slots, rope = self.slots, self.rope
         coded = "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
         plain = "exact_rank", "coarse_mass", "coarse_rank"
@@ -138,7 +138,7 @@ class Readout:
             cos=cos.contiguous().numpy(),
             sin=sin.contiguous().numpy(),
             interleaved=rope is not None and rope.interleaved,
-            limit=0,
+            limit=limit,
         )
 
     def _turn_far(self):
@@ -183,6 +183,11 @@ class Readout:
             (self.k, slots.codec.key_bits, slots.coarse_k[slot], slots.coarse_k_affine[slot]),
             (self.v, slots.codec.value_bits, slots.coarse_v[slot], slots.coarse_v_affine[slot]),
         )
+
+
+def capacities(slots: LayerSlots) -> list[int]:
+    """Entries of each head, exact and coarse ones."""
+    return (slots.exact_start.diff() + slots.coarse_start.diff()).tolist()
 
 
 def widths(capacities: list[int], gone: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .readout import Readout, Storage, rooms
+from .readout import Readout, Storage, capacities, rooms
 from .slot import LayerSlots
 
 READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, for each layer of a model
@@ -30,7 +30,7 @@ class Readouts:
 
     def __init__(self, slots: LayerSlots, most_bytes: int = READOUT_BYTES):
         self.slots, self._most_bytes = slots, most_bytes
-        self._capacities = (slots.exact_start.diff() + slots.coarse_start.diff()).tolist()
+        self._capacities = capacities(slots)
         self._storage = Storage.of(0, 0, slots.ring_k)
         self._free: list[int] = []  # rows of it
         self._held: dict[int, Readout] = {}  # by slot, the one used last at the end
@@ -39,7 +39,7 @@ class Readouts:
     @classmethod
     def of_layers(cls, layers: list[LayerSlots]) -> list["Readouts"]:
         """Of layers that share their bytes by entries, since a step needs a sequence in all of them."""
-        entries = [slots.exact_rank.shape[1] + slots.coarse_rank.shape[1] for slots in layers]
+        entries = [sum(capacities(slots)) for slots in layers]
         each = READOUT_BYTES * len(layers) / max(sum(entries), 1)
         return [cls(slots, int(each * count)) for slots, count in zip(layers, entries, strict=True)]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-# Rows of a product: two give the same bits, but with AVX-512 take longer than four, without it less (see NOTES.md).
+# Rows of a product: two give the same bits; four are faster with AVX-512, slower without (benchmarks/NOTES.md).
 FEWEST = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2
 
 

@@ -18,7 +18,7 @@ def seeded():
 
 def make_readouts(slots, rows):
     """Readouts that hold `rows` of the longest sequence here."""
-    places = sum(readout.rooms((slots.exact_start.diff() + slots.coarse_start.diff()).tolist(), 540))
+    places = sum(readout.rooms(readout.capacities(slots), 540))
     return Readouts(slots, rows * places * readout.Storage.bytes_per_place(slots.ring_k))
 
 
@@ -36,6 +36,16 @@ def prompt(slots, slot, length, tokens, rope, policy, kept):
     for first in range(0, length, slots.segment):
         last = min(first + slots.segment, length)
         step(slots, tokens, [(slot, last - first, last)], rope, policy, kept)
+
+
+def make_sequences(count, length, rows):
+    """One head that holds `count` prompts of `length` tokens: slab, slots, tokens, and up to `rows` readouts."""
+    slab, views = make_layer(exact=(8,), coarse=(100,), slots=8)
+    slots, tokens = views(slab), {slot: make_tokens(200, 1) for slot in range(count)}
+    kept = make_readouts(slots, rows)
+    for slot in tokens:
+        prompt(slots, slot, length, tokens, None, make_policy(1), kept)
+    return slab, slots, tokens, kept
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -64,12 +74,7 @@ def test_together_as_alone(dtype, fidelity, trained, rows, monkeypatch):
 
 def test_a_slot_is_read_anew_when_another_sequence_has_it():
     """As vLLM hands slots on while others decode."""
-    slab, views = make_layer(exact=(8,), coarse=(100,), slots=8)
-    slots, policy = views(slab), make_policy(1)
-    kept = make_readouts(slots, 8)
-    tokens = {slot: make_tokens(200, 1) for slot in range(3)}
-    for slot in tokens:
-        prompt(slots, slot, 150, tokens, None, policy, kept)
+    (slab, slots, tokens, kept), policy = make_sequences(3, 150, 8), make_policy(1)
     step(slots, tokens, [(slot, 1, 151) for slot in tokens], None, policy, kept)
     slab[1].zero_()
     kept.forget(1)
@@ -82,19 +87,14 @@ def test_a_slot_is_read_anew_when_another_sequence_has_it():
 
 
 def test_readouts_at_hand_are_kept_in_a_step_that_needs_more(monkeypatch):
-    slab, views = make_layer(exact=(8,), coarse=(100,), slots=8)
-    slots, policy = views(slab), make_policy(1)
-    kept = make_readouts(slots, 3)
-    tokens = {slot: make_tokens(120, 1) for slot in range(5)}
-    for slot in tokens:
-        prompt(slots, slot, 100, tokens, None, policy, kept)
+    _, slots, tokens, kept = make_sequences(5, 100, 3)
     made = []
     monkeypatch.setattr(
         readouts, "Readout", lambda slots, slot, *rest: made.append(slot) or readout.Readout(slots, slot, *rest)
     )
     for n in range(101, 111):  # no merge is due
         made.clear()
-        step(slots, tokens, [(slot, 1, n) for slot in tokens], None, policy, kept)
+        step(slots, tokens, [(slot, 1, n) for slot in tokens], None, make_policy(1), kept)
         assert len(made) == 2
 
 
