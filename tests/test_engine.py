@@ -186,6 +186,29 @@ def test_a_restored_session_goes_on_as_if_it_had_never_ended(folders):
     assert resumed[0] == expected[0] and torch.equal(resumed[1], expected[1])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+def test_a_session_goes_back_to_where_the_prompt_differs(folders, family):
+    """Inside the segment that was open, 208 to 219; past that, nothing is restored."""
+    with engine(folders(family), settings=SMALL) as llm:
+        said = tokens(200)
+        said += slab_of(llm, said, 20, "talk")[0]
+        for kept, restored in ((219, 219), (212, 212), (208, 208), (207, None)):
+            slab_of(llm, said[:200], 20, "talk")
+            prompt = said[:kept] + [said[kept] ^ 1] + tokens(40, seed=1)
+            expected = slab_of(llm, prompt, 20, f"fresh-{kept}")
+            turn = greedy(20, extra_args={"deltamem_session": "talk"})
+            out = llm.generate([{"prompt_token_ids": prompt}], turn, use_tqdm=False)[0]
+            told = out.kv_transfer_params["deltamem_session"]
+            assert list(out.outputs[0].token_ids) == expected[0] and told.get("restored_tokens") == restored
+            assert told["history"] == ("restored" if restored else "other history")
+            assert torch.equal(slab_of(llm, prompt + expected[0], 1, "talk")[1], slab_of(
+                llm, prompt + expected[0], 1, f"fresh-{kept}")[1])  # fmt: skip
+        slab_of(llm, said[:200], 20, "talk")
+        again = llm.generate([{"prompt_token_ids": said[:212]}], turn, use_tqdm=False)[0]
+        assert again.kv_transfer_params["deltamem_session"]["restored_tokens"] == 211, "one token is computed"
+        assert list(again.outputs[0].token_ids)[:8] == said[212:]
+
+
 def test_many_requests_start_from_one_session_that_stays(folders):
     """As questions on one document do, and conversations that part."""
     document, tails = tokens(200), [tokens(30 + i, seed=1 + i) for i in range(3)]
@@ -200,7 +223,7 @@ def test_many_requests_start_from_one_session_that_stays(folders):
         answers = [slab_of(llm, document + tail, 20, f"fresh-{i}")[0] for i, tail in enumerate(tails)]
         generate(llm, [document], greedy(1, extra_args={"deltamem_session": "document"}))
         for _ in range(2):  # it has not changed
-            restored = {"name": "document", "history": "restored"}
+            restored = {"name": "document", "history": "restored", "restored_tokens": 200}
             assert ask(llm, session_from="document") == (answers, 3 * [restored])
         scored = greedy(20, prompt_logprobs=0, extra_args={"deltamem_session_from": "document"})
         out = llm.generate([{"prompt_token_ids": document + tails[0]}], scored, use_tqdm=False)[0]

@@ -148,8 +148,21 @@ def test_questions_start_from_a_session_that_stays(server):
         fresh, _ = chat(server, messages)
         for key, history in ((ANN, "restored"), (BOB, "new")):  # Bob has none of that name
             answer, said = chat(server, messages, key=key, vllm_xargs={"deltamem_session_from": "asked"})
-            assert answer == fresh and said == {"name": "asked", "history": history}
+            assert answer == fresh and (said["name"], said["history"]) == ("asked", history)
     assert listed(server, ANN, "asked")["asked"].items() >= kept.items()
+
+
+def test_an_answer_that_a_stop_string_ends_is_saved(server):
+    """vLLM aborts such a request, as it does those whose clients have gone."""
+    first = [user(STORY[:300])]
+    answer, _ = chat(server, first, max_tokens=40)
+    stop = answer[len(answer) // 2 :][:3]
+    shorter, _ = chat(server, first, "stopped", max_tokens=40, stop=[stop])
+    assert shorter == answer[: answer.find(stop)] and "stopped" in listed(server, ANN, "stopped")
+    messages = [*first, {"role": "assistant", "content": shorter}, user("Go on.")]
+    fresh, _ = chat(server, messages)
+    again, said = chat(server, messages, "stopped")
+    assert again == fresh and said["history"] == "restored" and said["restored_tokens"] > 300
 
 
 def test_other_history_is_computed_anew(server):

@@ -10,6 +10,7 @@ it (one in host memory alone, once a step has told the worker).
 """
 
 import uuid
+from collections.abc import Sequence
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from vllm_deltamem import stopstring
 from vllm_deltamem.enginestore import open_store
 from vllm_deltamem.metrics import DeltaMemPromMetrics, DeltaMemStats
 from vllm_deltamem.options import PINS, SESSION, SOURCE, TENANT
@@ -30,6 +32,8 @@ from vllm_deltamem.sessions import SessionRefused
 from vllm_deltamem.transfers import Note, Refusals, StepMetadata, Transfer, Turn
 
 logger = init_logger(__name__)
+
+NEW = {"history": "new"}  # what becomes of a session that does not exist yet
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -50,7 +54,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._step = StepMetadata()  # scheduler: being put together
         self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
         self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
-        self._outcome: dict[str, str] = {}  # scheduler: what became of a request's session, for its response
+        self._outcome: dict[str, dict] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._saved: set[str] = set()  # worker: requests whose save is done
         self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
@@ -95,37 +99,39 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         name, tenant = _source(request), _options(request.sampling_params).get(TENANT)
-        refused = self._outcome.get(request.request_id, "new") not in ("new", "restored")
+        refused = self._outcome.get(request.request_id, NEW)["history"] not in ("new", "restored")
         if name is None or num_computed_tokens or refused:
             return 0, False
         if request.skip_reading_prefix_cache:  # vLLM computes all of it, for the prompt's log-probabilities
-            self._outcome[request.request_id] = "prompt logprobs"
+            self._outcome[request.request_id] = {"history": "prompt logprobs"}
             return 0, False
         if request.request_id in self._matched:
             return self._matched[request.request_id][1], True
         if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
-        outcome, last = "new", None
+        outcome, shared = NEW, 0
         try:
             last = self._last_save(tenant, name)
             if last is not None:
-                outcome = "restored" if last.prefix_of(request.all_token_ids) else "other history"
+                shared = last.shared(request.all_token_ids)
+                outcome = {"history": "restored", "restored_tokens": shared} if shared else {"history": "other history"}
         except SessionRefused as refused:
-            outcome = refused.reason
+            outcome = {"history": refused.reason}
             logger.warning("deltamem computes a prompt anew: %s", refused)
         self._outcome[request.request_id] = outcome
-        if outcome != "restored":
-            self._count("sessions_refused", outcome != "new")
+        if not shared:
+            self._count("sessions_refused", outcome != NEW)
             return 0, False
-        self._matched[request.request_id] = Turn(tenant, name, last.save_id), last.n_tokens
-        return last.n_tokens, True
+        self._matched[request.request_id] = Turn(tenant, name, last.save_id), shared
+        return shared, True
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
             pins = _pins(request.sampling_params)
-            self._step.restores.append(Transfer(request.request_id, slot, matched[0], pins=pins))
+            turn, length = matched
+            self._step.restores.append(Transfer(request.request_id, slot, turn, length=length, pins=pins))
             self._restoring[request.request_id] = num_external_tokens
 
     def build_connector_meta(self, scheduler_output):
@@ -147,12 +153,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
-        said = {"name": _source(request), "history": outcome}
+        said = {"name": _source(request), **(outcome or {})}
         if turn is None:
             return False, {SESSION: said} if outcome else None
-        completed = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if not completed or not block_ids[0] or not computed:
+        if not self._complete(request) or not block_ids[0] or not computed:
             self._end(turn)
             return False, None
         save = Transfer(request.request_id, block_ids[0][0], turn, list(request.all_token_ids[:computed]))
@@ -180,7 +185,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             if not tokens:  # aborted meanwhile
                 continue
             if refusals is not None and request_id in refusals.reasons:
-                self._outcome[request_id] = refusals.reasons[request_id]
+                self._outcome[request_id] = {"history": refusals.reasons[request_id]}
                 self._count("sessions_refused", 1)
             else:
                 self._count("sessions_restored", 1)
@@ -203,12 +208,21 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         return DeltaMemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    def _complete(self, request) -> bool:
+        """Whether a request leaves a memory to save: not one whose client has gone."""
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            # steps under way must not have merged: a memory is taken back to known tokens inside a segment only
+            ahead, segment = request.num_computed_tokens, self._plan.layout.segment
+            merged = ahead // segment != min(ahead, request.num_tokens) // segment
+            return not merged and stopstring.ended(request, self._vllm_config.model_config)
+        return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
     def _saved_by_worker(self, save: Transfer) -> None:
         self._end(save.turn)
         if self.store.directory is None:
             session = save.turn.tenant, save.turn.name
             self._notes.pop(session, None)
-            self._notes[session] = Note.of(save.turn.save_id, save.tokens)
+            self._notes[session] = self._note(save.turn.save_id, save.tokens)
             if len(self._notes) > self.store.settings.max_sessions:
                 del self._notes[next(iter(self._notes))]
 
@@ -229,7 +243,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if self.store.directory is None:
             return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
-        return session and Note.of(session.header.save_id, session.tokens)
+        return session and self._note(session.header.save_id, session.tokens)
+
+    def _note(self, save_id: str, tokens: Sequence[int]) -> Note:
+        return Note.of(save_id, tokens, self._plan.layout.segment)
 
     def _count(self, name: str, amount: float) -> None:
         if amount:
@@ -281,8 +298,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                     raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
-                read = len(session.tokens)
-                if pool.pins_of(transfer.slot) != [[a, min(b, read)] for a, b in transfer.pins if a < read]:
+                written, asked = (_clip(x, transfer.length) for x in (pool.pins_of(transfer.slot), transfer.pins))
+                if written != asked:
                     raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
             except SessionRefused as refused:
                 logger.warning("deltamem computes a prompt anew: %s", refused)
@@ -334,6 +351,11 @@ def _options(params) -> dict:
 
 def _pins(params) -> list[list[int]]:
     return _options(params).get(PINS, [])
+
+
+def _clip(spans: list[list[int]], length: int) -> list[list[int]]:
+    """What of the spans lies before a position."""
+    return [[first, min(end, length)] for first, end in spans if first < length]
 
 
 def _source(request) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -25,25 +26,39 @@ class Transfer:
     slot: int
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
+    length: int = 0  # of a restore: how many of the saved tokens its request goes on from
     pins: list[list[int]] = field(default_factory=list)  # of a restore: spans that its request pins
 
 
 @dataclass(frozen=True)
 class Note:
-    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell whether it fits."""
+    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell how far it serves a prompt.
+
+    A memory can be taken back to any length inside the segment that was open when it was saved: the tokens of that
+    one, and the window before it, are still exact, and nothing later than them is looked at.
+    """
 
     save_id: str
-    n_tokens: int
-    digest: bytes  # of the tokens
+    closed: int  # tokens of whole segments
+    digest: bytes  # of these tokens
+    rest: tuple[int, ...]  # those of the open segment
 
     @classmethod
-    def of(cls, save_id: str, tokens: Sequence[int]) -> "Note":
+    def of(cls, save_id: str, tokens: Sequence[int], segment: int) -> "Note":
         ids = np.asarray(tokens, dtype=np.int32)
-        return cls(save_id, len(ids), hashlib.blake2b(ids.tobytes(), digest_size=32).digest())
+        closed = len(ids) // segment * segment
+        return cls(save_id, closed, _digest(ids[:closed]), tuple(ids[closed:].tolist()))
 
-    def prefix_of(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt begins with the saved tokens, and goes on."""
-        return self.n_tokens < len(prompt) and self == Note.of(self.save_id, prompt[: self.n_tokens])
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt need not be computed; one always has to be."""
+        if len(prompt) <= self.closed or _digest(prompt[: self.closed]) != self.digest:
+            return 0
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rest, prompt[self.closed : -1], strict=False))
+        return self.closed + len(list(alike))
+
+
+def _digest(tokens: Sequence[int]) -> bytes:
+    return hashlib.blake2b(np.asarray(tokens, dtype=np.int32).tobytes(), digest_size=32).digest()
 
 
 @dataclass
