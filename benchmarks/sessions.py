@@ -8,7 +8,8 @@ stock backend with its prefix caching on and off, which ends at the limit. The m
 far the conversation goes. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
 
 `soak`: sessions talk several at a time to a model with random weights. Some turns are broken off, some sessions
-are erased in the middle of a turn, most slots do not fit into host memory and come back from the directory.
+are erased in the middle of a turn, some answers lack their beginning when the client sends them back, most slots do
+not fit into host memory and come back from the directory.
 Every few turns the answer is asked of a second server from the whole prompt, without a session, and compared
 token by token. Metrics: rss_mb (of the server and its workers) and its slope over the second half of the turns,
 answers_equal of answers_compared, wrong_histories (what the server said of a session against what must be).
@@ -198,7 +199,9 @@ class Soak:
             if compared:
                 self._count("answers_compared")
                 self._count("answers_equal", answer == complete(self.plain, prompt, self.args.answer)[0])
-            talk.tokens, talk.history = prompt + answer, "restored"
+            cut = talk.rng.randrange(len(answer)) if talk.rng.random() < 0.2 else 0  # as reasoning is left out
+            self._count("answers cut", cut > 0)
+            talk.tokens, talk.history = prompt + answer[cut:], "restored"
             return
         count = LONG if kind == "broken off" else self.args.answer
         with closing(stream(self.server, prompt, count, talk.name)) as events:

@@ -188,25 +188,27 @@ def test_a_restored_session_goes_on_as_if_it_had_never_ended(folders):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
 def test_a_session_goes_back_to_where_the_prompt_differs(folders, family):
-    """Inside the segment that was open, 208 to 219; past that, nothing is restored."""
+    """Inside the segment that was open at the end, 288 to 289, or at the end of the prompt, 192 to 207."""
+
+    def answer(llm, prompt, count, name):
+        params = greedy(count, extra_args={"deltamem_session": name})
+        out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        return list(out.outputs[0].token_ids), out.kv_transfer_params["deltamem_session"]
+
     with engine(folders(family), settings=SMALL) as llm:
         said = tokens(200)
-        said += slab_of(llm, said, 20, "talk")[0]
-        for kept, restored in ((219, 219), (212, 212), (208, 208), (207, None)):
-            slab_of(llm, said[:200], 20, "talk")
+        said += answer(llm, said, 90, "talk")[0]
+        for kept, restored in ((288, 288), (287, 207), (207, 207), (200, 200), (192, 192), (191, None)):
+            answer(llm, said[:200], 90, "talk")
             prompt = said[:kept] + [said[kept] ^ 1] + tokens(40, seed=1)
-            expected = slab_of(llm, prompt, 20, f"fresh-{kept}")
-            turn = greedy(20, extra_args={"deltamem_session": "talk"})
-            out = llm.generate([{"prompt_token_ids": prompt}], turn, use_tqdm=False)[0]
-            told = out.kv_transfer_params["deltamem_session"]
-            assert list(out.outputs[0].token_ids) == expected[0] and told.get("restored_tokens") == restored
+            (text, told), (fresh, _) = answer(llm, prompt, 20, "talk"), answer(llm, prompt, 20, f"fresh-{kept}")
+            assert text == fresh and told.get("restored_tokens") == restored
             assert told["history"] == ("restored" if restored else "other history")
-            assert torch.equal(slab_of(llm, prompt + expected[0], 1, "talk")[1], slab_of(
-                llm, prompt + expected[0], 1, f"fresh-{kept}")[1])  # fmt: skip
-        slab_of(llm, said[:200], 20, "talk")
-        again = llm.generate([{"prompt_token_ids": said[:212]}], turn, use_tqdm=False)[0]
-        assert again.kv_transfer_params["deltamem_session"]["restored_tokens"] == 211, "one token is computed"
-        assert list(again.outputs[0].token_ids)[:8] == said[212:]
+            slabs = [slab_of(llm, prompt + text, 1, name)[1] for name in ("talk", f"fresh-{kept}")]
+            assert torch.equal(*slabs), f"went back to {restored}"
+        answer(llm, said[:200], 90, "talk")
+        again, told = answer(llm, said[:200], 90, "talk")
+        assert again == said[200:] and told["restored_tokens"] == 199, "one token is computed"
 
 
 def test_many_requests_start_from_one_session_that_stays(folders):

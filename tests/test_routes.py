@@ -65,7 +65,7 @@ def test_list_has_the_sessions_of_the_key(client):
 
 
 def test_erase(client, engine):
-    held = engine.store._host._copies[tenant_of("ann"), "one"].slab
+    held = engine.store._host._copies[tenant_of("ann"), "one"].slabs[0]
     assert client.delete(f"{PATH}/one", headers=login("bob")).status_code == 404
     assert held.any()
     assert client.delete(f"{PATH}/one", headers=login("ann")).json()["deleted"]

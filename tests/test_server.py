@@ -165,6 +165,16 @@ def test_an_answer_that_a_stop_string_ends_is_saved(server):
     assert again == fresh and said["history"] == "restored" and said["restored_tokens"] > 300
 
 
+def test_a_history_may_tell_an_answer_otherwise(server):
+    """As templates do that leave out reasoning, or write tool calls anew."""
+    first = [user(STORY[:300])]
+    answer, _ = chat(server, first, "told", max_tokens=60)
+    messages = [*first, {"role": "assistant", "content": answer[len(answer) // 3 :]}, user("Go on.")]
+    fresh, _ = chat(server, messages)
+    again, said = chat(server, messages, "told")
+    assert again == fresh and said["history"] == "restored" and said["restored_tokens"] > 300
+
+
 def test_other_history_is_computed_anew(server):
     messages = two_turns(server, "changed")
     messages[0] = user(messages[0]["content"].replace("April", "March"))

@@ -72,6 +72,34 @@ def test_a_restarted_store_restores_what_was_saved(tmp_path, key_env, n_bytes):
     assert peeked.slab is None and torch.equal(restored.slab, slab)
 
 
+@pytest.mark.parametrize("host_bytes", [0, 10_000])
+def test_an_earlier_memory_is_kept_beside_the_last(tmp_path, key_env, host_bytes):
+    slab, earlier = random_slab(), random_slab(seed=1)
+    store = open_store(tmp_path, key_env, host_bytes=host_bytes)
+    saved = store.save(ALICE, "chat", range(9), slab, earlier=(5, earlier))
+    assert saved.n_earlier == 5 and store.peek(ALICE, "chat").header == saved
+    for each in (store, open_store(tmp_path, key_env)):
+        assert torch.equal(each.restore(ALICE, "chat", saved.save_id).slab, slab)
+        assert torch.equal(each.restore(ALICE, "chat", saved.save_id, earlier=True).slab, earlier)
+        assert each.summaries(ALICE)[0]["bytes"] == 6000
+    store.save(ALICE, "chat", range(9), slab)
+    assert refused(store.restore, ALICE, "chat", earlier=True).reason == "replaced"
+    small = open_store(tmp_path, key_env, max_bytes=5999)
+    assert not small.save(ALICE, "chat", range(9), slab, earlier=(5, earlier)).n_earlier, "no room for both"
+
+
+def test_damage_to_an_earlier_memory_leaves_the_last(tmp_path, key_env):
+    store = open_store(tmp_path, key_env)
+    store.save(ALICE, "chat", range(9), random_slab(), earlier=(5, random_slab(seed=1)))
+    path, out = only_file(tmp_path), torch.ones(3000, dtype=torch.uint8)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-99] + bytes([raw[-99] ^ 1]) + raw[-98:])
+    assert torch.equal(store.restore(ALICE, "chat").slab, random_slab())
+    assert refused(store.restore, ALICE, "chat", out=out, earlier=True).reason == "altered" and not out.any()
+    path.write_bytes(raw[:-99])
+    assert refused(store.restore, ALICE, "chat").reason == "truncated"
+
+
 def test_the_caller_can_give_the_buffer(tmp_path, key_env):
     store, slab, out = open_store(tmp_path, key_env), random_slab(), torch.ones(3000, dtype=torch.uint8)
     store.save(ALICE, "chat", torch.arange(5), slab)
@@ -111,7 +139,7 @@ def test_a_clear_file_is_plain_safetensors(tmp_path):
     with safe_open(only_file(tmp_path), "pt") as file:
         assert file.get_tensor("tokens").tolist() == [3, 1, 4]
         assert torch.equal(file.get_tensor("slab"), random_slab())
-        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "2"
+        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "3"
 
 
 def test_a_sealed_file_is_safetensors_that_tells_nothing(tmp_path, monkeypatch):
@@ -189,7 +217,7 @@ def test_foreign_files(tmp_path, key_env):
     store = open_store(tmp_path, key_env)
     store.save(ALICE, "chat", [1], random_slab())
     tensors = {"tokens": torch.tensor([1], dtype=torch.int32), "slab": random_slab()}
-    own = {"format": "deltamem-session", "version": "2"}
+    own = {"format": "deltamem-session", "version": "3"}
     assert damaged(tmp_path, store, save(tensors)) == "foreign"
     assert damaged(tmp_path, store, save(tensors, {"format": "pt"})) == "foreign"
     assert damaged(tmp_path, store, save(tensors, own)) in {"altered", "key"}
@@ -538,7 +566,7 @@ def test_replicas_see_one_anothers_saves_and_erasures(tmp_path, key_env):
     one.save(ALICE, "chat", [1], random_slab(seed=1))
     two.save(ALICE, "chat", [1, 2], random_slab(seed=2))
     assert torch.equal(one.restore(ALICE, "chat").slab, random_slab(seed=2))
-    buffer = one._host._copies[ALICE, "chat"].slab
+    buffer = one._host._copies[ALICE, "chat"].slabs[0]
     two.erase(ALICE, "chat")
     assert one.restore(ALICE, "chat") is None and not buffer.any()
 
@@ -673,7 +701,7 @@ def test_host_memory_is_bounded_and_what_leaves_is_zeroed(tmp_path):
     buffers = {}
     for name in "abc":
         store.save(ALICE, name, [1], random_slab())
-        buffers[name] = store._host._copies[ALICE, name].slab
+        buffers[name] = store._host._copies[ALICE, name].slabs[0]
         store.restore(ALICE, "a")
     assert set(store._host._copies) == {(ALICE, "a"), (ALICE, "c")}
     assert not buffers["b"].any() and torch.equal(buffers["a"], random_slab())
@@ -686,7 +714,7 @@ def test_host_memory_is_bounded_and_what_leaves_is_zeroed(tmp_path):
 def test_expired_sessions_are_gone(tmp_path, monkeypatch, with_directory, sweep):
     store = open_store(tmp_path if with_directory else None, host_bytes=9000, max_age_s=60)
     created = store.save(ALICE, "chat", [1], random_slab()).created_ns
-    buffer = store._host._copies[ALICE, "chat"].slab
+    buffer = store._host._copies[ALICE, "chat"].slabs[0]
     monkeypatch.setattr(time, "time_ns", lambda: created + 59 * 10**9)
     assert store.restore(ALICE, "chat") is not None
     monkeypatch.setattr(time, "time_ns", lambda: created + 61 * 10**9)
@@ -703,7 +731,7 @@ def test_an_idle_store_lets_go_of_expired_sessions(tmp_path, monkeypatch, with_d
     monkeypatch.setattr(sessionsweep, "EVERY_S", 0.02)
     store = open_store(tmp_path if with_directory else None, host_bytes=9000, max_age_s=60)
     created = store.save(ALICE, "chat", [1], random_slab()).created_ns
-    buffer = store._host._copies[ALICE, "chat"].slab
+    buffer = store._host._copies[ALICE, "chat"].slabs[0]
     for _ in range(2):
         store.sweeper.start()
     monkeypatch.setattr(time, "time_ns", lambda: created + 61 * 10**9)
@@ -723,17 +751,17 @@ def test_erased_means_no_byte_is_left(tmp_path, key_env):
     marker = b"a memory that nobody may find again "
     slab = torch.frombuffer(bytearray(marker * 5000), dtype=torch.uint8)
     store = open_store(tmp_path / "store", key_env, host_bytes=1 << 20)
-    for turn in range(1, 4):
-        store.save(ALICE, "chat", [1] * turn, slab)
+    for turn in range(2, 5):
+        store.save(ALICE, "chat", [1] * turn, slab, earlier=(1, slab))
     path = only_file(tmp_path / "store")
     abandoned = path.with_name(f"{path.name[:32]}-{'0' * 16}.tmp")
     shutil.copy(path, abandoned)
     inodes = [tmp_path / "file", tmp_path / "abandoned"]
     os.link(path, inodes[0])
     os.link(abandoned, inodes[1])
-    buffer = store._host._copies[ALICE, "chat"].slab
+    buffers = store._host._copies[ALICE, "chat"].slabs
     assert store.erase(ALICE, "chat") and not store.erase(ALICE, "chat")
-    assert files_of(tmp_path / "store") == [] and not buffer.any()
+    assert files_of(tmp_path / "store") == [] and len(buffers) == 2 and not any(buffer.any() for buffer in buffers)
     for inode in inodes:  # a second link to what was unlinked: the blocks themselves
         raw = inode.read_bytes()
         assert marker not in raw and b"__metadata__" not in raw and not any(raw[:4096])

@@ -12,6 +12,7 @@ it (one in host memory alone, once a step has told the worker).
 import uuid
 from collections.abc import Sequence
 
+import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -29,7 +30,7 @@ from vllm_deltamem.options import PINS, SESSION, SOURCE, TENANT
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
-from vllm_deltamem.transfers import Note, Refusals, StepMetadata, Transfer, Turn
+from vllm_deltamem.transfers import Note, Reach, Refusals, StepMetadata, Transfer, Turn
 
 logger = init_logger(__name__)
 
@@ -48,14 +49,18 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._say_sizes()
         self._requests = {}  # scheduler: running requests by id
+        self._slots: dict[str, int] = {}  # scheduler: theirs
         self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
-        self._matched: dict[str, tuple[Turn, int]] = {}  # scheduler: what to restore once there is a slot; its tokens
+        self._answers: dict[str, int] = {}  # scheduler: of requests with a turn, where the answer's first merge will be
+        self._kept: dict[str, int] = {}  # scheduler: tokens of the memories that workers keep from before it
+        self._matched: dict[str, tuple[Turn, Reach]] = {}  # scheduler: what to restore once there is a slot
         self._restoring: dict[str, int] = {}  # scheduler: tokens of what workers are restoring, by request
         self._step = StepMetadata()  # scheduler: being put together
         self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
         self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
         self._outcome: dict[str, dict] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
+        self._earlier: dict[str, torch.Tensor] = {}  # worker: memories from before the answer's first merge, by request
         self._saved: set[str] = set()  # worker: requests whose save is done
         self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
         self._refusals: dict[str, str] = {}  # worker: why, by request
@@ -88,6 +93,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("deltamem will not save a session: %s", refused)
             return
         turn = self._turns[request.request_id] = Turn(tenant, name, save_id)
+        segment = self._plan.layout.segment
+        self._answers[request.request_id] = (request.num_prompt_tokens // segment + 1) * segment
         if self.store.directory is None:
             self._step.begun.append(turn)
 
@@ -106,32 +113,33 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._outcome[request.request_id] = {"history": "prompt logprobs"}
             return 0, False
         if request.request_id in self._matched:
-            return self._matched[request.request_id][1], True
+            return self._matched[request.request_id][1].length, True
         if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
             return None, False  # its last turn is still being saved: ask again
-        outcome, shared = NEW, 0
+        outcome, length = NEW, 0
         try:
             last = self._last_save(tenant, name)
             if last is not None:
-                shared = last.shared(request.all_token_ids)
-                outcome = {"history": "restored", "restored_tokens": shared} if shared else {"history": "other history"}
+                reach = last.reach(request.all_token_ids)
+                length = reach.length
+                outcome = {"history": "restored", "restored_tokens": length} if length else {"history": "other history"}
         except SessionRefused as refused:
             outcome = {"history": refused.reason}
             logger.warning("deltamem computes a prompt anew: %s", refused)
         self._outcome[request.request_id] = outcome
-        if not shared:
+        if not length:
             self._count("sessions_refused", outcome != NEW)
             return 0, False
-        self._matched[request.request_id] = Turn(tenant, name, last.save_id), shared
-        return shared, True
+        self._matched[request.request_id] = Turn(tenant, name, last.save_id), reach
+        return length, True
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
             pins = _pins(request.sampling_params)
-            turn, length = matched
-            self._step.restores.append(Transfer(request.request_id, slot, turn, length=length, pins=pins))
+            turn, reach = matched
+            self._step.restores.append(Transfer(request.request_id, slot, turn, reach=reach, pins=pins))
             self._restoring[request.request_id] = num_external_tokens
 
     def build_connector_meta(self, scheduler_output):
@@ -139,16 +147,26 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            pins = step.pins[request.block_ids[0][0]] = _pins(request.sampling_params)
+            slot = self._slots[request.req_id] = request.block_ids[0][0]
+            pins = step.pins[slot] = _pins(request.sampling_params)
             self._count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                step.pins[blocks[0][0]] = _pins(self._requests[request_id])
+                slot = self._slots[request_id] = blocks[0][0]
+                step.pins[slot] = _pins(self._requests[request_id])
+        segment = self._plan.layout.segment
+        for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            end = done + scheduler_output.num_scheduled_tokens[request_id]
+            if end == self._answers.get(request_id) and max(end - segment, 1) <= done:
+                self._keep(request_id, done, step)
         self._count_tokens(scheduler_output)
         return step
 
     def request_finished_all_groups(self, request, block_ids):
         self._requests.pop(request.request_id, None)
+        self._slots.pop(request.request_id, None)
+        self._answers.pop(request.request_id, None)
+        kept = self._kept.pop(request.request_id, 0)
         self._matched.pop(request.request_id, None)
         self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
@@ -160,7 +178,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._complete(request) or not block_ids[0] or not computed:
             self._end(turn)
             return False, None
-        save = Transfer(request.request_id, block_ids[0][0], turn, list(request.all_token_ids[:computed]))
+        tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
+        save = Transfer(request.request_id, block_ids[0][0], turn, tokens, n_earlier)
         self._count("sessions_saved", 1)
         here = has_kv_transfer_group()
         if here:
@@ -222,7 +241,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if self.store.directory is None:
             session = save.turn.tenant, save.turn.name
             self._notes.pop(session, None)
-            self._notes[session] = self._note(save.turn.save_id, save.tokens)
+            self._notes[session] = self._note(save.turn.save_id, save.tokens, save.n_earlier)
             if len(self._notes) > self.store.settings.max_sessions:
                 del self._notes[next(iter(self._notes))]
 
@@ -243,10 +262,21 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if self.store.directory is None:
             return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
-        return session and self._note(session.header.save_id, session.tokens)
+        return session and self._note(session.header.save_id, session.tokens, session.header.n_earlier)
 
-    def _note(self, save_id: str, tokens: Sequence[int]) -> Note:
-        return Note.of(save_id, tokens, self._plan.layout.segment)
+    def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int) -> Note:
+        return Note.of(save_id, tokens, n_earlier, self._plan.layout.segment)
+
+    def _keep(self, request_id: str, done: int, step: StepMetadata) -> None:
+        """Have workers keep a memory as it is before the answer's first merge, while host memory has room for it.
+
+        The next prompt may contain the answer otherwise than it was generated: without its reasoning, its tool calls
+        written anew. The prompt before the answer it will contain, and this memory can be taken back to.
+        """
+        whole = self._plan.bytes_per_sequence
+        if (len(self._kept) + 1) * whole <= self.store.settings.host_bytes:
+            self._kept[request_id] = done
+            step.kept[request_id] = self._slots[request_id]
 
     def _count(self, name: str, amount: float) -> None:
         if amount:
@@ -285,20 +315,22 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self.store.begin(turn.tenant, turn.name, turn.save_id)
 
     def start_load_kv(self, forward_context, **kwargs):
-        restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
-        for transfer in restores:
+        metadata, pool = self._get_connector_metadata(), SlotPool.serving()
+        for request_id, slot in metadata.kept.items():
+            self._earlier[request_id] = pool.slab[slot].to("cpu", copy=True)
+        for transfer in metadata.restores:
             row = pool.slab[transfer.slot]
             pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
             pool.forget([transfer.slot])
             try:
                 staging = row if row.device.type == "cpu" else None
-                turn = transfer.turn
-                session = self.store.restore(turn.tenant, turn.name, turn.save_id, out=staging)
+                turn, (length, earlier) = transfer.turn, transfer.reach
+                session = self.store.restore(turn.tenant, turn.name, turn.save_id, staging, earlier)
                 if session is None:
                     raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
-                written, asked = (_clip(x, transfer.length) for x in (pool.pins_of(transfer.slot), transfer.pins))
+                written, asked = (_clip(x, length) for x in (pool.pins_of(transfer.slot), transfer.pins))
                 if written != asked:
                     raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
             except SessionRefused as refused:
@@ -323,12 +355,16 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         turn, pool = transfer.turn, SlotPool.serving()
         pool.merge_due()  # a step may be under way whose last token this save counts
         slab = pool.slab[transfer.slot].cpu().contiguous()
+        kept = self._earlier.pop(transfer.request_id, None)
+        earlier = (transfer.n_earlier, kept) if transfer.n_earlier else None
         try:
-            self.store.save(turn.tenant, turn.name, transfer.tokens, slab, turn.save_id)
+            self.store.save(turn.tenant, turn.name, transfer.tokens, slab, turn.save_id, earlier)
         except SessionRefused as refused:
             logger.warning("deltamem could not save a session: %s", refused)
 
     def get_transfer_results(self, finished_req_ids):
+        for request_id in finished_req_ids:
+            self._earlier.pop(request_id, None)
         results = KVConnectorTransferResults(self._saved, self._restored, set(self._refusals))
         self._saved, self._restored = set(), set()
         return results

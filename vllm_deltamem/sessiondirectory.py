@@ -155,7 +155,7 @@ class SessionDirectory:
         for rank in range(size):
             self.wipe(_begun(self.root / tenant, tag, save_id, rank, size))
 
-    def publish(self, tag: str, header: Header, tokens: torch.Tensor, slab: torch.Tensor) -> None:
+    def publish(self, tag: str, header: Header, tokens: torch.Tensor, slabs: list[torch.Tensor]) -> None:
         """Write a session to the file that was begun for it and rename that, durably: see write_session().
 
         Raises SessionRefused if the session was erased since it was begun, OSError where the disk fails.
@@ -166,7 +166,7 @@ class SessionDirectory:
         try:
             handle = os.open(begun, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(handle, "wb") as file:
-                write_session(file, header, tokens, slab, self.seal)
+                write_session(file, header, tokens, slabs, self.seal)
                 file.flush()
                 os.fsync(file.fileno())
                 try:

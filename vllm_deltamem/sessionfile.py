@@ -1,12 +1,12 @@
 """One session in one file: the format and its checks.
 
-The file is safetensors: an 8-byte length, a JSON header, then the tensors `tokens` and `slab`. The header's
-`__metadata__` says what it is: format, version, tenant (keyed hash), name, save_id, created_ns, n_tokens,
-n_bytes and fingerprint. There are two kinds:
+The file is safetensors: an 8-byte length, a JSON header, then the tensors `tokens`, `slab` and, if the session has an
+earlier memory, `earlier`. The header's `__metadata__` says what it is: format, version, tenant (keyed hash), name,
+save_id, created_ns, n_tokens, n_earlier, n_bytes and fingerprint. There are two kinds:
 
-* clear: `tokens` is I32 [n_tokens], `slab` is U8 [n_bytes], and any safetensors reader opens them. SHA-256 of
+* clear: `tokens` is I32 [n_tokens], the slabs are U8 [n_bytes], and any safetensors reader opens them. SHA-256 of
   each tensor and of the header find damage; they cannot find a forger, who would compute them anew.
-* sealed (see seal.py): name, tokens and slab are encrypted in pieces of at most 1 MiB, each followed by its
+* sealed (see seal.py): name, tokens and slabs are encrypted in pieces of at most 1 MiB, each followed by its
   tag and bound to the whole header. The name is padded. Sizes, times and fingerprint stay readable.
 
 Nothing in a file is used before it is checked, and nothing is unpickled.
@@ -28,10 +28,11 @@ import torch
 from vllm_deltamem.seal import PIECE, TAG, Cipher, Seal
 
 FORMAT = "deltamem-session"
-VERSION = "2"
+VERSION = "3"
 HEADER_LIMIT = 64 << 10  # bytes; a longer header is not one of ours
 NAME_LIMIT = 128  # characters, all of them ASCII
-NAME, TOKENS, SLAB = range(3)  # sections of a sealed file
+NAME, TOKENS, SLAB, EARLIER = range(4)  # sections of a sealed file
+TENSORS = {TOKENS: "tokens", SLAB: "slab", EARLIER: "earlier"}
 
 
 class SessionRefused(ValueError):
@@ -79,33 +80,43 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a session without its tokens and slab."""
+    """What is known of a session without its tokens and slabs."""
 
     tenant: str  # keyed hash, as in the name of its folder
     name: str
     save_id: str  # 32 hex digits, the same for all ranks of one save
     created_ns: int  # since the epoch
     n_tokens: int
-    n_bytes: int  # of one rank's slab
+    n_earlier: int  # tokens that the earlier memory has read, 0 if there is none
+    n_bytes: int  # of a slab of one rank
     fingerprint: Fingerprint
 
     def __post_init__(self):
         if self.n_tokens < 1 or self.n_bytes < 1:
             raise ValueError(f"a session needs tokens and bytes, got {self.n_tokens} and {self.n_bytes}")
+        if not 0 <= self.n_earlier < self.n_tokens:
+            raise ValueError(f"an earlier memory of {self.n_earlier} tokens in a session of {self.n_tokens}")
+
+    @property
+    def rank_bytes(self) -> int:
+        """Of all slabs of one rank."""
+        return self.n_bytes * (2 if self.n_earlier else 1)
 
 
-def write_session(file: BinaryIO, header: Header, tokens: torch.Tensor, slab: torch.Tensor, seal: Seal | None) -> None:
+def write_session(
+    file: BinaryIO, header: Header, tokens: torch.Tensor, slabs: list[torch.Tensor], seal: Seal | None
+) -> None:
     """Write a session to an empty file; syncing and publishing it is left to the caller.
 
-    tokens int32 [n_tokens] and slab uint8 [n_bytes], both contiguous and on the CPU.
+    tokens int32 [n_tokens]; slabs uint8 [n_bytes], the earlier one last; all contiguous and on the CPU.
     """
     meta = {key: str(value) for key, value in asdict(header).items() if key not in ("name", "fingerprint")}
     meta["fingerprint"] = _json(asdict(header.fingerprint)).decode()
     meta |= {"format": FORMAT, "version": VERSION}
-    contents = {TOKENS: _bytes_of(tokens), SLAB: _bytes_of(slab)}
+    contents = {section: _bytes_of(x) for section, x in zip(_sections(header), [tokens, *slabs], strict=True)}
     if seal is None:
         meta |= {"name": header.name}
-        meta |= {"tokens_sha256": _sha256(contents[TOKENS]), "slab_sha256": _sha256(contents[SLAB])}
+        meta |= {f"{TENSORS[section]}_sha256": _sha256(data) for section, data in contents.items()}
         _write_header(file, header, meta | {"sha256": _sha256(_json(meta))}, sealed=False)
         for data in contents.values():
             for _, piece in _pieces(data):
@@ -139,7 +150,7 @@ class SessionFile:
                 raise SessionRefused("altered", "the session file belongs to another tenant")
             if table != _table(self.header, self._cipher is not None):
                 raise SessionRefused("altered", "the header of the session file was altered")
-            self._offsets = {TOKENS: table["tokens"]["data_offsets"], SLAB: table["slab"]["data_offsets"]}
+            self._offsets = {section: table[TENSORS[section]]["data_offsets"] for section in _sections(self.header)}
             self._check_size()
         except BaseException:
             self._file.close()
@@ -157,10 +168,10 @@ class SessionFile:
         self._read(TOKENS, out)
         return out
 
-    def slab(self, out: torch.Tensor) -> None:
-        """Read the slab into out, uint8 [n_bytes]; when it is refused, out holds zeros."""
+    def slab(self, out: torch.Tensor, earlier: bool = False) -> None:
+        """Read the slab, or the earlier one, into out, uint8 [n_bytes]; when it is refused, out holds zeros."""
         try:
-            self._read(SLAB, out)
+            self._read(EARLIER if earlier else SLAB, out)
         except BaseException:
             out.zero_()
             raise
@@ -207,14 +218,14 @@ class SessionFile:
                 raise ValueError
             return Header(
                 tenant=meta["tenant"], name=name, save_id=meta["save_id"], created_ns=int(meta["created_ns"]),
-                n_tokens=int(meta["n_tokens"]), n_bytes=int(meta["n_bytes"]),
+                n_tokens=int(meta["n_tokens"]), n_earlier=int(meta["n_earlier"]), n_bytes=int(meta["n_bytes"]),
                 fingerprint=Fingerprint(**json.loads(meta["fingerprint"])),
             )  # fmt: skip
         except (ValueError, LookupError, TypeError):
             raise SessionRefused("altered", "the header of the session file was altered") from None
 
     def _check_size(self) -> None:
-        size, end = os.fstat(self._file.fileno()).st_size, self._data + self._offsets[SLAB][1]
+        size, end = os.fstat(self._file.fileno()).st_size, self._data + max(self._offsets.values())[1]
         if size != end:
             reason = "truncated" if size < end else "altered"
             raise SessionRefused(reason, f"the session file has {size} bytes instead of {end}")
@@ -231,21 +242,26 @@ class SessionFile:
             _fill(self._file, sealed[: len(piece) + TAG])
             if not self._cipher.open(section, number, sealed[: len(piece) + TAG], self._bound, piece):
                 raise SessionRefused("altered", "the session file was altered")
-        key = "tokens_sha256" if section == TOKENS else "slab_sha256"
-        if self._cipher is None and digest.hexdigest() != self._meta[key]:
+        if self._cipher is None and digest.hexdigest() != self._meta[f"{TENSORS[section]}_sha256"]:
             raise SessionRefused("altered", "the session file was altered")
 
 
 def _table(header: Header, sealed: bool) -> dict[str, dict]:
-    """The safetensors entries of both tensors, which the header determines."""
-    tokens, slab = 4 * header.n_tokens, header.n_bytes
-    if sealed:
-        tokens, slab = (size + TAG * -(-size // PIECE) for size in (tokens, slab))
-    kind = {"dtype": "U8", "shape": [tokens]} if sealed else {"dtype": "I32", "shape": [header.n_tokens]}
-    return {
-        "tokens": kind | {"data_offsets": [0, tokens]},
-        "slab": {"dtype": "U8", "shape": [slab], "data_offsets": [tokens, tokens + slab]},
-    }
+    """The safetensors entries of the tensors, which the header determines."""
+    table, end = {}, 0
+    for section in _sections(header):
+        size = 4 * header.n_tokens if section == TOKENS else header.n_bytes
+        if sealed:
+            size += TAG * -(-size // PIECE)
+        clear = section == TOKENS and not sealed
+        kind = {"dtype": "I32", "shape": [header.n_tokens]} if clear else {"dtype": "U8", "shape": [size]}
+        table[TENSORS[section]] = kind | {"data_offsets": [end, end + size]}
+        end += size
+    return table
+
+
+def _sections(header: Header) -> list[int]:
+    return [TOKENS, SLAB, EARLIER] if header.n_earlier else [TOKENS, SLAB]
 
 
 def _write_header(file: BinaryIO, header: Header, meta: dict[str, str], sealed: bool) -> None:

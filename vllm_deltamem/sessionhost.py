@@ -17,7 +17,7 @@ from vllm_deltamem.sessionquota import Usage, victims
 class _Copy:
     header: Header
     tokens: torch.Tensor  # int32 [n_tokens]
-    slab: torch.Tensor  # uint8 [n_bytes]
+    slabs: list[torch.Tensor]  # uint8 [n_bytes], the earlier one last
     used_ns: int
 
 
@@ -50,7 +50,7 @@ class HostSessions:
 
     @torch.inference_mode(False)  # vLLM's workers save in it, and such tensors change only in it
     def put(
-        self, key: tuple[str, str], header: Header, tokens: torch.Tensor, slab: torch.Tensor, begun: bool = False
+        self, key: tuple[str, str], header: Header, tokens: torch.Tensor, slabs: list[torch.Tensor], begun: bool = False
     ) -> bool:
         """Copy a session in, under (tenant, name); False if it is too large to be held at all.
 
@@ -60,16 +60,17 @@ class HostSessions:
             if begun and header.save_id not in self._begun.get(key, ()):
                 raise SessionRefused("erased", f"session {key[1]} was erased before it was saved")
             held = self._copies.get(key)
-            if held is None or held.header.n_bytes != header.n_bytes:
+            if held is None or [len(x) for x in held.slabs] != [len(x) for x in slabs]:
                 self._drop(key)
-                if header.n_bytes > self._max_bytes:
+                if header.rank_bytes > self._max_bytes:
                     return False
-                self._make_room(key, header.n_bytes)
-                buffer = torch.empty_like(slab)
-                self._bytes += header.n_bytes
+                self._make_room(key, header.rank_bytes)
+                buffers = [torch.empty_like(slab) for slab in slabs]
+                self._bytes += header.rank_bytes
             else:
-                buffer = held.slab  # faster than fresh pages
-            self._copies[key] = _Copy(header, tokens.clone(), buffer.copy_(slab), time.monotonic_ns())
+                buffers = held.slabs  # faster than fresh pages
+            copies = [buffer.copy_(slab) for buffer, slab in zip(buffers, slabs, strict=True)]
+            self._copies[key] = _Copy(header, tokens.clone(), copies, time.monotonic_ns())
             return True
 
     def peek(self, key: tuple[str, str]) -> tuple[Header, torch.Tensor] | None:
@@ -79,16 +80,16 @@ class HostSessions:
             return copy and (copy.header, copy.tokens.clone())
 
     def take(
-        self, key: tuple[str, str], slab_for: Callable[[Header], torch.Tensor | None]
+        self, key: tuple[str, str], slab_for: Callable[[Header], torch.Tensor | None], earlier: bool = False
     ) -> tuple[Header, torch.Tensor, torch.Tensor] | None:
-        """Header, tokens and slab, None if not held. slab_for(header): where to copy to, None to decline."""
+        """Header, tokens and a slab, None if not held. slab_for(header): where to copy to, None to decline."""
         with self._lock:
             copy = self._copies.get(key)
             slab = None if copy is None else slab_for(copy.header)
             if slab is None:
                 return None
             copy.used_ns = time.monotonic_ns()
-            return copy.header, copy.tokens.clone(), slab.copy_(copy.slab)
+            return copy.header, copy.tokens.clone(), slab.copy_(copy.slabs[earlier])
 
     def drop(self, key: tuple[str, str]) -> bool:
         """Zero and forget a session; False if it is not held."""
@@ -109,14 +110,14 @@ class HostSessions:
         if len(self._copies) < self._max_sessions and self._bytes + n_bytes <= self._max_bytes:
             return
         usages = [Usage(key, key[0], n_bytes, time.monotonic_ns())]
-        usages += [Usage(k, k[0], copy.header.n_bytes, copy.used_ns) for k, copy in self._copies.items()]
+        usages += [Usage(k, k[0], copy.header.rank_bytes, copy.used_ns) for k, copy in self._copies.items()]
         for victim in victims(usages, self._max_sessions, self._max_bytes, keep=key):
             self._drop(victim)
 
     def _drop(self, key: tuple[str, str]) -> bool:
         copy = self._copies.pop(key, None)
         if copy is not None:
-            self._bytes -= copy.header.n_bytes
-            copy.tokens.zero_()
-            copy.slab.zero_()
+            self._bytes -= copy.header.rank_bytes
+            for x in (copy.tokens, *copy.slabs):
+                x.zero_()
         return copy is not None

@@ -3,6 +3,7 @@
     store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
     save_id = store.begin(tenant, name)     # a turn begins
     store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
+                                            # earlier: the slot as it was when it had read fewer of them, if wanted
     store.end(tenant, name, save_id)
     session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)
@@ -47,7 +48,7 @@ class Session:
 
     header: Header
     tokens: torch.Tensor  # int32 [N]
-    slab: torch.Tensor | None = None  # uint8 [n_bytes]
+    slab: torch.Tensor | None = None  # uint8 [n_bytes], the one that was asked for
 
 
 class SessionStore:
@@ -91,22 +92,25 @@ class SessionStore:
 
     def save(
         self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,
-        save_id: str | None = None,
+        save_id: str | None = None, earlier: tuple[int, torch.Tensor] | None = None,
     ) -> Header:  # fmt: skip
         """Keep a session in place of the one of the same name; durable on return.
 
         tokens: N ids, 0 <= id < 2**31. slab: uint8 [bytes] on the CPU, contiguous; it is only read.
         save_id: from begin(), the same for all ranks; None, if there is one rank, for a turn that begins now.
+        earlier: how many of the tokens another slab of the same size has read; left out where both are too large.
         Raises SessionRefused: size or unwritable, and the session saved before is still there; erased.
         """
         tenant_tag, tag = self._tags(tenant, name)
         size = self._fingerprint.tp_size
         tokens = _token_ids(tokens)
-        _check_slab(slab)
+        slabs = [slab, earlier[1]] if earlier else [slab]
+        for x in slabs:
+            _check_slab(x)
         if save_id is None and size == 1:
             save_id = self.begin(tenant, name)
             try:
-                return self.save(tenant, name, tokens, slab, save_id)
+                return self.save(tenant, name, tokens, slab, save_id, earlier)
             finally:
                 self.end(tenant, name, save_id)
         if not SAVE_ID.fullmatch(save_id or ""):
@@ -114,16 +118,19 @@ class SessionStore:
         limit = self.settings.max_bytes if self.directory else self.settings.host_bytes
         if (n_bytes := slab.numel() * size) > limit:
             raise SessionRefused("size", f"a session of {n_bytes} bytes exceeds the limit of {limit}")
+        if earlier and 2 * n_bytes > limit:
+            slabs, earlier = slabs[:1], None
         with _disk("unwritable", f"cannot save session {name}"):
             created = time.time_ns()
             if self.directory:
                 # A clock behind the last saver's must not make this save the older one.
-                earlier = self.directory.entries(tenant_tag, tag)
-                created = max([created, *(entry.created_ns + 1 for entry in earlier)])
-            header = Header(tenant_tag, name, save_id, created, len(tokens), slab.numel(), self._fingerprint)
+                before = self.directory.entries(tenant_tag, tag)
+                created = max([created, *(entry.created_ns + 1 for entry in before)])
+            n_earlier, made = earlier[0] if earlier else 0, self._fingerprint
+            header = Header(tenant_tag, name, save_id, created, len(tokens), n_earlier, slab.numel(), made)
             if self.directory:
-                self.directory.publish(tag, header, tokens, slab)
-        self._host.put((tenant, name), header, tokens, slab, begun=self.directory is None)
+                self.directory.publish(tag, header, tokens, slabs)
+        self._host.put((tenant, name), header, tokens, slabs, begun=self.directory is None)
         if self.directory:
             try:
                 self.sweeper.saved(tag, header)
@@ -154,9 +161,10 @@ class SessionStore:
         return self._read_newest(tenant, name, read)
 
     def restore(
-        self, tenant: str, name: str, save_id: str | None = None, out: torch.Tensor | None = None
-    ) -> Session | None:
-        """The session with its slab; None if there is none.
+        self, tenant: str, name: str, save_id: str | None = None, out: torch.Tensor | None = None,
+        earlier: bool = False,
+    ) -> Session | None:  # fmt: skip
+        """The session with its slab, or the earlier one; None if there is no such session.
 
         save_id: refuse any other save than this one, which peek() reported. out: uint8 [n_bytes] on the CPU,
         receives the slab. Raises SessionRefused; out then holds zeros, or what it held before.
@@ -166,17 +174,17 @@ class SessionStore:
             _check_slab(out)
         if self.directory is None:
             self._expire_in_host((tenant, name))
-            found = self._host.take((tenant, name), lambda held: _slab_for(held, save_id, out))
+            found = self._host.take((tenant, name), lambda held: _slab_for(held, save_id, out, earlier), earlier)
             return found and Session(*found)
 
         def read(save: Save) -> Session:
             entry = save.entries.get(self._fingerprint.tp_rank, save.entries[0])
             with self._open(entry, tenant_tag, name) as file:
-                slab = _slab_for(file.header, save_id, out)
-                held = self._host.take((tenant, name), lambda held: slab if held == file.header else None)
+                slab = _slab_for(file.header, save_id, out, earlier)
+                held = self._host.take((tenant, name), lambda held: slab if held == file.header else None, earlier)
                 if held is None:
                     held = file.header, file.tokens(), slab
-                    file.slab(slab)
+                    file.slab(slab, earlier)
             with suppress(OSError):  # only the order of eviction depends on it
                 os.utime(entry.path)
             return Session(*held)
@@ -201,7 +209,7 @@ class SessionStore:
             {
                 "name": header.name,
                 "tokens": header.n_tokens,
-                "bytes": header.n_bytes * header.fingerprint.tp_size,
+                "bytes": header.rank_bytes * header.fingerprint.tp_size,
                 "age_s": round(max(now - header.created_ns, 0) / 1e9, 1),
             }
             for header in self.list(tenant)
@@ -300,9 +308,9 @@ def _check_slab(slab: torch.Tensor) -> None:
         raise ValueError(f"a slab is uint8 [bytes], contiguous, on the CPU: {slab.dtype} {list(slab.shape)}")
 
 
-def _slab_for(header: Header, save_id: str | None, out: torch.Tensor | None) -> torch.Tensor:
-    """The tensor to read the slab of this session into."""
-    if save_id not in (None, header.save_id):
+def _slab_for(header: Header, save_id: str | None, out: torch.Tensor | None, earlier: bool) -> torch.Tensor:
+    """The tensor to read a slab of this session into."""
+    if save_id not in (None, header.save_id) or earlier and not header.n_earlier:
         raise SessionRefused("replaced", f"session {header.name} was saved anew since it was looked up")
     if out is None:
         return torch.empty(header.n_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Answers that a stop string ends: vLLM's API server, which alone has their text, aborts such a request in the engine."""
+"""Answers that a stop string ends: vLLM's frontend, which alone has their text, aborts such a request in the engine."""
 
 from vllm.tokenizers import cached_tokenizer_from_config
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -26,28 +27,34 @@ class Transfer:
     slot: int
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
-    length: int = 0  # of a restore: how many of the saved tokens its request goes on from
+    n_earlier: int = 0  # of a save: how many of them the memory had read that the worker kept; 0 if it kept none
+    reach: "Reach | None" = None  # of a restore
     pins: list[list[int]] = field(default_factory=list)  # of a restore: spans that its request pins
 
 
-@dataclass(frozen=True)
-class Note:
-    """What the scheduler keeps of a save that is in a worker's host memory: enough to tell how far it serves a prompt.
+class Reach(NamedTuple):
+    """How far a saved memory serves a prompt: so many tokens need not be computed."""
 
-    A memory can be taken back to any length inside the segment that was open when it was saved: the tokens of that
-    one, and the window before it, are still exact, and nothing later than them is looked at.
+    length: int
+    earlier: bool  # the earlier memory of the save
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a sequence that a memory has read.
+
+    It can be taken back to any length inside the segment that is open: the tokens of that one, and the window before
+    it, are still exact, and nothing later than the last of them is looked at.
     """
 
-    save_id: str
     closed: int  # tokens of whole segments
     digest: bytes  # of these tokens
     rest: tuple[int, ...]  # those of the open segment
 
     @classmethod
-    def of(cls, save_id: str, tokens: Sequence[int], segment: int) -> "Note":
-        ids = np.asarray(tokens, dtype=np.int32)
+    def of(cls, ids: np.ndarray, segment: int) -> "Span":
         closed = len(ids) // segment * segment
-        return cls(save_id, closed, _digest(ids[:closed]), tuple(ids[closed:].tolist()))
+        return cls(closed, _digest(ids[:closed]), tuple(ids[closed:].tolist()))
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt need not be computed; one always has to be."""
@@ -55,6 +62,22 @@ class Note:
             return 0
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rest, prompt[self.closed : -1], strict=False))
         return self.closed + len(list(alike))
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the scheduler keeps of a save in a worker's host memory: enough to tell how far it serves a prompt."""
+
+    save_id: str
+    spans: tuple[Span, ...]  # of the memory, and of the earlier one if there is one
+
+    @classmethod
+    def of(cls, save_id: str, tokens: Sequence[int], n_earlier: int, segment: int) -> "Note":
+        ids = np.asarray(tokens, dtype=np.int32)
+        return cls(save_id, tuple(Span.of(ids[:n], segment) for n in (len(ids), n_earlier) if n))
+
+    def reach(self, prompt: Sequence[int]) -> Reach:
+        return max(Reach(span.shared(prompt), i > 0) for i, span in enumerate(self.spans))
 
 
 def _digest(tokens: Sequence[int]) -> bytes:
@@ -68,6 +91,7 @@ class StepMetadata(KVConnectorMetadata):
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
+    kept: dict[str, int] = field(default_factory=dict)  # slots to copy as they are before this step, by request
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
 
