@@ -211,6 +211,26 @@ def test_a_session_goes_back_to_where_the_prompt_differs(folders, family):
         assert again == said[200:] and told["restored_tokens"] == 199, "one token is computed"
 
 
+def test_a_session_goes_back_to_before_a_step_with_the_prompts_of_others(folders):
+    """There the answer's first merge is part of the forward pass."""
+    with engine(folders("llama"), settings=SMALL) as llm:
+        core, prompt = llm.llm_engine, tokens(200)
+        core.add_request("talk", {"prompt_token_ids": prompt}, greedy(20, extra_args={"deltamem_session": "talk"}))
+        for i in range(20):
+            core.add_request(f"other-{i}", {"prompt_token_ids": tokens(30, seed=i)}, greedy(1))
+            core.step()
+        while core.has_unfinished_requests():
+            core.step()
+        prompt += tokens(40, seed=1)
+        turns = [greedy(20, extra_args={"deltamem_session": name}) for name in ("talk", "fresh")]
+        outs = [llm.generate([{"prompt_token_ids": prompt}], turn, use_tqdm=False)[0] for turn in turns]
+        assert outs[0].kv_transfer_params["deltamem_session"]["restored_tokens"] == 200
+        assert outs[0].outputs[0].token_ids == outs[1].outputs[0].token_ids
+        assert torch.equal(
+            *(slab_of(llm, prompt + list(outs[1].outputs[0].token_ids), 1, n)[1] for n in ("talk", "fresh"))
+        )
+
+
 def test_many_requests_start_from_one_session_that_stays(folders):
     """As questions on one document do, and conversations that part."""
     document, tails = tokens(200), [tokens(30 + i, seed=1 + i) for i in range(3)]

@@ -4,7 +4,8 @@ vLLM makes one in the scheduler and one in every worker; the metadata of a step 
 others. A session is restored in a step before the one that computes its first new token: no token is ever
 computed on what turns out to be unreadable. It is saved when its request has finished: at once by a worker in
 the scheduler's process, which nobody may step again, else in the next step, and the slot is held back until
-then. Of several requests on one session each starts from the last save when it is admitted, and the last to
+then. So is the memory from before the answer's first merge, to which a prompt may go back that tells the answer
+otherwise. Of several requests on one session each starts from the last save when it is admitted, and the last to
 finish is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for
 it (one in host memory alone, once a step has told the worker).
 """
@@ -307,18 +308,19 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         SlotPool.serving()  # what it compiles should not keep the first request waiting
 
     def bind_connector_metadata(self, connector_metadata):
+        """Before every forward pass; loads may start after it."""
         super().bind_connector_metadata(connector_metadata)
         pool = SlotPool.serving()
         if pool is not None:
             pool.pin(connector_metadata.pins)
+            for request_id, slot in connector_metadata.kept.items():
+                self._earlier[request_id] = pool.slab[slot].to("cpu", copy=True)
         for turn in connector_metadata.begun:
             self.store.begin(turn.tenant, turn.name, turn.save_id)
 
     def start_load_kv(self, forward_context, **kwargs):
-        metadata, pool = self._get_connector_metadata(), SlotPool.serving()
-        for request_id, slot in metadata.kept.items():
-            self._earlier[request_id] = pool.slab[slot].to("cpu", copy=True)
-        for transfer in metadata.restores:
+        restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
+        for transfer in restores:
             row = pool.slab[transfer.slot]
             pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
             pool.forget([transfer.slot])
