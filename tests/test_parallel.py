@@ -7,7 +7,7 @@ import re
 
 import pytest
 import requests
-from test_server import ANN, chat, complete, start_server, two_turns, user
+from test_server import ANN, STORY, chat, complete, start_server, two_turns, user
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +38,20 @@ def test_a_session_of_two_workers(tmp_path, monkeypatch):
     try:
         answer, said = chat(server, messages, "left")
         assert answer == fresh and said["history"] == "fingerprint", "saved by two workers, refused by one"
+    finally:
+        server.stop()
+
+
+def test_two_workers_go_back_behind_an_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    server = start_server(tmp_path, {"directory": str(tmp_path / "sessions")}, "--tensor-parallel-size", "2")
+    try:
+        messages = [user(STORY[:300])]
+        answer, _ = chat(server, messages, "told", max_tokens=60)
+        messages += [{"role": "assistant", "content": answer[20:]}, user("Go on.")]
+        fresh, _ = chat(server, messages)
+        again, said = chat(server, messages, "told")
+        assert again == fresh and said["restored_tokens"] > 300
     finally:
         server.stop()
 

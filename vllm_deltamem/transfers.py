@@ -19,6 +19,13 @@ class Turn:
     save_id: str
 
 
+class Reach(NamedTuple):
+    """How far a saved memory serves a prompt: so many tokens need not be computed."""
+
+    length: int
+    earlier: bool  # the earlier memory of the save
+
+
 @dataclass(frozen=True)
 class Transfer:
     """A session to save from a slot or to restore into it, and the save that it is."""
@@ -28,15 +35,8 @@ class Transfer:
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
     n_earlier: int = 0  # of a save: how many of them the memory had read that the worker kept; 0 if it kept none
-    reach: "Reach | None" = None  # of a restore
+    reach: Reach | None = None  # of a restore
     pins: list[list[int]] = field(default_factory=list)  # of a restore: spans that its request pins
-
-
-class Reach(NamedTuple):
-    """How far a saved memory serves a prompt: so many tokens need not be computed."""
-
-    length: int
-    earlier: bool  # the earlier memory of the save
 
 
 @dataclass(frozen=True)
