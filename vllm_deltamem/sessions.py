@@ -3,7 +3,7 @@
     store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
     save_id = store.begin(tenant, name)     # a turn begins
     store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
-                                            # earlier: the slot as it was when it had read fewer of them, if wanted
+    store.save(tenant, name, tokens, slab, save_id, earlier=(n, other))  # and as it was after n of them
     store.end(tenant, name, save_id)
     session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)
