@@ -7,7 +7,7 @@ import re
 
 import pytest
 import requests
-from test_server import ANN, STORY, chat, complete, start_server, two_turns, user
+from test_server import ANN, STORY, assert_restored, chat, complete, start_server, two_turns, user
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +49,7 @@ def test_two_workers_go_back_behind_an_answer(tmp_path, monkeypatch):
         messages = [user(STORY[:300])]
         answer, _ = chat(server, messages, "told", max_tokens=60)
         messages += [{"role": "assistant", "content": answer[20:]}, user("Go on.")]
-        fresh, _ = chat(server, messages)
-        again, said = chat(server, messages, "told")
-        assert again == fresh and said["restored_tokens"] > 300
+        assert_restored(server, messages, "told")
     finally:
         server.stop()
 

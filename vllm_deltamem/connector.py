@@ -176,7 +176,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if turn is None:
             return False, {SESSION: said} if outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if not self._complete(request) or not block_ids[0] or not computed:
+        if not self._complete(request, computed) or not block_ids[0] or not computed:
             self._end(turn)
             return False, None
         tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
@@ -228,12 +228,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         return DeltaMemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _complete(self, request) -> bool:
+    def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
         if request.status == RequestStatus.FINISHED_ABORTED:
             # steps under way must not have merged: a memory is taken back to known tokens inside a segment only
-            ahead, segment = request.num_computed_tokens, self._plan.layout.segment
-            merged = ahead // segment != min(ahead, request.num_tokens) // segment
+            segment = self._plan.layout.segment
+            merged = request.num_computed_tokens // segment != computed // segment
             return not merged and stopstring.ended(request, self._vllm_config.model_config)
         return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 

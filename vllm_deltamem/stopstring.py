@@ -12,4 +12,4 @@ def ended(request, model_config) -> bool:
     if tokenizer is None:
         return False
     text = tokenizer.decode(answer, skip_special_tokens=params.skip_special_tokens)
-    return any(stop in text for stop in ([params.stop] if isinstance(params.stop, str) else params.stop))
+    return any(stop in text for stop in params.stop)

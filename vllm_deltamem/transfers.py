@@ -56,7 +56,7 @@ class Span:
         closed = len(ids) // segment * segment
         return cls(closed, _digest(ids[:closed]), tuple(ids[closed:].tolist()))
 
-    def shared(self, prompt: Sequence[int]) -> int:
+    def shared(self, prompt: np.ndarray) -> int:
         """How many tokens of a prompt need not be computed; one always has to be."""
         if len(prompt) <= self.closed or _digest(prompt[: self.closed]) != self.digest:
             return 0
@@ -77,11 +77,12 @@ class Note:
         return cls(save_id, tuple(Span.of(ids[:n], segment) for n in (len(ids), n_earlier) if n))
 
     def reach(self, prompt: Sequence[int]) -> Reach:
-        return max(Reach(span.shared(prompt), i > 0) for i, span in enumerate(self.spans))
+        ids = np.asarray(prompt[:], dtype=np.int32)  # a slice of vLLM's list is one
+        return max(Reach(span.shared(ids), i > 0) for i, span in enumerate(self.spans))
 
 
-def _digest(tokens: Sequence[int]) -> bytes:
-    return hashlib.blake2b(np.asarray(tokens, dtype=np.int32).tobytes(), digest_size=32).digest()
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=32).digest()
 
 
 @dataclass
