@@ -83,7 +83,8 @@ def heads_of(slots: LayerSlots) -> Heads:
 def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised scratch that keeps its address from call to call, as a captured CUDA graph needs.
 
-    Calls with the same name share memory: use it on one stream.
+    Calls with the same name share memory: use it on one stream. One that must grow at least doubles, so that what
+    was outgrown, which is kept, never takes more than what is used.
     """
     count = 1
     for extent in shape:
@@ -93,7 +94,7 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     if held is None or held.numel() < count:
         if held is not None:
             _outgrown.append(held)
-        _buffers[key] = held = torch.empty(max(count, 1), dtype=dtype, device=device)
+        _buffers[key] = held = torch.empty(triton.next_power_of_2(count), dtype=dtype, device=device)
     return held[:count].view(shape)
 
 

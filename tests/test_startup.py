@@ -4,6 +4,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,11 +23,15 @@ from model_configs import (
     vllm_config,
 )
 from vllm.platforms import current_platform
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
 from benchmarks.server import VllmServer
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.profile import Profile, fingerprint_of, save
 from vllm_deltamem.rope import TRAINED
+from vllm_deltamem.spec import make_spec
+from vllm_deltamem.startup import CONTINUING
 
 ON_CPU = current_platform.is_cpu()
 
@@ -184,11 +189,26 @@ def test_unknown_vllm_refused(llama, monkeypatch):
         vllm_config(llama)
 
 
-def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog):
+@pytest.mark.parametrize("wanted", [True, False])
+def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog, wanted):
     with caplog.at_level(logging.WARNING, "vllm_deltamem"):
-        config = vllm_config(llama, enable_prefix_caching=True)
-    assert not config.cache_config.enable_prefix_caching
-    assert sum("prefix caching is off" in record.message for record in caplog.records) == 1
+        config = vllm_config(llama, enable_prefix_caching=wanted)
+    for made in (config, replace(config)):
+        assert not made.cache_config.enable_prefix_caching
+        assert made.kv_transfer_config.get_from_extra_config(CONTINUING, None) is wanted
+    assert sum("prefix caching is off" in record.message for record in caplog.records) == wanted
+
+
+@pytest.mark.parametrize("backend, blocks", [("DELTAMEM", 2), (None, 512)])
+def test_graphs_are_profiled_on_two_slots(llama, backend, blocks):
+    """As vLLM's GPU workers do before they size the cache, with a block for every sequence of a capture."""
+    config = vllm_config(llama, attention_backend=backend, num_gpu_blocks_override=512)
+    config.cache_config.kv_cache_layout, kind = "BLHNC", config.model_config
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=kind.get_head_size(), dtype=kind.dtype)
+    groups = [KVCacheGroupSpec(["layer"], make_spec(spec, 4096, kind.max_model_len) if backend else spec)]
+    assert kv_cache_utils.get_kv_cache_config_from_groups(config, groups, available_memory=0).num_blocks == blocks
+    held = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, available_memory=1 << 30)
+    assert held.num_blocks == 512, "the user's number, where there is memory"
 
 
 @pytest.mark.parametrize("fast, dtype, warns", [(False, "bfloat16", 1), (False, "float32", 0), (True, "bfloat16", 0)])

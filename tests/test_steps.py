@@ -100,6 +100,12 @@ def test_dummy_rows_of_a_prompt_sit_it_out(builder):
     assert step.rows.slot_indices.tolist() == [-1, -1] and step.due[0].rows.slot_indices.tolist() == [-1, -1]
 
 
+def test_the_null_block_of_dummy_rows_is_not_cleared(builder):
+    """Once for every row, in a slot that nobody reads."""
+    builder.build(0, make_batch([(0, 1, 1), (2, 1, 1), (0, 1, 1)]))
+    assert [bool(row.any()) for row in builder.pool.slab] == [True, True, False, True]
+
+
 def test_many_due_rows_take_several_calls(builder):
     builder.build(0, make_batch([(1, 1, 64)] * (TOGETHER + 3)))
     assert [len(rows.slot_indices) for rows, _ in builder.pool.due] == [TOGETHER, 3]

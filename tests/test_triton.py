@@ -230,6 +230,17 @@ def test_pieces_follow_the_heads():
         assert sorted(mine[:, 2].tolist()) == (parts or [-1])
 
 
+def test_what_a_buffer_outgrew_takes_no_more_than_the_buffer():
+    """Nothing that a captured graph may point into is ever freed."""
+    device, held = torch.device("cpu"), {}
+    for count in range(1, 3000, 7):
+        grown = launch.buffer("growing", (count, 3), torch.float32, device)
+        assert grown.shape == (count, 3)
+        held[grown.data_ptr()] = grown.untyped_storage().nbytes()
+    assert sum(held.values()) <= 2 * max(held.values()) < 4 * grown.nbytes
+    assert launch.buffer("growing", (5,), torch.float32, device).data_ptr() == grown.data_ptr()
+
+
 def test_slots_that_are_no_views_of_a_slab_are_refused():
     slab, view = make_layer()
     slots = view(slab)

@@ -116,4 +116,9 @@ def test_budgets_of_sliding_layers_are_ignored():
 def test_placed_tokens_are_those_of_layers_with_full_attention():
     config = DeltaMemConfig(memory=128, segment=16, window=8)
     both = Shape(2, 2, 32, torch.bfloat16, 2048)
-    assert plan_layout(SHAPE, config).placed(0, 1600) == plan_layout(both, config).placed(0, 1600)
+    layout = plan_layout(SHAPE, config)
+    assert layout.placed(0, 1600) == plan_layout(both, config).placed(0, 1600)
+    assert sum(layout.placed(0, 1600).values()) == 1600 - 8, "all but the window"
+    grown = [layout.placed(n, n + 1) for n in range(1600)]
+    assert sum(map(bool, grown)) == 100, "a segment at a time"
+    assert {name: sum(step.get(name, 0) for step in grown) for name in grown[-1]} == layout.placed(0, 1600)

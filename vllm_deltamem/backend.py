@@ -107,7 +107,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: speculative decoding is refused; 0 for padding
         counts = starts[1:] - starts[:-1]
         if ((counts == ends) & (ends > 0)).any():
-            pool.reset(Rows(slots, batch.query_start_loc, batch.seq_lens))
+            pool.reset(Rows(_claimed(slots), batch.query_start_loc, batch.seq_lens))
         pool.due = []
         if batch.max_query_len > 1:
             return DeltaMemMetadata(self._cut(starts.tolist(), ends.tolist(), slots), batch.num_actual_tokens, pool)
@@ -180,16 +180,12 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         return [([i for i, _ in call], [*range(len(call) + 1)], [end for _, end in call]) for call in calls]
 
     def _place(self, tables: list[Table], slots: torch.Tensor) -> list[Rows]:
-        """Tables on the device, with slots in place of sequences; one copy for all.
-
-        Rows of vLLM's dummy runs, which all hold its null block, sit the step out as padding does.
-        """
+        """Tables on the device, with slots in place of sequences; one copy for all."""
         if not tables:
             return []
         columns = [[x for part in column for x in part] for column in zip(*tables, strict=True)]
         owner, cu_seqlens, seq_lens = self.pool.upload(sum(columns, [])).split([len(column) for column in columns])
-        held = slots[owner.clamp(min=0)]
-        held = torch.where((owner >= 0) & (held > 0), held, -1)
+        held = torch.where(owner >= 0, _claimed(slots[owner.clamp(min=0)]), -1)
         counts = [len(owners) for owners, _, _ in tables]
         parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
         return [Rows(*rows) for rows in zip(*parts, strict=True)]
@@ -198,6 +194,11 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         """vLLM's attention layers, by name."""
         layers = self.vllm_config.compilation_config.static_forward_context
         return {name: layers[name] for name in self.layer_names}
+
+
+def _claimed(slots: torch.Tensor) -> torch.Tensor:
+    """Rows of vLLM's dummy runs, which all hold its null block, sit a call out as padding does."""
+    return torch.where(slots > 0, slots, -1)
 
 
 def _with_longest(tables: list[Table], placed: Iterator[Rows]) -> list[Due]:

@@ -113,15 +113,29 @@ class Layout:
         return tuple(layers)
 
     def placed(self, before: int, after: int) -> dict[str, float]:
-        """Where the tokens went that left the ring while a sequence grew, mean of all heads with full attention."""
+        """Where the tokens went that left the ring while a sequence grew, mean of all heads with full attention.
+
+        Nowhere in most steps of decoding, for which it must not cost anything.
+        """
         gone = [max(n // self.segment * self.segment - self.window, 0) for n in (before, after)]
-        heads = [(x, y) for i in self.shape.full_layers for x, y in zip(self.exact[i], self.coarse[i], strict=True)]
-        held = [
-            (sum(min(n, x) for x, _ in heads) / len(heads), sum(min(n, x + y) for x, y in heads) / len(heads), n)
-            for n in gone
-        ]
-        exact, filled, left = (b - a for a, b in zip(*held, strict=True))
+        if gone[0] == gone[1]:
+            return {}
+        exact, filled, left = (b - a for a, b in zip(*map(self._held, gone), strict=True))
         return {"exact": exact, "coarse": filled - exact, "merged": left - filled}
+
+    def _held(self, gone: int) -> tuple[float, float, int]:
+        """Of so many tokens that left the ring, those in exact entries, in any entry, all; means over heads."""
+        exact, all_entries = self._entries
+        return exact.clamp(max=gone).mean().item(), all_entries.clamp(max=gone).mean().item(), gone
+
+    @cached_property
+    def _entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact and all entries of every head with full attention, fp64."""
+        exact, coarse = (
+            torch.tensor([rows[i] for i in self.shape.full_layers], dtype=torch.float64, device="cpu")
+            for rows in (self.exact, self.coarse)
+        )
+        return exact, exact + coarse
 
     @property
     def used_bytes(self) -> int:

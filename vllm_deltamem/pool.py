@@ -97,12 +97,20 @@ class SlotPool:
     def pin(self, claimed: dict[int, list[list[int]]]) -> None:
         """Note the pinned spans of slots that sequences just claimed, and write them."""
         for slot, spans in claimed.items():
-            if self.pins.pop(slot, None):
-                self.layers[0].pins[slot] = 0
+            self.layers[0].pins[slot] = 0  # a memory that went back may have had some past its new end
+            self.pins.pop(slot, None)
             if spans:
                 self.pins[slot] = spans
         if claimed:
             self.write_pins()
+
+    def copy(self, source: int, target: int) -> None:
+        """Have a vacant slot hold what another one holds now."""
+        self.slab[target] = self.slab[source]
+        self.pins.pop(target, None)
+        if source in self.pins:
+            self.pins[target] = self.pins[source]
+        self.forget([target])
 
     def pins_of(self, slot: int) -> list[list[int]]:
         """The spans that are written in a slot."""

@@ -19,6 +19,7 @@ logger = init_logger(__name__)
 
 KNOWN_VLLM = ("0.32.",)
 CONNECTOR = "DeltaMemConnector"
+CONTINUING = "continuing"  # whether prompts may go on in slots that others have left
 WORKER_EXTENSION = "vllm_deltamem.worker.SessionWorker"
 
 
@@ -39,8 +40,12 @@ def configure(vllm_config) -> None:
     check_version()
     settings = DeltaMemConfig.from_vllm(vllm_config)
     _refuse_unsupported(vllm_config)
+    continuing = _continues(vllm_config)
     if vllm_config.cache_config.enable_prefix_caching:
-        logger.warning("deltamem keeps one memory per sequence and shares no prefixes: prefix caching is off.")
+        logger.warning(
+            "deltamem keeps one memory per sequence and shares no prefixes: vLLM's prefix caching is off. A prompt "
+            "that continues an earlier request goes on in its slot (--no-enable-prefix-caching turns that off, too)."
+        )
         vllm_config.cache_config.enable_prefix_caching = False
     dtype = vllm_config.model_config.dtype
     if fast_dtype(dtype, current_platform.device_type) != dtype:
@@ -55,6 +60,7 @@ def configure(vllm_config) -> None:
         kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_deltamem.connector",
         kv_role="kv_both",
+        kv_connector_extra_config={CONTINUING: continuing},
         kv_load_failure_policy="recompute",
     )
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
@@ -76,9 +82,10 @@ def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
     from vllm.platforms import current_platform
 
-    from vllm_deltamem.patches import http_tenant, request_options
+    from vllm_deltamem.patches import http_tenant, profiling_cache, request_options
 
     check_version()
+    profiling_cache.apply()
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
@@ -117,6 +124,13 @@ def _refuse_unsupported(vllm_config) -> None:
     for feature, present in refusals.items():
         if present:
             raise ValueError(f"--attention-backend deltamem does not support {feature}.")
+
+
+def _continues(vllm_config) -> bool:
+    """Whether the user has left prefix caching on; a config that is made again from an adjusted one still says so."""
+    transfer = vllm_config.kv_transfer_config
+    adjusted = transfer is not None and transfer.get_from_extra_config(CONTINUING, False)
+    return bool(vllm_config.cache_config.enable_prefix_caching) or adjusted
 
 
 def _check_sessions(settings: SessionSettings) -> None:
