@@ -59,6 +59,7 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
     if backend == "DELTAMEM":
         options["additional_config"] = {"deltamem": settings or {}}
     options = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True} | options
+    options = {"enable_prefix_caching": False} | options  # prompts are computed, whatever was asked before
     llm = LLM(
         str(folder), attention_backend=backend, dtype=dtype, skip_tokenizer_init=True, disable_log_stats=True, **options
     )

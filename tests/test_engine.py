@@ -285,6 +285,15 @@ def test_a_session_goes_on_with_its_own_pins_only(folders):
             assert again[0] == fresh[0] and torch.equal(again[1], fresh[1]), f"pins {pins}"
 
 
+def test_pins_past_the_end_that_a_session_goes_back_to_are_gone(folders):
+    with engine(folders("llama"), settings=SMALL) as llm:
+        pins = {"deltamem_session": "back", "deltamem_pin_tokens": [203, 206]}
+        generate(llm, [tokens(206)], greedy(1, extra_args=pins))
+        prompt = tokens(203) + tokens(60, seed=1)
+        (again, slab), (fresh, expected) = (slab_of(llm, prompt, name=name) for name in ("back", "fresh"))
+        assert again == fresh and torch.equal(slab, expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="mends vLLM's CPU runner")
 def test_a_seed_does_not_depend_on_chunks(folders):
     """Sampled tokens are those of the seed, in a prompt of one chunk or of many, alone, beside others or preempted."""

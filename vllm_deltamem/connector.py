@@ -27,11 +27,13 @@ from vllm.v1.request import RequestStatus
 from vllm_deltamem import stopstring
 from vllm_deltamem.enginestore import open_store
 from vllm_deltamem.metrics import DeltaMemPromMetrics, DeltaMemStats
-from vllm_deltamem.options import PINS, SESSION, SOURCE, TENANT
+from vllm_deltamem.options import PINS, SESSION, SESSIONS, SOURCE, TENANT, untold
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
-from vllm_deltamem.transfers import Note, Reach, Refusals, StepMetadata, Transfer, Turn
+from vllm_deltamem.startup import CONTINUING
+from vllm_deltamem.transfers import Note, Reach, Refusals, Span, StepMetadata, Transfer, Turn, clip
+from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
 
 logger = init_logger(__name__)
 
@@ -52,7 +54,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests = {}  # scheduler: running requests by id
         self._slots: dict[str, int] = {}  # scheduler: theirs
         self._turns: dict[str, Turn] = {}  # scheduler: of requests that are not finished
-        self._answers: dict[str, int] = {}  # scheduler: of requests with a turn, where the answer's first merge will be
+        self._unnamed = {}  # scheduler: requests by id that may go on in a slot that others have left, and leave theirs
+        self._answers: dict[str, int] = {}  # scheduler: of both kinds, where the answer's first merge will be
         self._kept: dict[str, int] = {}  # scheduler: tokens of the memories that workers keep from before it
         self._matched: dict[str, tuple[Turn, Reach]] = {}  # scheduler: what to restore once there is a slot
         self._restoring: dict[str, int] = {}  # scheduler: tokens of what workers are restoring, by request
@@ -66,6 +69,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
         self._refusals: dict[str, str] = {}  # worker: why, by request
         self._block_pool = None
+        self._vacancies: Vacancies | None = None  # scheduler: where prompts may go on in them
 
     def _say_sizes(self):
         shape = self._plan.whole.shape
@@ -84,8 +88,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     # In the scheduler
 
     def on_new_request(self, request):
-        options = _options(request.sampling_params)
+        options, segment = _options(request.sampling_params), self._plan.layout.segment
         name, tenant = options.get(SESSION), options.get(TENANT)
+        answer = (request.num_prompt_tokens // segment + 1) * segment
+        if self._vacancies is not None and not options.keys() & SESSIONS and not untold(request):
+            self._unnamed[request.request_id] = request
+            self._answers[request.request_id] = answer
         if name is None:
             return
         try:
@@ -94,10 +102,15 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("deltamem will not save a session: %s", refused)
             return
         turn = self._turns[request.request_id] = Turn(tenant, name, save_id)
-        segment = self._plan.layout.segment
-        self._answers[request.request_id] = (request.num_prompt_tokens // segment + 1) * segment
+        self._answers[request.request_id] = answer
         if self.store.directory is None:
             self._step.begun.append(turn)
+
+    def bind_kv_cache_manager(self, kv_cache_manager):
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._kv_transfer_config.get_from_extra_config(CONTINUING, False):
+            (slots,) = kv_cache_manager.coordinator.single_type_managers
+            self._vacancies = slots.vacancies
 
     def bind_gpu_block_pool(self, gpu_block_pool):
         self._block_pool = gpu_block_pool
@@ -106,6 +119,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return tuple(range(len(self._kv_cache_config.kv_cache_groups)))
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
+        if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
+            return self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request)), False
         name, tenant = _source(request), _options(request.sampling_params).get(TENANT)
         refused = self._outcome.get(request.request_id, NEW)["history"] not in ("new", "restored")
         if name is None or num_computed_tokens or refused:
@@ -135,6 +150,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return length, True
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
+        if request.request_id in self._unnamed and num_external_tokens:
+            self._count("prompts_continued", 1)
+            self._count("tokens_continued", num_external_tokens)
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and num_external_tokens:
             slot = blocks.get_block_ids()[0][0]
@@ -159,7 +177,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
             if end == self._answers.get(request_id) and max(end - segment, 1) <= done:
-                self._keep(request_id, done, step)
+                keep = self._branch if request_id in self._unnamed else self._keep
+                keep(request_id, done, step)
         self._count_tokens(scheduler_output)
         return step
 
@@ -172,12 +191,17 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
+        unnamed = self._unnamed.pop(request.request_id, None)
         said = {"name": _source(request), **(outcome or {})}
-        if turn is None:
+        if turn is None and unnamed is None:
             return False, {SESSION: said} if outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
         if not self._complete(request, computed) or not block_ids[0] or not computed:
-            self._end(turn)
+            if turn is not None:
+                self._end(turn)
+            return False, None
+        if turn is None:
+            self._vacancies.note(block_ids[0][0], self._vacancy(request, computed))
             return False, None
         tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
         save = Transfer(request.request_id, block_ids[0][0], turn, tokens, n_earlier)
@@ -279,6 +303,18 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._kept[request_id] = done
             step.kept[request_id] = self._slots[request_id]
 
+    def _branch(self, request_id: str, done: int, step: StepMetadata) -> None:
+        """The same for a request without a session, in a slot that is vacant."""
+        request, segment = self._unnamed[request_id], self._plan.layout.segment
+        if request.num_tokens // segment < done // segment:  # the last token before the segment is not known yet
+            return
+        slot = self._vacancies.copy(self._vacancy(request, done))
+        if slot is not None:
+            step.copies[slot] = self._slots[request_id]
+
+    def _vacancy(self, request, computed: int) -> Vacancy:
+        return Vacancy(Span.of(request.all_token_ids[:computed], self._plan.layout.segment), _kind(request))
+
     def _count(self, name: str, amount: float) -> None:
         if amount:
             self._stats.data[name] = self._stats.data.get(name, 0) + amount
@@ -315,6 +351,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             pool.pin(connector_metadata.pins)
             for request_id, slot in connector_metadata.kept.items():
                 self._earlier[request_id] = pool.slab[slot].to("cpu", copy=True)
+            for target, slot in connector_metadata.copies.items():
+                pool.copy(slot, target)
         for turn in connector_metadata.begun:
             self.store.begin(turn.tenant, turn.name, turn.save_id)
 
@@ -332,7 +370,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                     raise SessionRefused("erased", f"session {turn.name} is gone")
                 if staging is None:
                     row.copy_(session.slab)
-                written, asked = (_clip(x, length) for x in (pool.pins_of(transfer.slot), transfer.pins))
+                written, asked = (clip(x, length) for x in (pool.pins_of(transfer.slot), transfer.pins))
                 if written != asked:
                     raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
             except SessionRefused as refused:
@@ -391,9 +429,8 @@ def _pins(params) -> list[list[int]]:
     return _options(params).get(PINS, [])
 
 
-def _clip(spans: list[list[int]], length: int) -> list[list[int]]:
-    """What of the spans lies before a position."""
-    return [[first, min(end, length)] for first, end in spans if first < length]
+def _kind(request) -> Kind:
+    return Kind(_pins(request.sampling_params), request.cache_salt)
 
 
 def _source(request) -> str | None:

@@ -19,6 +19,8 @@ COUNTERS = {
     "tokens_coarse": "Tokens for which a head then still had a free coarse entry, mean of all heads.",
     "tokens_merged": "Tokens that made some token lose its entry and be merged or dropped, mean of all heads.",
     "tokens_pinned": "Tokens that clients pinned.",
+    "prompts_continued": "Prompts that went on in a slot as an earlier sequence had left it.",
+    "tokens_continued": "Prompt tokens that were not computed again thanks to these slots.",
     "sessions_saved": "Sessions saved.",
     "sessions_restored": "Requests that continued a saved session.",
     "sessions_refused": "Requests whose saved session did not fit and was computed anew.",

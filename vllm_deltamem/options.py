@@ -60,14 +60,18 @@ def check_session(request, workers: int, directory: str | None) -> None:
             "deltamem_session: this server has several workers and no directory where they meet. "
             "Start it with the setting 'sessions.directory', or leave the session out."
         )
-    untold = {
+    for what in untold(request):
+        raise ValueError(f"deltamem_session does not go with {what}: leave the session out.")
+
+
+def untold(request) -> list[str]:
+    """What the memory of vLLM's request depends on besides its tokens, in words."""
+    found = {
         "a LoRA adapter": request.lora_request is not None,
         "images or other media": bool(request.mm_features),
         "a prompt of embeddings": request.prompt_embeds is not None,
     }
-    for what, present in untold.items():
-        if present:
-            raise ValueError(f"deltamem_session does not go with {what}: leave the session out.")
+    return [what for what, present in found.items() if present]
 
 
 def _token_ranges(flat, length: int) -> list[tuple[int, int]]:

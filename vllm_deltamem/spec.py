@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_deltamem.vacancies import SlotManager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> Delta
 def _register() -> None:
     # vLLM registers its own specs only into an empty registry: have it do so before ours goes in.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(DeltaMemSpec, CircularBufferManager, DeltaMemSpec)
+    KVCacheSpecRegistry.register(DeltaMemSpec, SlotManager, DeltaMemSpec)
 
 
 _register()

@@ -52,16 +52,38 @@ class Span:
     rest: tuple[int, ...]  # those of the open segment
 
     @classmethod
-    def of(cls, ids: np.ndarray, segment: int) -> "Span":
-        closed = len(ids) // segment * segment
-        return cls(closed, _digest(ids[:closed]), tuple(ids[closed:].tolist()))
+    def of(cls, tokens: Sequence[int], segment: int) -> "Span":
+        closed, read = len(tokens) // segment * segment, Prompt(tokens)
+        return cls(closed, read.digest(closed), tuple(read.ids[closed:].tolist()))
 
-    def shared(self, prompt: np.ndarray) -> int:
+    @property
+    def length(self) -> int:
+        return self.closed + len(self.rest)
+
+    def shared(self, prompt: "Prompt") -> int:
         """How many tokens of a prompt need not be computed; one always has to be."""
-        if len(prompt) <= self.closed or _digest(prompt[: self.closed]) != self.digest:
+        ids = prompt.ids
+        if len(ids) <= self.closed or prompt.digest(self.closed) != self.digest:
             return 0
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rest, prompt[self.closed : -1], strict=False))
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rest, ids[self.closed : -1], strict=False))
         return self.closed + len(list(alike))
+
+
+class Prompt:
+    """The tokens of a request, to be compared with many spans."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.ids = np.asarray(tokens[:], dtype=np.int32)  # a slice of vLLM's list is one
+        self._hashed = 0, hashlib.blake2b(digest_size=32)  # tokens, and their hash so far
+        self._digests: dict[int, bytes] = {}
+
+    def digest(self, length: int) -> bytes:
+        """Of the first tokens. Quick where lengths ascend from call to call: every token is then hashed once."""
+        if length not in self._digests:
+            done, hasher = self._hashed if self._hashed[0] <= length else (0, hashlib.blake2b(digest_size=32))
+            hasher.update(self.ids[done:length].tobytes())
+            self._hashed, self._digests[length] = (length, hasher), hasher.digest()
+        return self._digests[length]
 
 
 @dataclass(frozen=True)
@@ -73,16 +95,16 @@ class Note:
 
     @classmethod
     def of(cls, save_id: str, tokens: Sequence[int], n_earlier: int, segment: int) -> "Note":
-        ids = np.asarray(tokens, dtype=np.int32)
-        return cls(save_id, tuple(Span.of(ids[:n], segment) for n in (len(ids), n_earlier) if n))
+        return cls(save_id, tuple(Span.of(tokens[:n], segment) for n in (len(tokens), n_earlier) if n))
 
     def reach(self, prompt: Sequence[int]) -> Reach:
-        ids = np.asarray(prompt[:], dtype=np.int32)  # a slice of vLLM's list is one
-        return max(Reach(span.shared(ids), i > 0) for i, span in enumerate(self.spans))
+        asked = Prompt(prompt)
+        return max(Reach(span.shared(asked), i > 0) for i, span in enumerate(self.spans))
 
 
-def _digest(ids: np.ndarray) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=32).digest()
+def clip(spans: list[list[int]], length: int) -> list[list[int]]:
+    """What of pinned spans lies before a position."""
+    return [[first, min(end, length)] for first, end in spans if first < length]
 
 
 @dataclass
@@ -93,6 +115,7 @@ class StepMetadata(KVConnectorMetadata):
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
     kept: dict[str, int] = field(default_factory=dict)  # slots to copy as they are before this step, by request
+    copies: dict[int, int] = field(default_factory=dict)  # likewise, by the vacant slot that they are copied to
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
 
