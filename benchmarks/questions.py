@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     tails = [text[len(document) + i * args.question :][: args.question] for i in range(args.questions)]
     stock = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
     settings = ["--additional-config", json.dumps({"deltamem": {"memory": memory}})]
-    servers = [(OURS, settings, "session"), (OURS, settings, "none")]
+    servers = [(OURS, settings, "session"), (OURS, [*settings, "--no-enable-prefix-caching"], "none")]
     servers += [(stock, ["--enable-prefix-caching"], "prefix caching"), (stock, ["--no-enable-prefix-caching"], "none")]
     rows = []
     for backend, options, reuse in servers:

@@ -3,9 +3,9 @@
     python -m benchmarks.sessions turns --model DIR    first-token time of every turn of a growing conversation
     python -m benchmarks.sessions soak                 thousands of turns of many sessions, on the CPU
 
-`turns`: one conversation grows to the model's limit, or past it (--context), with and without sessions, and on the
-stock backend with its prefix caching on and off, which ends at the limit. The memory is 15% of the limit, however
-far the conversation goes. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
+`turns`: one conversation grows to the model's limit, or past it (--context): with a session, without one in the slot
+that the turn before has left, without either, and on the stock backend, which ends at the limit, with its prefix
+caching on and off. The memory is 15% of the limit, however far the conversation goes. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
 
 `soak`: sessions talk several at a time to a model with random weights. Some turns are broken off, some sessions
 are erased in the middle of a turn, some answers lack their beginning when the client sends them back, most slots do
@@ -107,13 +107,15 @@ def turns(args: argparse.Namespace) -> list[dict]:
     text = AutoTokenizer.from_pretrained(args.model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
     text *= -(-(per_turn * args.turns + 1000 * args.repeats) // len(text))
     stock = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
-    settings = json.dumps({"deltamem": {"memory": memory}})
-    servers = [(OURS, ["--additional-config", settings], ("sessions", "none"), max(context, limit))]
+    settings = ["--additional-config", json.dumps({"deltamem": {"memory": memory}})]
+    servers = [(OURS, [*settings, "--enable-prefix-caching"], ("sessions", "slots"), max(context, limit))]
+    servers += [(OURS, [*settings, "--no-enable-prefix-caching"], ("none",), max(context, limit))]
     servers += [(stock, ["--enable-prefix-caching"], ("prefix caching",), limit)]
     servers += [(stock, ["--no-enable-prefix-caching"], ("none",), limit)]
     rows = []
     for backend, options, reuses, longest in servers:
         options += ["--attention-backend", backend, "--max-num-seqs", "2", "--enable-prompt-tokens-details"]
+        options += ["--dtype", args.dtype]
         options += ["--max-model-len", str(longest), *([] if torch.cuda.is_available() else ["--enforce-eager"])]
         count = min(args.turns, longest // per_turn)  # turns that fit
         with (
@@ -130,6 +132,7 @@ def turns(args: argparse.Namespace) -> list[dict]:
                     runs.append(list(tqdm(run, f"{backend}, reuse: {reuse}", count, unit="turn")))
                 shape = {"model": args.model.name, "backend": backend, "reuse": reuse}
                 shape |= {"memory_tokens": memory if backend == OURS else None}
+                shape |= {"dtype": args.dtype} if args.dtype != "auto" else {}
                 for turn, figures in enumerate(zip(*runs, strict=True), 1):
                     tokens, first, computed = (median(column) for column in zip(*figures, strict=True))
                     shape |= {"turn": turn, "context": tokens, "batch": 1, "n": args.repeats}
@@ -225,6 +228,7 @@ def soak(args: argparse.Namespace) -> list[dict]:
     options = ["--attention-backend", OURS, "--enforce-eager", "--dtype", "bfloat16", "--disable-uvicorn-access-log"]
     # No more slots than are needed: vLLM takes them in turn, and memory would grow until each was touched.
     options += ["--max-num-seqs", str(args.at_once), "--num-gpu-blocks-override", str(args.at_once + 1)]
+    options += ["--no-enable-prefix-caching"]  # what has no session is computed
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_llama(Path(folder, "model"))
         config = json.loads((model / "config.json").read_text())
@@ -270,6 +274,7 @@ def main() -> None:
     command.add_argument("--context", type=int, help="tokens that it grows to; default: the model's limit")
     command.add_argument("--memory", type=int, help="of deltamem, in tokens; default: 15%% of the limit")
     command.add_argument("--answer", type=int, default=32, help="tokens of an answer")
+    command.add_argument("--dtype", default="auto", help="as of `vllm serve`; a CPU may be faster at float32")
     command.add_argument("--repeats", type=int, default=3)
     command.set_defaults(run=turns)
     command = commands.add_parser("soak", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
