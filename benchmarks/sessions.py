@@ -5,7 +5,8 @@
 
 `turns`: one conversation grows to the model's limit, or past it (--context): with a session, without one in the slot
 that the turn before has left, without either, and on the stock backend, which ends at the limit, with its prefix
-caching on and off. The memory is 15% of the limit, however far the conversation goes. Metrics ttft_s and computed_tokens (of the prompt), medians of the repeats.
+caching on and off. The memory is 15% of the limit, however far the conversation goes. Metrics ttft_s and
+computed_tokens (of the prompt), medians of the repeats.
 
 `soak`: sessions talk several at a time to a model with random weights. Some turns are broken off, some sessions
 are erased in the middle of a turn, some answers lack their beginning when the client sends them back, most slots do

@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -44,13 +45,14 @@ def complete(server, prompt, key=ANN, **body):
 
 
 def chat(server, messages, session=None, key=ANN, **body):
-    """The answer and what the response says of the session."""
+    """The answer and what the response says of the session; without one, and a cache_salt, all of it is computed."""
     body = {
         "model": "tiny",
         "messages": messages,
         "max_tokens": 12,
         "temperature": 0,
         "ignore_eos": True,
+        "cache_salt": uuid.uuid4().hex,
     } | body
     if session:
         body["vllm_xargs"] = {"deltamem_session": session}
@@ -132,6 +134,18 @@ def test_start_says_what_a_sequence_takes(server):
 def test_kernels_are_compiled_before_the_first_request(server):
     log = server.log.read_text()
     assert 0 < log.find("deltamem compiles its CPU kernels") < log.find("Application startup complete")
+
+
+def test_a_conversation_goes_on_in_the_slot_of_its_last_turn(server):
+    first = [user(STORY[:300])]
+    answer, said = chat(server, first, cache_salt="ours")
+    messages = [*first, {"role": "assistant", "content": answer}, user("Why thirteen?")]
+    fresh, before = chat(server, messages)[0], server.metrics()
+    assert (chat(server, messages, cache_salt="ours")[0], said) == (fresh, None)
+    metrics = server.metrics()
+    assert metrics["prompts_continued"] == before["prompts_continued"] + 1
+    assert metrics["tokens_continued"] - before["tokens_continued"] > 300
+    assert metrics["tokens_written"] - before["tokens_written"] < 100
 
 
 def test_session_continues(server):
