@@ -94,7 +94,7 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     if held is None or held.numel() < count:
         if held is not None:
             _outgrown.append(held)
-        _buffers[key] = held = torch.empty(triton.next_power_of_2(count), dtype=dtype, device=device)
+        _buffers[key] = held = torch.empty(triton.next_power_of_2(max(count, 1)), dtype=dtype, device=device)
     return held[:count].view(shape)
 
 

@@ -8,6 +8,9 @@ then. So is the memory from before the answer's first merge, to which a prompt m
 otherwise. Of several requests on one session each starts from the last save when it is admitted, and the last to
 finish is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for
 it (one in host memory alone, once a step has told the worker).
+
+A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
+(vacancies.py), in the step that admits it: there is nothing to load.
 """
 
 import uuid
