@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import contextmanager
+from unittest.mock import MagicMock, patch
 
 import torch
 
@@ -34,13 +35,13 @@ FAMILIES |= {  # a window of 48 tokens in some layers
 OPTIONS = {"qwen3-mixed": {"model_impl": "transformers"}}  # vLLM's own Qwen has no mixed layers
 
 
-def save_model(folder, family: str):
-    """Write a Hugging Face folder of a family; weights and biases random, the same every time."""
+def save_model(folder, family: str, **others):
+    """Write a Hugging Face folder of a family, with random weights, the same every time; others: of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, extra = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | extra)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | extra | others)))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=1.0)
@@ -56,6 +57,7 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
     from vllm_deltamem.patches import cpu_numba
 
     cpu_numba.apply()  # vLLM's own backend may follow tests that have loaded Numba
+    gc.freeze()  # vLLM collects garbage eight times, and would look through all modules each time
     if backend == "DELTAMEM":
         options["additional_config"] = {"deltamem": settings or {}}
     options = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True} | options
@@ -66,9 +68,33 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with patch.object(gc, "unfreeze"):
+            llm.llm_engine.engine_core.shutdown()
         del llm
+        gc.unfreeze()
         gc.collect()
+
+
+@contextmanager
+def ahead():
+    """Engines made inside schedule every step before the results of the one before are known, as on GPUs by default.
+
+    vLLM's CPU platform turns that off. Its runner can do it: only streams and events have to be stood in for.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    settle = CpuPlatform.check_and_update_config
+
+    def schedule_ahead(vllm_config):
+        settle(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    names = ("Stream", "Event", "stream", "current_stream")
+    with (
+        patch.object(CpuPlatform, "check_and_update_config", staticmethod(schedule_ahead)),
+        patch.multiple("torch.cuda", **{name: MagicMock() for name in names}),
+    ):
+        yield
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

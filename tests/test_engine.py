@@ -3,13 +3,14 @@
 import os
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STOCK, engine, save_model, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STOCK, ahead, engine, save_model, tokens  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -158,14 +159,18 @@ def test_slot_does_not_depend_on_decoding_alone(folders, eager):
 
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
-@pytest.mark.parametrize("family, learned", [("qwen2-bias", False), ("mistral-mixed", False), ("llama", True)])
-def test_slot_does_not_depend_on_preemption(folders, tmp_path, family, learned, after):
+@pytest.mark.parametrize(
+    "family, learned, steps",
+    [("qwen2-bias", False, nullcontext), ("mistral-mixed", False, ahead), ("llama", True, ahead)],
+)
+def test_slot_does_not_depend_on_preemption(folders, tmp_path, family, learned, steps, after):
+    """Nor on steps under way when it happens."""
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of
 
     prompt = tokens(333)
     settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
-    with engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
+    with steps(), engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
         text = preempted(llm, prompt, greedy(40, extra_args={"deltamem_session": "p"}), after)
         assert text == expected[0]

@@ -814,6 +814,12 @@ def test_bad_settings_are_named(settings, message):
         SessionSettings.from_dict(settings)
 
 
+def test_host_memory_has_room_for_large_memories():
+    assert [SessionSettings.from_dict({}, n).host_bytes for n in (1 << 20, 3 << 30)] == [1 << 30, 12 << 30]
+    assert SessionSettings.from_dict({"host_bytes": 5}, 5).host_bytes == 5
+    assert SessionSettings.from_dict({"directory": "d", "host_bytes": 5}, 6).host_bytes == 5
+
+
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "key").write_text(KEY + "\n")
     (tmp_path / "short").write_text("secret!")

@@ -86,6 +86,7 @@ def test_planning_ignores_the_default_device(llama, tmp_path):
         ({"profile": "missing.safetensors"}, "Cannot read the deltamem profile 'missing.safetensors'"),
         ({"sessions": {"dir": "x"}}, "Unknown deltamem setting 'sessions.dir'"),
         ({"sessions": {"host_bytes": 0}}, "sessions are kept nowhere"),
+        ({"sessions": {"host_bytes": 5000}}, "kept nowhere: a memory takes .* bytes, 'sessions.host_bytes' is 5,000"),
         ([], "'deltamem' must be an object of settings"),
     ],
 )

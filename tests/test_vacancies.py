@@ -1,17 +1,14 @@
-"""Prompts that go on in a slot as an earlier sequence left it: answered as if all of it had been computed.
-
-On the CPU vLLM schedules no step ahead of its results (`async_scheduling` is turned off), so what that leaves in a slot
-is not tested here.
-"""
+"""Prompts that go on in a slot as an earlier sequence left it: answered as if all of it had been computed."""
 
 import os
 import random
+from contextlib import nullcontext
 
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from engines import engine, save_model, tokens  # noqa: E402
+from engines import ahead, engine, save_model, tokens  # noqa: E402
 from test_engine import SMALL, greedy  # noqa: E402
 
 
@@ -41,11 +38,11 @@ def reused(llm, prompt, **asked):
     return ask(llm, prompt, **asked)[0][1]
 
 
-def check(folder, asked, count=20):
+def check(folder, asked, count=20, **params):
     """That prompts were answered, to the bit, as by an engine that computes everything: (prompt, answer) each."""
     prompts, answers = zip(*asked, strict=True)
     with engine(folder, settings=SMALL) as llm:
-        assert [answer for answer, _ in ask(llm, *prompts, count=count)] == list(answers)
+        assert [answer for answer, _ in ask(llm, *prompts, count=count, **params)] == list(answers)
 
 
 def test_a_conversation_goes_on_in_its_slot(folder):
@@ -60,12 +57,12 @@ def test_a_conversation_goes_on_in_its_slot(folder):
     check(folder, asked)
 
 
-@pytest.mark.parametrize("count", [5, 60])
-def test_a_prompt_may_tell_the_answer_otherwise(folder, count):
+def test_a_prompt_may_tell_the_answer_otherwise(folder):
     """Of 200 tokens 8 are in the open segment: a slot goes back to it, or a copy from before the answer left it."""
     prompt, asked = tokens(200), []
     with serving(folder) as llm:
-        for keep in (2, 0):
+        for keep, count in ((2, 5), (0, 5), (2, 60), (0, 60)):
+            llm.reset_prefix_cache()
             ask(llm, prompt, count=count)
             ((answer, _),) = ask(llm, prompt, count=count)
             told = prompt + answer[0][:keep] + tokens(30, seed=1 + keep)
@@ -75,17 +72,16 @@ def test_a_prompt_may_tell_the_answer_otherwise(folder, count):
     check(folder, asked)
 
 
-def test_a_stop_token_ends_what_is_known(folder):
-    """It is in the next prompt, but has not been read."""
+def test_a_stop_token_that_a_step_ahead_has_read_is_known(folder):
     with engine(folder, settings=SMALL) as llm:
         answer = ask(llm, tokens(200))[0][0][0]
     at = answer.index(answer[9])  # it may have come before
-    with serving(folder) as llm:
+    with ahead(), serving(folder) as llm:
         stopped = ask(llm, tokens(200), stop_token_ids=[answer[9]])[0][0][0]
         assert stopped == answer[: at + 1]
         prompt = tokens(200) + stopped + tokens(30, seed=1)
         ((found, known),) = ask(llm, prompt)
-        assert known == 200 + at
+        assert known == 200 + at + 1
     check(folder, [(prompt, found)])
 
 
@@ -124,16 +120,18 @@ def test_pins_past_the_end_of_what_is_left_are_gone(folder):
     check(folder, [(asked, found)])
 
 
-def test_many_conversations_in_few_slots(folder):
+@pytest.mark.parametrize("steps", [nullcontext, ahead], ids=["one by one", "ahead"])
+def test_many_conversations_in_few_slots(folder, steps):
     """Three at a time of eight, in six slots, prompts in pieces; some answers lack their beginning when sent back."""
+    stops = {"stop_token_ids": [*range(7, 384, 40)]}
     rng, talks, asked, known = random.Random(5), [tokens(60 + 9 * i, seed=i) for i in range(8)], [], 0
-    with serving(folder, slots=6, max_num_seqs=3, max_num_batched_tokens=64) as llm:
-        for turn in range(9):
+    with steps(), serving(folder, slots=6, max_num_seqs=3, max_num_batched_tokens=64) as llm:
+        for turn in range(7):
             some = rng.sample(range(8), 4)
-            for i, (answer, found) in zip(some, ask(llm, *(talks[i] for i in some), count=25), strict=True):
+            for i, (answer, found) in zip(some, ask(llm, *(talks[i] for i in some), count=25, **stops), strict=True):
                 asked.append((talks[i], answer))
                 known += found
                 kept = answer[0][rng.choice([0, 0, 3, 20]) :]
                 talks[i] = talks[i] + kept + tokens(rng.randrange(1, 40), seed=100 * turn + i)
     assert known > sum(len(prompt) for prompt, _ in asked) / 4
-    check(folder, asked, count=25)
+    check(folder, asked, count=25, **stops)

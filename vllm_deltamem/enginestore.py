@@ -19,8 +19,8 @@ _stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}
 
 def open_store(vllm_config, rank: int) -> SessionStore:
     """The session store of a worker (or of the scheduler, rank 0). Raises ValueError as SessionStore does."""
-    fingerprint = fingerprint_of(vllm_config, rank)
-    settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions)
+    fingerprint, memory_bytes = fingerprint_of(vllm_config, rank), plan_memory(vllm_config).layout.slot_bytes
+    settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions, memory_bytes)
     if (fingerprint, settings) not in _stores:
         _stores.clear()
         _stores[fingerprint, settings] = SessionStore(settings, fingerprint)

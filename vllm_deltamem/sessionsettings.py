@@ -7,12 +7,15 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+HOST_BYTES = 1 << 30
+HOST_MEMORIES = 4  # that there is room for in any case, if nothing else is said
+
 
 @dataclass(frozen=True)
 class SessionSettings:
     """Validated once. Raises ValueError, naming the setting. The key itself is never one of them."""
 
-    host_bytes: int = 1 << 30  # of host memory, in every process that saves
+    host_bytes: int = HOST_BYTES  # of host memory, in every process that saves
     directory: str | None = None
     key_file: str | None = None  # file with 64 hex digits, the key that encrypts the directory
     key_env: str | None = None  # or the name of an environment variable that holds them
@@ -37,13 +40,22 @@ class SessionSettings:
             raise ValueError("deltamem sessions: a key encrypts a directory, set 'sessions.directory' too.")
 
     @classmethod
-    def from_dict(cls, settings: dict) -> SessionSettings:
-        """Raises ValueError for an unknown setting, naming it."""
+    def from_dict(cls, settings: dict, memory_bytes: int = 0) -> SessionSettings:
+        """memory_bytes: of one slot, of which host memory holds a few if nothing else is said.
+
+        Raises ValueError for an unknown setting, naming it, and where sessions have no place that one fits into.
+        """
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
                 raise ValueError(f"Unknown deltamem setting 'sessions.{name}'; known: {', '.join(known)}.")
-        return cls(**settings)
+        made = cls(**{"host_bytes": max(HOST_BYTES, HOST_MEMORIES * memory_bytes)} | settings)
+        if made.directory is None and made.host_bytes < memory_bytes:
+            raise ValueError(
+                f"deltamem sessions are kept nowhere: a memory takes {memory_bytes:,} bytes, 'sessions.host_bytes' is "
+                f"{made.host_bytes:,}. Raise it, or set 'sessions.directory'."
+            )
+        return made
 
     def expired(self, created_ns: int) -> bool:
         """Whether a session saved at that time, in nanoseconds since the epoch, is too old to be kept."""

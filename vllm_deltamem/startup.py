@@ -53,13 +53,14 @@ def configure(vllm_config) -> None:
             "This CPU has no instructions for bfloat16: --dtype float32 reads prompts several times faster, in twice "
             "the memory."
         )
-    layout = plan_memory(vllm_config, settings).layout
+    plan = plan_memory(vllm_config, settings)
+    layout = plan.layout
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
-    _check_sessions(SessionSettings.from_dict(settings.sessions))
+    _check_sessions(SessionSettings.from_dict(settings.sessions, plan.bytes_per_sequence))
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_deltamem.connector",
-        kv_role="kv_both",
+        kv_role="kv_producer",  # consumers hold slots back until no step is under way; ours are filled in its order
         kv_connector_extra_config={CONTINUING: continuing},
         kv_load_failure_policy="recompute",
     )

@@ -1,0 +1,89 @@
+"""Serving as on a GPU (card.py): what goes on in slots and sessions is answered as where all of it is computed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from itertools import starmap
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from tests.engines import engine, save_model
+
+SHAPE = {"vocab_size": 8192, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+SETTINGS = {"memory": 56, "segment": 16, "window": 8, "pinned": 0, "fidelity": "bf16"}  # merges after 48 tokens
+STOPS = [*range(0, 8192, 5)]  # one token in five ends an answer
+SESSION = {"extra_args": {"deltamem_session": "talk"}}
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    """All of them different: keys of the same token are as near to a third one, and rounding would tell them apart."""
+    return random.Random(seed).sample(range(2, SHAPE["vocab_size"]), count)
+
+
+def ask(llm, *requests) -> list[tuple[list[int], list[int], list[float], int]]:
+    """Of every (prompt, what is asked) the prompt, its answer with log-probabilities, and how much was not computed."""
+    from vllm import SamplingParams
+
+    common, answered = {"temperature": 0, "detokenize": False, "logprobs": 0}, []
+    prompts, params = zip(*((p, SamplingParams(**(common | asked))) for p, asked in requests), strict=True)
+    for out in llm.generate([{"prompt_token_ids": p} for p in prompts], list(params), use_tqdm=False):
+        (answer,) = out.outputs
+        chosen = [row[token].logprob for row, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        answered.append((out.prompt_token_ids, list(answer.token_ids), chosen, out.num_cached_tokens))
+    return answered
+
+
+def abort(llm, prompt: list[int]) -> None:
+    """Break an answer off while steps are under way."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    core.add_request("broken", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=50, detokenize=False))
+    for _ in range(7):
+        core.step()
+    core.abort_request(["broken"])
+
+
+def talk(folder: str) -> dict:
+    """Conversations in few slots, prompts in pieces. Takes a process of its own."""
+    from tests.card import Graph, card
+
+    options = {"enforce_eager": False, "compilation_config": {"mode": 0}, "enable_prefix_caching": True}
+    options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 7}
+    fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
+    with card(), engine(folder, dtype="float32", settings=SETTINGS, **options) as llm:
+        first = ask(llm, (tokens(60, 0), fixed), (tokens(9, 1), stopping), (tokens(7, 2), fixed | SESSION))
+        abort(llm, tokens(20, 3))
+        (long, told, _, _), (stopped, whole, _, _), (named, said, _, _) = first
+        second = ask(
+            llm,
+            (long + [told[0] ^ 1, *told[1:]] + tokens(5, 4), fixed),
+            (stopped + whole + tokens(5, 5), stopping),
+            (named + said + tokens(5, 6), fixed | SESSION),
+        )
+    return {"asked": first + second, "replays": Graph.replays}
+
+
+def test_serving_as_on_a_gpu(tmp_path):
+    folder, found = save_model(tmp_path / "llama", "llama", **SHAPE), tmp_path / "found"
+    command = [sys.executable, "-m", "tests.test_card", str(folder), str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(found.read_text())
+    assert said["replays"] > 15
+    first, second = said["asked"][:3], said["asked"][3:]
+    known = [len(prompt) + len(answer) for prompt, answer, _, _ in first]
+    assert [cached for *_, cached in first] == [0, 0, 0]
+    assert [cached for *_, cached in second] == [60, known[1], known[2] - 1]  # a stop token has been read
+    with engine(folder, dtype="float32", settings=SETTINGS) as llm:
+        for prompt, answer, chosen, _ in said["asked"]:
+            ((_, same, there, _),) = ask(llm, (prompt, {"max_tokens": len(answer), "ignore_eos": True}))
+            assert same == answer
+            assert max(starmap(lambda x, y: abs(x - y), zip(chosen, there, strict=True))) < 1e-4
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(talk(sys.argv[1])))
