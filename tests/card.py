@@ -6,8 +6,8 @@ Import this first, in a process of its own: Triton and vLLM find out at import w
 """
 
 import os
-import types
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends import backends
 from triton.runtime.interpreter import GridExecutor
 
-backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))  # so that vLLM uses it
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # so that vLLM uses it
 
 from vllm_deltamem import pool  # noqa: E402
 from vllm_deltamem.kernels import cuda  # noqa: E402
@@ -86,6 +86,7 @@ class Capture(TorchDispatchMode):
 def card():
     """Engines made inside serve as on a GPU."""
     from vllm import SamplingParams
+    from vllm.config import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.warmup import warmup_kernels
@@ -100,8 +101,6 @@ def card():
     )
 
     def with_graphs(config):
-        from vllm.config import CUDAGraphMode
-
         settle(config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         config.compilation_config.cudagraph_capture_sizes = CAPTURED

@@ -1,9 +1,10 @@
 """Tiny random models of every family, and in-process vLLM engines on them, for tests."""
 
 import gc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import MagicMock, patch
 
+import pytest
 import torch
 
 STOCK = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"  # vLLM's own backend that takes fp32
@@ -81,6 +82,9 @@ def ahead():
 
     vLLM's CPU platform turns that off. Its runner can do it: only streams and events have to be stood in for.
     """
+    if torch.cuda.is_available():
+        yield
+        return
     from vllm.platforms.cpu import CpuPlatform
 
     settle = CpuPlatform.check_and_update_config
@@ -95,6 +99,19 @@ def ahead():
         patch.multiple("torch.cuda", **{name: MagicMock() for name in names}),
     ):
         yield
+
+
+STEPS = pytest.mark.parametrize("steps", [nullcontext, ahead], ids=["one by one", "ahead"])
+
+
+def read_answers(outputs) -> list[tuple[list[int], list[float], int]]:
+    """The answers that LLM.generate returned, their log-probabilities, and how much of each prompt was not computed."""
+    answers = []
+    for out in outputs:
+        (answer,) = out.outputs
+        chosen = [row[token].logprob for row, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        answers.append((list(answer.token_ids), chosen, out.num_cached_tokens))
+    return answers
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -5,13 +5,16 @@ import os
 import random
 import subprocess
 import sys
-from itertools import starmap
 from pathlib import Path
+
+import pytest
+import torch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from tests.engines import engine, save_model
+from tests.engines import engine, read_answers, save_model
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has the card itself")
 SHAPE = {"vocab_size": 8192, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 SETTINGS = {"memory": 56, "segment": 16, "window": 8, "pinned": 0, "fidelity": "bf16"}  # merges after 48 tokens
 STOPS = [*range(0, 8192, 5)]  # one token in five ends an answer
@@ -27,13 +30,10 @@ def ask(llm, *requests) -> list[tuple[list[int], list[int], list[float], int]]:
     """Of every (prompt, what is asked) the prompt, its answer with log-probabilities, and how much was not computed."""
     from vllm import SamplingParams
 
-    common, answered = {"temperature": 0, "detokenize": False, "logprobs": 0}, []
+    common = {"temperature": 0, "detokenize": False, "logprobs": 0}
     prompts, params = zip(*((p, SamplingParams(**(common | asked))) for p, asked in requests), strict=True)
-    for out in llm.generate([{"prompt_token_ids": p} for p in prompts], list(params), use_tqdm=False):
-        (answer,) = out.outputs
-        chosen = [row[token].logprob for row, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-        answered.append((out.prompt_token_ids, list(answer.token_ids), chosen, out.num_cached_tokens))
-    return answered
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], list(params), use_tqdm=False)
+    return [(prompt, *answer) for prompt, answer in zip(prompts, read_answers(outputs), strict=True)]
 
 
 def abort(llm, prompt: list[int]) -> None:
@@ -82,7 +82,7 @@ def test_serving_as_on_a_gpu(tmp_path):
         for prompt, answer, chosen, _ in said["asked"]:
             ((_, same, there, _),) = ask(llm, (prompt, {"max_tokens": len(answer), "ignore_eos": True}))
             assert same == answer
-            assert max(starmap(lambda x, y: abs(x - y), zip(chosen, there, strict=True))) < 1e-4
+            assert max(abs(x - y) for x, y in zip(chosen, there, strict=True)) < 1e-4
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 import os
 import threading
 import time
-from contextlib import nullcontext
 
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STOCK, ahead, engine, save_model, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, save_model, tokens  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -159,11 +158,9 @@ def test_slot_does_not_depend_on_decoding_alone(folders, eager):
 
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
-@pytest.mark.parametrize(
-    "family, learned, steps",
-    [("qwen2-bias", False, nullcontext), ("mistral-mixed", False, ahead), ("llama", True, ahead)],
-)
-def test_slot_does_not_depend_on_preemption(folders, tmp_path, family, learned, steps, after):
+@pytest.mark.parametrize("family, learned", [("qwen2-bias", False), ("mistral-mixed", False), ("llama", True)])
+@STEPS
+def test_slot_does_not_depend_on_preemption(folders, tmp_path, steps, family, learned, after):
     """Nor on steps under way when it happens."""
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of

@@ -2,13 +2,13 @@
 
 import os
 import random
-from contextlib import nullcontext
+from itertools import product
 
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from engines import ahead, engine, save_model, tokens  # noqa: E402
+from engines import STEPS, ahead, engine, read_answers, save_model, tokens  # noqa: E402
 from test_engine import SMALL, greedy  # noqa: E402
 
 
@@ -25,12 +25,9 @@ def serving(folder, slots=8, **options):
 
 def ask(llm, *prompts, count=20, salt=None, **asked):
     """Of every prompt the answer with its log-probabilities, and how many tokens were not computed."""
-    params, salted, found = greedy(count, **{"logprobs": 0} | asked), {"cache_salt": salt} if salt else {}, []
-    for out in llm.generate([{"prompt_token_ids": p} | salted for p in prompts], params, use_tqdm=False):
-        (answer,) = out.outputs
-        chosen = [row[token].logprob for row, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-        found.append(((list(answer.token_ids), chosen), out.num_cached_tokens))
-    return found
+    params, salted = greedy(count, **{"logprobs": 0} | asked), {"cache_salt": salt} if salt else {}
+    outputs = llm.generate([{"prompt_token_ids": p} | salted for p in prompts], params, use_tqdm=False)
+    return [((answer, chosen), cached) for answer, chosen, cached in read_answers(outputs)]
 
 
 def reused(llm, prompt, **asked):
@@ -61,8 +58,9 @@ def test_a_prompt_may_tell_the_answer_otherwise(folder):
     """Of 200 tokens 8 are in the open segment: a slot goes back to it, or a copy from before the answer left it."""
     prompt, asked = tokens(200), []
     with serving(folder) as llm:
-        for keep, count in ((2, 5), (0, 5), (2, 60), (0, 60)):
-            llm.reset_prefix_cache()
+        for count, keep in product((5, 60), (2, 0)):
+            if keep:
+                llm.reset_prefix_cache()
             ask(llm, prompt, count=count)
             ((answer, _),) = ask(llm, prompt, count=count)
             told = prompt + answer[0][:keep] + tokens(30, seed=1 + keep)
@@ -72,16 +70,18 @@ def test_a_prompt_may_tell_the_answer_otherwise(folder):
     check(folder, asked)
 
 
-def test_a_stop_token_that_a_step_ahead_has_read_is_known(folder):
+@STEPS
+def test_a_stop_token_ends_what_is_known(folder, steps):
+    """It is in the next prompt, but only a step ahead has read it."""
     with engine(folder, settings=SMALL) as llm:
         answer = ask(llm, tokens(200))[0][0][0]
     at = answer.index(answer[9])  # it may have come before
-    with ahead(), serving(folder) as llm:
+    with steps(), serving(folder) as llm:
         stopped = ask(llm, tokens(200), stop_token_ids=[answer[9]])[0][0][0]
         assert stopped == answer[: at + 1]
         prompt = tokens(200) + stopped + tokens(30, seed=1)
         ((found, known),) = ask(llm, prompt)
-        assert known == 200 + at + 1
+        assert known == 200 + at + (steps is ahead)
     check(folder, [(prompt, found)])
 
 
@@ -120,13 +120,13 @@ def test_pins_past_the_end_of_what_is_left_are_gone(folder):
     check(folder, [(asked, found)])
 
 
-@pytest.mark.parametrize("steps", [nullcontext, ahead], ids=["one by one", "ahead"])
+@STEPS
 def test_many_conversations_in_few_slots(folder, steps):
     """Three at a time of eight, in six slots, prompts in pieces; some answers lack their beginning when sent back."""
     stops = {"stop_token_ids": [*range(7, 384, 40)]}
     rng, talks, asked, known = random.Random(5), [tokens(60 + 9 * i, seed=i) for i in range(8)], [], 0
     with steps(), serving(folder, slots=6, max_num_seqs=3, max_num_batched_tokens=64) as llm:
-        for turn in range(7):
+        for turn in range(9):
             some = rng.sample(range(8), 4)
             for i, (answer, found) in zip(some, ask(llm, *(talks[i] for i in some), count=25, **stops), strict=True):
                 asked.append((talks[i], answer))

@@ -60,7 +60,7 @@ def configure(vllm_config) -> None:
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_deltamem.connector",
-        kv_role="kv_producer",  # consumers hold slots back until no step is under way; ours are filled in its order
+        kv_role="kv_producer",  # vLLM takes a consumer's slots back once no step is under way
         kv_connector_extra_config={CONTINUING: continuing},
         kv_load_failure_policy="recompute",
     )
