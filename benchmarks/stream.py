@@ -109,10 +109,13 @@ class Reader:
         return [done[key].outputs[0].text for key in prompts]
 
     def _copy(self, name: str, copies) -> None:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
         from vllm_deltamem.enginestore import open_store
         from vllm_deltamem.sessionname import tenant_of
 
         store, tenant = open_store(self.engine.vllm_config, 0), tenant_of(None)
+        get_kv_transfer_group().carrier.finish()  # it is written beside the steps
         session = store.restore(tenant, name)
         for copy in copies:
             store.save(tenant, copy, session.tokens, session.slab)

@@ -20,7 +20,7 @@ class Helpers:
     def __init__(self, threads: int):
         threads = min(threads, MOST_THREADS)
         self._most = OPEN * threads
-        self._pool = ThreadPoolExecutor(threads, "deltamem", _settle)
+        self._pool = ThreadPoolExecutor(threads, "deltamem", settle)
         self._open: dict[Future, Callable[[], None]] = {}
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class Helpers:
                 future.result()
 
 
-def _settle():
+def settle() -> None:
     """One thread of PyTorch's for each of ours, on the cores of all threads here: vLLM may bind the caller's to one."""
     torch._C.set_num_threads(1)
     cores = set()

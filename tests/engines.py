@@ -101,6 +101,17 @@ def ahead():
         yield
 
 
+def session_of(llm, name: str):
+    """A session of an engine in this process, once it is saved."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
+
+    get_kv_transfer_group().carrier.finish()
+    return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name)
+
+
 STEPS = pytest.mark.parametrize("steps", [nullcontext, ahead], ids=["one by one", "ahead"])
 
 

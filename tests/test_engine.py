@@ -9,7 +9,7 @@ import pytest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, save_model, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, save_model, session_of, tokens  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -42,12 +42,9 @@ def generate(llm, prompts, params):
 
 def slab_of(llm, prompt, count=40, name="slot"):
     """State of the slot after a prompt and `count` generated tokens, as its session keeps it."""
-    from vllm_deltamem.enginestore import open_store
-    from vllm_deltamem.sessionname import tenant_of
-
     session = {"deltamem_session": name}
     text = generate(llm, [prompt], greedy(count, extra_args=session))[0]
-    saved = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name)
+    saved = session_of(llm, name)
     assert saved.tokens.tolist() == (prompt + text)[: len(saved.tokens)]
     assert len(saved.tokens) >= len(prompt) + count - 1
     return text, saved.slab
@@ -138,12 +135,9 @@ def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tmp
 
 
 def crowded_slab(llm, prompt, others):
-    from vllm_deltamem.enginestore import open_store
-    from vllm_deltamem.sessionname import tenant_of
-
     params = [greedy(40, extra_args={"deltamem_session": "crowd"})] + [greedy(25 + i) for i in range(len(others))]
     generate(llm, [prompt, *others], params)
-    return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), "crowd").slab
+    return session_of(llm, "crowd").slab
 
 
 @pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eager", "compiled"])
@@ -162,16 +156,13 @@ def test_slot_does_not_depend_on_decoding_alone(folders, eager):
 @STEPS
 def test_slot_does_not_depend_on_preemption(folders, tmp_path, steps, family, learned, after):
     """Nor on steps under way when it happens."""
-    from vllm_deltamem.enginestore import open_store
-    from vllm_deltamem.sessionname import tenant_of
-
     prompt = tokens(333)
     settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
     with steps(), engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
         text = preempted(llm, prompt, greedy(40, extra_args={"deltamem_session": "p"}), after)
         assert text == expected[0]
-        slab = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), "p").slab
+        slab = session_of(llm, "p").slab
     assert torch.equal(slab, expected[1])
 
 
@@ -264,16 +255,13 @@ def test_many_requests_start_from_one_session_that_stays(folders):
 
 
 def test_a_session_goes_on_with_its_own_pins_only(folders):
-    from vllm_deltamem.enginestore import open_store
-    from vllm_deltamem.sessionname import tenant_of
-
     with engine(folders("llama"), settings=SMALL) as llm:
 
         def turn(prompt, *pins, name="pinned"):
             """Answer, saved state, and what became of the session."""
             extra = {"deltamem_session": name} | ({"deltamem_pin_tokens": list(pins)} if pins else {})
             out = llm.generate([{"prompt_token_ids": prompt}], greedy(20, extra_args=extra), use_tqdm=False)[0]
-            saved = open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name).slab
+            saved = session_of(llm, name).slab
             return list(out.outputs[0].token_ids), saved, out.kv_transfer_params["deltamem_session"]["history"]
 
         prompt = tokens(100)
@@ -346,14 +334,12 @@ def test_a_dropped_cache_is_freed(folders):
 
 def test_sessions_of_an_idle_engine_expire(folders):
     from vllm_deltamem.enginestore import open_store
-    from vllm_deltamem.sessionname import tenant_of
 
     settings = SMALL | {"sessions": {"max_age_s": 2}}
     with engine(folders("llama"), settings=settings) as llm:
         store = open_store(llm.llm_engine.vllm_config, 0)
         generate(llm, [tokens(50)], greedy(5, extra_args={"deltamem_session": "idle"}))
-        (header,) = store.list(tenant_of(None))
-        assert header.n_tokens >= 54, "saved without another step"
+        assert len(session_of(llm, "idle").tokens) >= 54, "saved without another step"
         end = time.monotonic() + 20
         while store._host.headers() and time.monotonic() < end:
             time.sleep(0.1)

@@ -619,10 +619,9 @@ def test_saves_and_an_erasure_at_once(tmp_path, with_directory):
     for turn in range(60):
         begun = [store.begin(ALICE, "chat") for _ in range(3)]
         threads = [threading.Thread(target=save, args=("chat", save_id)) for save_id in begun]
+        threads.insert(turn % 4, threading.Thread(target=eraser.erase, args=(ALICE, "chat")))
         for thread in threads:
             thread.start()
-        time.sleep(turn % 20 * 5e-5)
-        eraser.erase(ALICE, "chat")
         for thread in threads:
             thread.join()
         assert store.peek(ALICE, "chat") is None and files_of(tmp_path) == []

@@ -1,22 +1,23 @@
 """The plugin's KV connector: carries pins to the slots, merges after decoding, saves and restores sessions, counts.
 
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
-others. A session is restored in a step before the one that computes its first new token: no token is ever
-computed on what turns out to be unreadable. It is saved when its request has finished: at once by a worker in
-the scheduler's process, which nobody may step again, else in the next step, and the slot is held back until
-then. So is the memory from before the answer's first merge, to which a prompt may go back that tells the answer
-otherwise. Of several requests on one session each starts from the last save when it is admitted, and the last to
-finish is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for
-it (one in host memory alone, once a step has told the worker).
+others. Sessions are written and read beside the steps (carrier.py). One is restored before its first new token is
+computed: no token is ever computed on what turns out to be unreadable. When its request has finished it is copied
+from the slot, which may then be used anew: at once by a worker in the scheduler's process, which nobody may step
+again, else before the next step. So is the memory from before the answer's first merge, to which a prompt may go
+back that tells the answer otherwise. The next turn waits until the one before is saved, in whichever process; of
+several requests on one session at once each starts from the last save when it is admitted, and the last to finish
+is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for it (one in
+host memory alone, once a step has told the worker).
 
 A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
 (vacancies.py), in the step that admits it: there is nothing to load.
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -28,6 +29,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from vllm_deltamem import stopstring
+from vllm_deltamem.carrier import Carrier, Copied, Read, Write, end
 from vllm_deltamem.enginestore import open_store
 from vllm_deltamem.metrics import DeltaMemPromMetrics, DeltaMemStats
 from vllm_deltamem.options import PINS, SESSION, SESSIONS, SOURCE, TENANT, untold
@@ -35,12 +37,13 @@ from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
 from vllm_deltamem.startup import CONTINUING
-from vllm_deltamem.transfers import Note, Reach, Refusals, Span, StepMetadata, Transfer, Turn, clip
+from vllm_deltamem.transfers import Note, Reach, Report, Span, StepMetadata, Transfer, Turn, clip
 from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
 
 logger = init_logger(__name__)
 
 NEW = {"history": "new"}  # what becomes of a session that does not exist yet
+PAUSE_S = 0.005  # of a step in which there is nothing to do but to wait
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -52,6 +55,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self.store = open_store(vllm_config, rank)
         if role == KVConnectorRole.WORKER:
             self.store.sweeper.start()
+            self.carrier = Carrier(self.store, self.store.settings.host_bytes)
         else:
             self._say_sizes()
         self._requests = {}  # scheduler: running requests by id
@@ -63,14 +67,16 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._matched: dict[str, tuple[Turn, Reach]] = {}  # scheduler: what to restore once there is a slot
         self._restoring: dict[str, int] = {}  # scheduler: tokens of what workers are restoring, by request
         self._step = StepMetadata()  # scheduler: being put together
-        self._saving: dict[str, Transfer] = {}  # scheduler: by request, until the save is done
+        self._saving: dict[str, Transfer] = {}  # scheduler: by save, until every worker is done with it
+        self._writers: Counter[str] = Counter()  # scheduler: how many are not, by save
+        self._refused: dict[str, str] = {}  # scheduler: why workers could not restore, by request
+        self._waits = False  # scheduler: whether a request of this step waits for a save
         self._notes: dict[tuple[str, str], Note] = {}  # scheduler: of what the worker keeps in host memory
         self._outcome: dict[str, dict] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
-        self._earlier: dict[str, torch.Tensor] = {}  # worker: memories from before the answer's first merge, by request
-        self._saved: set[str] = set()  # worker: requests whose save is done
+        self._earlier: dict[str, Copied] = {}  # worker: memories from before the answer's first merge, by request
         self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
-        self._refusals: dict[str, str] = {}  # worker: why, by request
+        self._report = Report({}, Counter())  # worker: being put together
         self._block_pool = None
         self._vacancies: Vacancies | None = None  # scheduler: where prompts may go on in them
 
@@ -86,6 +92,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def shutdown(self):
+        if self.role == KVConnectorRole.WORKER:
+            self.carrier.shutdown()
         self.store.sweeper.stop()
 
     # In the scheduler
@@ -133,8 +141,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         if request.request_id in self._matched:
             return self._matched[request.request_id][1].length, True
-        if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
-            return None, False  # its last turn is still being saved: ask again
+        if self._is_saving(tenant, name):
+            self._waits = True
+            return None, False  # ask again
         outcome, length = NEW, 0
         try:
             last = self._last_save(tenant, name)
@@ -183,6 +192,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
         self._count_tokens(scheduler_output)
+        step.waiting = not scheduler_output.num_scheduled_tokens and bool(self._waits or self._restoring)
+        self._waits = False
         return step
 
     def request_finished_all_groups(self, request, block_ids):
@@ -201,7 +212,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         computed = min(request.num_computed_tokens, request.num_tokens)
         if not self._complete(request, computed) or not block_ids[0] or not computed:
             if turn is not None:
-                self._end(turn)
+                self._over(turn)
             return False, None
         if turn is None:
             self._vacancies.note(block_ids[0][0], self._vacancy(request, computed))
@@ -209,30 +220,31 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
         save = Transfer(request.request_id, block_ids[0][0], turn, tokens, n_earlier)
         self._count("sessions_saved", 1)
-        here = has_kv_transfer_group()
-        if here:
+        self._announce(turn)
+        self._saving[turn.save_id] = save
+        self._writers[turn.save_id] = self._vllm_config.parallel_config.world_size
+        if has_kv_transfer_group():
             get_kv_transfer_group().save(save)
-            self._saved_by_worker(save)
         else:
             self._step.saves.append(save)
-            self._saving[request.request_id] = save
-        return not here, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
+        return False, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
 
     def request_finished(self, request, block_ids):
         return self.request_finished_all_groups(request, (block_ids,))
 
     def update_connector_output(self, connector_output):
-        for request_id in connector_output.finished_sending or ():
-            save = self._saving.pop(request_id, None)
-            if save is not None:
-                self._saved_by_worker(save)
-        refusals = connector_output.kv_connector_worker_meta
+        report = connector_output.kv_connector_worker_meta
+        if report is not None:
+            self._refused |= report.refused
+            self._writers -= report.written  # leaves out what comes to nothing
+            for save_id in report.written.keys() - self._writers.keys():
+                self._saved(self._saving.pop(save_id))
         for request_id in connector_output.finished_recving or ():
-            tokens = self._restoring.pop(request_id, 0)
+            tokens, refused = self._restoring.pop(request_id, 0), self._refused.pop(request_id, None)
             if not tokens:  # aborted meanwhile
                 continue
-            if refusals is not None and request_id in refusals.reasons:
-                self._outcome[request_id] = {"history": refusals.reasons[request_id]}
+            if refused:
+                self._outcome[request_id] = {"history": refused}
                 self._count("sessions_refused", 1)
             else:
                 self._count("sessions_restored", 1)
@@ -264,8 +276,25 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return not merged and stopstring.ended(request, self._vllm_config.model_config)
         return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
-    def _saved_by_worker(self, save: Transfer) -> None:
-        self._end(save.turn)
+    def _is_saving(self, tenant: str, name: str) -> bool:
+        """Whether a turn of a session is over and not saved yet, here or in a process that shares the directory."""
+        if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
+            return True
+        try:
+            return self.store.expects(tenant, name)
+        except SessionRefused as refused:
+            logger.warning("deltamem: %s", refused)
+            return False
+
+    def _announce(self, turn: Turn) -> None:
+        """Have other processes wait for the save of a turn that is over."""
+        try:
+            self.store.expect(turn.tenant, turn.name, turn.save_id)
+        except SessionRefused as refused:
+            logger.warning("deltamem: %s", refused)
+
+    def _saved(self, save: Transfer) -> None:
+        """Every worker is done with a save."""
         if self.store.directory is None:
             session = save.turn.tenant, save.turn.name
             self._notes.pop(session, None)
@@ -273,14 +302,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             if len(self._notes) > self.store.settings.max_sessions:
                 del self._notes[next(iter(self._notes))]
 
-    def _end(self, turn: Turn) -> None:
+    def _over(self, turn: Turn) -> None:
+        """A turn ends that is not saved."""
         if self.store.directory is None:
             self._step.ended.append(turn)
-            return
-        try:
-            self.store.end(turn.tenant, turn.name, turn.save_id)
-        except SessionRefused as refused:
-            logger.warning("deltamem: %s", refused)
+        else:
+            end(self.store, turn)
 
     def _last_save(self, tenant: str, name: str) -> Note | None:
         """The last save of a session. The directory tells; host memory is the worker's, so notes are kept.
@@ -301,8 +328,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         The next prompt may contain the answer otherwise than it was generated: without its reasoning, its tool calls
         written anew. The prompt before the answer it will contain, and this memory can be taken back to.
         """
-        whole = self._plan.bytes_per_sequence
-        if (len(self._kept) + 1) * whole <= self.store.settings.host_bytes:
+        if (len(self._kept) + 1) * self._plan.layout.slot_bytes <= self.store.settings.host_bytes:
             self._kept[request_id] = done
             step.kept[request_id] = self._slots[request_id]
 
@@ -349,11 +375,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata):
         """Before every forward pass; loads may start after it."""
         super().bind_connector_metadata(connector_metadata)
+        for transfer in connector_metadata.saves:  # first: their slots may have been claimed
+            self.save(transfer)
         pool = SlotPool.serving()
         if pool is not None:
             pool.pin(connector_metadata.pins)
             for request_id, slot in connector_metadata.kept.items():
-                self._earlier[request_id] = pool.slab[slot].to("cpu", copy=True)
+                self._earlier[request_id] = Copied.of(pool.slab[slot])
             for target, slot in connector_metadata.copies.items():
                 pool.copy(slot, target)
         for turn in connector_metadata.begun:
@@ -362,24 +390,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context, **kwargs):
         restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
         for transfer in restores:
-            row = pool.slab[transfer.slot]
             pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
-            pool.forget([transfer.slot])
-            try:
-                staging = row if row.device.type == "cpu" else None
-                turn, (length, earlier) = transfer.turn, transfer.reach
-                session = self.store.restore(turn.tenant, turn.name, turn.save_id, staging, earlier)
-                if session is None:
-                    raise SessionRefused("erased", f"session {turn.name} is gone")
-                if staging is None:
-                    row.copy_(session.slab)
-                written, asked = (clip(x, length) for x in (pool.pins_of(transfer.slot), transfer.pins))
-                if written != asked:
-                    raise SessionRefused("other pins", f"session {turn.name} was read with other pins")
-            except SessionRefused as refused:
-                logger.warning("deltamem computes a prompt anew: %s", refused)
-                self._refusals[transfer.request_id] = refused.reason
-            self._restored.add(transfer.request_id)
+            self.carrier.read(Read(transfer, pool.slab[transfer.slot]))
 
     def wait_for_save(self):
         """After every forward pass, also one that was replayed from a CUDA graph."""
@@ -387,34 +399,46 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if pool is not None:
             pool.merge_due()
         metadata = self._get_connector_metadata()
-        for transfer in metadata.saves:
-            self.save(transfer)
-            self._saved.add(transfer.request_id)
         for turn in metadata.ended:
             self.store.end(turn.tenant, turn.name, turn.save_id)
+        if metadata.waiting:
+            self.carrier.pause(PAUSE_S)
+        for read in self.carrier.arrived():
+            self._place(read)
+        self._report.written.update(write.transfer.turn.save_id for write in self.carrier.written())
 
     def save(self, transfer: Transfer) -> None:
-        """Save a slot; a session that cannot be saved stays as it was, with a warning."""
-        turn, pool = transfer.turn, SlotPool.serving()
+        """Copy a slot, to be written."""
+        pool = SlotPool.serving()
         pool.merge_due()  # a step may be under way whose last token this save counts
-        slab = pool.slab[transfer.slot].cpu().contiguous()
         kept = self._earlier.pop(transfer.request_id, None)
-        earlier = (transfer.n_earlier, kept) if transfer.n_earlier else None
+        slot = Copied.of(pool.slab[transfer.slot])
+        self.carrier.write(Write(transfer, slot, kept if transfer.n_earlier else None))
+
+    def _place(self, read: Read) -> None:
+        """Have a slot hold what was read, and report it."""
+        transfer, pool = read.transfer, SlotPool.serving()
+        pool.forget([transfer.slot])
         try:
-            self.store.save(turn.tenant, turn.name, transfer.tokens, slab, turn.save_id, earlier)
+            read.place()
+            written, asked = (clip(x, transfer.reach.length) for x in (pool.pins_of(transfer.slot), transfer.pins))
+            if written != asked:
+                raise SessionRefused("other pins", f"session {transfer.turn.name} was read with other pins")
         except SessionRefused as refused:
-            logger.warning("deltamem could not save a session: %s", refused)
+            logger.warning("deltamem computes a prompt anew: %s", refused)
+            self._report.refused[transfer.request_id] = refused.reason
+        self._restored.add(transfer.request_id)
 
     def get_transfer_results(self, finished_req_ids):
         for request_id in finished_req_ids:
             self._earlier.pop(request_id, None)
-        results = KVConnectorTransferResults(self._saved, self._restored, set(self._refusals))
-        self._saved, self._restored = set(), set()
+        results = KVConnectorTransferResults(set(), self._restored, set(self._report.refused))
+        self._restored = set()
         return results
 
     def build_connector_worker_meta(self):
-        refusals, self._refusals = self._refusals, {}
-        return Refusals(refusals) if refusals else None
+        report, self._report = self._report, Report({}, Counter())
+        return report if report.refused or report.written else None
 
     def wait_for_layer_load(self, layer_name):
         return

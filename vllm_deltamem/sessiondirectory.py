@@ -3,7 +3,7 @@
     store.json                                      salt of the names, id of the key
     WRITER.writer                                   locked as long as that process lives
     TENANT/NAME-CREATED-SAVE-RANKofSIZE.safetensors one rank of one save
-    TENANT/NAME-SAVE-RANKofSIZE.tmp                 the same, begun: SAVE starts with WRITER
+    TENANT/NAME-SAVE-RANKofSIZE.tmp                 the same, begun: SAVE starts with WRITER; empty while the turn lasts
     TENANT/NAME-RANDOM.tmp                          being wiped
 
 TENANT and NAME are keyed hashes, CREATED is hex nanoseconds. A file is begun, empty, when the turn begins that
@@ -41,6 +41,7 @@ TENANT = re.compile(r"[0-9a-f]{32}")
 BEGUN = re.compile(r"[0-9a-f]{32}-([0-9a-f]{16})[0-9a-f]{16}-\d{1,4}of\d{1,4}\.tmp")
 WRITER = re.compile(r"[0-9a-f]{16}\.writer")
 YOUNG_S = 1.0  # a file this young may not have been locked yet by its writer
+STUCK_S = 60.0  # nobody waits for a file that has not grown for so long
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,28 @@ class SessionDirectory:
             self.end(tenant, tag, save_id, size)
             raise
         return save_id
+
+    def expect(self, tenant: str, tag: str, save_id: str, size: int) -> None:
+        """Mark what has begun as being written from now on. Raises OSError where the disk fails."""
+        for rank in range(size):
+            with contextlib.suppress(FileNotFoundError):  # it was erased meanwhile
+                begun = _begun(self.root / tenant, tag, save_id, rank, size)
+                handle = os.open(begun, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                with open(handle, "wb") as file:
+                    file.write(b" ")
+
+    def expects(self, tenant: str, tag: str) -> bool:
+        """Whether a file of a session is being written by a process that lives."""
+        for path in self._paths(tenant, f"{tag}-", ".tmp"):
+            begun = BEGUN.fullmatch(os.path.basename(path))
+            if begun is None:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = os.stat(path, follow_symlinks=False)
+                alive = stat.st_size and time.time() - stat.st_mtime < STUCK_S
+                if alive and _locked(self.root / f"{begun[1]}.writer"):
+                    return True
+        return False
 
     def end(self, tenant: str, tag: str, save_id: str, size: int) -> None:
         """Wipe what of a save has begun and was not published."""

@@ -4,6 +4,7 @@
     save_id = store.begin(tenant, name)     # a turn begins
     store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
     store.save(tenant, name, tokens, slab, save_id, earlier=(n, other))  # and as it was after n of them
+    store.expect(tenant, name, save_id)     # it is over: who shares the directory may wait for the save
     store.end(tenant, name, save_id)
     session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)
@@ -89,6 +90,21 @@ class SessionStore:
         if self.directory:
             with _disk("unwritable", f"cannot end session {name}"):
                 self.directory.end(tenant_tag, tag, save_id, self._fingerprint.tp_size)
+
+    def expect(self, tenant: str, name: str, save_id: str) -> None:
+        """Tell processes that share the directory that a turn is over and will be saved. Raises SessionRefused."""
+        tenant_tag, tag = self._tags(tenant, name)
+        if self.directory:
+            with _disk("unwritable", f"cannot announce the save of session {name}"):
+                self.directory.expect(tenant_tag, tag, save_id, self._fingerprint.tp_size)
+
+    def expects(self, tenant: str, name: str) -> bool:
+        """Whether a turn is over whose save is still being written, by any process. Raises SessionRefused."""
+        tenant_tag, tag = self._tags(tenant, name)
+        if self.directory is None:
+            return False
+        with _disk("unreadable", f"cannot look for saves of session {name}"):
+            return self.directory.expects(tenant_tag, tag)
 
     def save(
         self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,

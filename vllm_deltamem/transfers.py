@@ -1,6 +1,7 @@
 """What the connector's two sides tell one another: turns, what to save and restore, and what came of it."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -118,13 +119,15 @@ class StepMetadata(KVConnectorMetadata):
     copies: dict[int, int] = field(default_factory=dict)  # likewise, by the vacant slot that they are copied to
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
+    waiting: bool = False  # whether there is nothing to do but to wait for what is being saved or restored
 
 
 @dataclass
-class Refusals(KVConnectorWorkerMetadata):
-    """Sessions that a worker could not restore."""
+class Report(KVConnectorWorkerMetadata):
+    """What came of sessions that workers were to save or to restore."""
 
-    reasons: dict[str, str]  # by request
+    refused: dict[str, str]  # why a session could not be restored, by request
+    written: Counter[str]  # how many workers are done with a save, by its id
 
-    def aggregate(self, other: "Refusals") -> "Refusals":
-        return Refusals(self.reasons | other.reasons)
+    def aggregate(self, other: "Report") -> "Report":
+        return Report(self.refused | other.refused, self.written + other.written)

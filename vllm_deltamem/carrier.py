@@ -1,0 +1,178 @@
+"""What brings memories from slots to the session store and back, on threads beside the worker's steps.
+
+A slot is copied to host memory, which a step waits for on the CPU only, and may be used anew; one thread encrypts
+and writes. Another reads: into host memory first where slots are on a device. What a step applies or reports is
+what is done by then. Only the worker's thread calls a Carrier.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+from vllm.utils.platform_utils import is_pin_memory_available
+
+from vllm_deltamem.kernels.helpers import settle
+from vllm_deltamem.sessions import SessionRefused, SessionStore
+from vllm_deltamem.transfers import Transfer, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A slot as it was, in host memory: uint8 [bytes]."""
+
+    memory: torch.Tensor
+    done: torch.cuda.Event | None  # until then the device is still filling it
+
+    @classmethod
+    def of(cls, row: torch.Tensor) -> Copied:
+        """Copy a slot, uint8 [bytes], as the steps so far leave it: later ones may use it anew."""
+        if row.device.type == "cpu":
+            return cls(row.clone(), None)
+        memory = _host_memory(row).copy_(row, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return cls(memory, done)
+
+    def wait(self) -> torch.Tensor:
+        """The bytes, once they are there."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.memory
+
+
+@dataclass(frozen=True)
+class Write:
+    """A session to save, and its memories; n_earlier of the transfer's tokens are what the earlier one had read."""
+
+    transfer: Transfer
+    slot: Copied
+    earlier: Copied | None
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(len(copied.memory) for copied in self._copies())
+
+    @torch.inference_mode()  # as the copies were made
+    def run(self, store: SessionStore) -> None:
+        """Save it; a session that cannot be saved stays as it was, with a warning."""
+        turn, n_earlier = self.transfer.turn, self.transfer.n_earlier
+        saved = False
+        try:
+            slab, *others = (copied.wait() for copied in self._copies())
+            earlier = (n_earlier, *others) if others else None
+            store.save(turn.tenant, turn.name, self.transfer.tokens, slab, turn.save_id, earlier)
+            saved = True
+        except SessionRefused as refused:
+            logger.warning("deltamem could not save a session: %s", refused)
+        finally:
+            if store.directory is None or not saved:  # else other ranks may still be writing theirs
+                end(store, turn)
+            for copied in self._copies():
+                copied.wait().zero_()
+
+    def _copies(self) -> list[Copied]:
+        return [self.slot] + ([self.earlier] if self.earlier else [])
+
+
+@dataclass
+class Read:
+    """A session to restore into a slot, uint8 [bytes], that no step uses meanwhile."""
+
+    transfer: Transfer
+    row: torch.Tensor
+    staged: torch.Tensor | None = None  # what was read, where the slot is on a device
+    refused: SessionRefused | None = None
+
+    @torch.inference_mode()
+    def run(self, store: SessionStore) -> None:
+        """Read it, and note a refusal."""
+        turn = self.transfer.turn
+        on_cpu = self.row.device.type == "cpu"
+        out = self.row if on_cpu else _host_memory(self.row)
+        try:
+            if store.restore(turn.tenant, turn.name, turn.save_id, out, self.transfer.reach.earlier) is None:
+                raise SessionRefused("erased", f"session {turn.name} is gone")
+            self.staged = None if on_cpu else out
+        except SessionRefused as refused:
+            self.refused = refused
+
+    def place(self) -> None:
+        """Put what was read into the slot, where it was read elsewhere; raises what refused it."""
+        if self.refused:
+            raise self.refused
+        if self.staged is not None:
+            self.row.copy_(self.staged, non_blocking=True)
+
+
+class Carrier:
+    """Writes and reads the sessions of one worker; most_bytes: of copies that wait to be written."""
+
+    def __init__(self, store: SessionStore, most_bytes: int):
+        self._store, self._most_bytes = store, most_bytes
+        self._writer = ThreadPoolExecutor(1, "deltamem-write", settle)
+        self._reader = ThreadPoolExecutor(1, "deltamem-read", settle)
+        self._writes: dict[Future, Write] = {}  # not reported yet, in order
+        self._reads: dict[Future, Read] = {}
+
+    def write(self, write: Write) -> None:
+        """Have a session saved. Waits while too much waits to be written."""
+        while (left := self._left()) and sum(w.n_bytes for w in left.values()) + write.n_bytes > self._most_bytes:
+            wait(left, return_when=FIRST_COMPLETED)
+        self._writes[self._writer.submit(write.run, self._store)] = write
+
+    def read(self, read: Read) -> None:
+        """Have a session read."""
+        self._reads[self._reader.submit(read.run, self._store)] = read
+
+    def written(self) -> list[Write]:
+        """What was saved or refused since the last call."""
+        return _done(self._writes)
+
+    def arrived(self) -> list[Read]:
+        """What was read or refused since the last call."""
+        return _done(self._reads)
+
+    def pause(self, seconds: float) -> None:
+        """Wait until something is done, at most so long."""
+        if self._writes or self._reads:
+            wait([*self._writes, *self._reads], seconds, FIRST_COMPLETED)
+        else:
+            time.sleep(seconds)
+
+    def finish(self) -> None:
+        """Returns once all is written that write() was given."""
+        wait(self._writes)
+
+    def shutdown(self) -> None:
+        """Write what is left, and end the threads."""
+        for pool in (self._reader, self._writer):
+            pool.shutdown()
+
+    def _left(self) -> dict[Future, Write]:
+        return {future: write for future, write in self._writes.items() if not future.done()}
+
+
+def end(store: SessionStore, turn: Turn) -> None:
+    """End a turn, in a store that may not be writable."""
+    try:
+        store.end(turn.tenant, turn.name, turn.save_id)
+    except SessionRefused as refused:
+        logger.warning("deltamem: %s", refused)
+
+
+def _host_memory(row: torch.Tensor) -> torch.Tensor:
+    """As large as a slot on a device, pinned where that can be: the device then reads and writes it by itself."""
+    return torch.empty(row.shape, dtype=torch.uint8, device="cpu", pin_memory=is_pin_memory_available())
+
+
+def _done(futures: dict[Future, Write] | dict[Future, Read]) -> list:
+    done = [future for future in futures if future.done()]
+    for future in done:
+        future.result()  # raises what it raised
+    return [futures.pop(future) for future in done]
