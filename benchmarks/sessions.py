@@ -1,12 +1,17 @@
 """What sessions cost, and whether they are sound, on real servers.
 
     python -m benchmarks.sessions turns --model DIR    first-token time of every turn of a growing conversation
+    python -m benchmarks.sessions pauses --model DIR   how long others wait while a session is saved or restored
     python -m benchmarks.sessions soak                 thousands of turns of many sessions, on the CPU
 
 `turns`: one conversation grows to the model's limit, or past it (--context): with a session, without one in the slot
 that the turn before has left, without either, and on the stock backend, which ends at the limit, with its prefix
 caching on and off. The memory is 15% of the limit, however far the conversation goes. Metrics ttft_s and
 computed_tokens (of the prompt), medians of the repeats.
+
+`pauses`: an answer is streamed while another client has two turns of a short conversation: none at all, without a name,
+with one, whose memory is saved to the disk twice and restored once. Metric pause_s: the longest time between two
+tokens of the stream from then on, median of the repeats.
 
 `soak`: sessions talk several at a time to a model with random weights. Some turns are broken off, some sessions
 are erased in the middle of a turn, some answers lack their beginning when the client sends them back, most slots do
@@ -23,10 +28,12 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import linear_regression, median
 
@@ -139,6 +146,58 @@ def turns(args: argparse.Namespace) -> list[dict]:
                     shape |= {"turn": turn, "context": tokens, "batch": 1, "n": args.repeats}
                     rows.append(shape | {"metric": "ttft_s", "value": round(first, 4)})
                     rows.append(shape | {"metric": "computed_tokens", "value": computed})
+    return rows
+
+
+# pauses
+
+
+def longest_pause(server: VllmServer, text: list[int], args: argparse.Namespace, talk: Callable[[], None]) -> float:
+    """Seconds between two tokens of a streamed answer, at most, after talk() has begun."""
+    arrivals = []
+    with ThreadPoolExecutor(1) as pool:
+        other = began = None
+        for _ in stream(server, text, args.streamed):
+            arrivals.append(time.monotonic())
+            if len(arrivals) == args.before:
+                began, other = arrivals[-1], pool.submit(talk)
+        other.result()
+    if len(arrivals) < args.streamed or time.monotonic() - arrivals[-1] > 1:
+        raise ValueError("the stream ended before the conversation beside it: give a longer one, --streamed")
+    return max(later - earlier for earlier, later in pairwise(arrivals) if earlier >= began)
+
+
+def pauses(args: argparse.Namespace) -> list[dict]:
+    import torch
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(args.model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        settings = {"deltamem": {"memory": args.memory, "sessions": {"directory": f"{folder}/sessions"}}}
+        options = ["--attention-backend", OURS, "--max-num-seqs", "2", "--dtype", args.dtype]
+        options += ["--additional-config", json.dumps(settings), "--no-enable-prefix-caching"]
+        options += [] if torch.cuda.is_available() else ["--enforce-eager"]
+        room = {"VLLM_CPU_KVCACHE_SPACE": "4"}
+        with VllmServer(args.model, options, Path(folder, "log"), room) as server:
+            complete(server, text[:64], 8)
+
+            def talk(name: str | None) -> None:
+                prompt = text[100:150]
+                answer, _ = complete(server, prompt, 8, name)
+                _, history = complete(server, prompt + answer + text[150:170], 8, name)
+                if name and history != "restored":
+                    raise ValueError(f"the second turn of {name} was answered anew: {history}")
+
+            for beside in ("nobody", "unnamed", "named"):
+                found = []
+                for repeat in tqdm(range(args.repeats), f"beside: {beside}"):
+                    name = f"talk-{repeat}" if beside == "named" else None
+                    other = (lambda: None) if beside == "nobody" else partial(talk, name)
+                    found.append(longest_pause(server, text[1000 + repeat :][:64], args, other))
+                shape = {"model": args.model.name, "backend": OURS, "memory_tokens": args.memory, "dtype": args.dtype}
+                shape |= {"beside": beside, "bytes_per_sequence": server.metrics()["bytes_per_sequence"]}
+                rows.append(shape | {"metric": "pause_s", "value": round(median(found), 4), "n": args.repeats})
     return rows
 
 
@@ -278,6 +337,15 @@ def main() -> None:
     command.add_argument("--dtype", default="auto", help="as of `vllm serve`; a CPU may be faster at float32")
     command.add_argument("--repeats", type=int, default=3)
     command.set_defaults(run=turns)
+    command = commands.add_parser("pauses", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--model", type=Path, required=True, help="model folder; its name names the rows")
+    command.add_argument("--memory", type=int, default=8192, help="of deltamem, in tokens")
+    command.add_argument("--streamed", type=int, default=150, help="tokens of the answer that is streamed")
+    command.add_argument("--before", type=int, default=10, help="of these, how many come before the conversation")
+    command.add_argument("--disk", type=Path, help="folder for the sessions; default: for temporary files")
+    command.add_argument("--dtype", default="auto", help="as of `vllm serve`; a CPU may be faster at float32")
+    command.add_argument("--repeats", type=int, default=5)
+    command.set_defaults(run=pauses)
     command = commands.add_parser("soak", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("--turns", type=int, default=3000)
     command.add_argument("--sessions", type=int, default=50)
@@ -293,6 +361,7 @@ def main() -> None:
     common.append(rows, "sessions", args.results)
     for row in rows:
         where = f"{row['reuse']:16} turn {row['turn']:3} of {row['context']:7} tokens  " if "turn" in row else ""
+        where += f"beside {row['beside']:10}" if "beside" in row else ""
         print(f"{row['backend']:10} {where}{row['metric']:28} {row['value']:>14,}")
 
 

@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 
@@ -222,6 +224,71 @@ def test_a_session_goes_back_to_before_a_step_with_the_prompts_of_others(folders
         assert torch.equal(
             *(slab_of(llm, prompt + list(outs[1].outputs[0].token_ids), 1, n)[1] for n in ("talk", "fresh"))
         )
+
+
+@contextmanager
+def gated(kind):
+    """What the carrier's threads do of a kind waits until the event is set."""
+    gate, run = threading.Event(), kind.run
+    with patch.object(kind, "run", lambda self, store: gate.wait(60) and run(self, store)):
+        try:
+            yield gate
+        finally:
+            gate.set()
+
+
+@STEPS
+def test_a_disk_holds_up_nobody_but_the_next_turn(folders, tmp_path, steps):
+    """While a session is written, or read, other requests go on, in its slot, too."""
+    from vllm_deltamem.carrier import Read, Write
+
+    settings = SMALL | {"sessions": {"directory": str(tmp_path), "host_bytes": 1 << 20}}
+    prompt, others, talk = tokens(200), [tokens(60, seed=i) for i in range(5)], {"deltamem_session": "talk"}
+    with steps(), engine(folders("llama"), settings=settings, max_num_seqs=2) as llm:
+        core = llm.llm_engine
+        expected = generate(llm, others, greedy(30))
+        said, _ = slab_of(llm, prompt, name="fresh")
+        follows = prompt + said + tokens(20, seed=9)
+        after, state = slab_of(llm, follows, name="fresh")
+
+        def go_on(name):
+            """What others are answered while the next turn waits: nothing less."""
+            core.add_request(name, {"prompt_token_ids": follows}, greedy(40, extra_args=talk))
+            for i, other in enumerate(others):
+                core.add_request(f"{name}-{i}", {"prompt_token_ids": other}, greedy(30))
+            finished = {}
+            while len(finished) < len(others):
+                finished |= {o.request_id: list(o.outputs[0].token_ids) for o in core.step() if o.finished}
+            assert [finished.pop(f"{name}-{i}") for i in range(len(others))] == expected and not finished
+
+        def turn_of(name):
+            while core.has_unfinished_requests():
+                done = [o for o in core.step() if o.finished]
+            (out,) = done
+            assert out.request_id == name and list(out.outputs[0].token_ids) == after
+            return out.kv_transfer_params["deltamem_session"]["history"]
+
+        with gated(Write) as gate:
+            assert generate(llm, [prompt], greedy(40, extra_args=talk)) == [said]
+            go_on("waits for the writer")
+            gate.set()
+            assert turn_of("waits for the writer") == "restored"
+        assert torch.equal(session_of(llm, "talk").slab, state)
+        generate(llm, [prompt], greedy(40, extra_args=talk))
+        session_of(llm, "talk")
+        with gated(Read) as gate:
+            go_on("waits for the reader")
+            gate.set()
+            assert turn_of("waits for the reader") == "restored"
+        assert torch.equal(session_of(llm, "talk").slab, state)
+        with gated(Read) as gate:  # its client goes away meanwhile
+            go_on("goes away")
+            core.abort_request(["goes away"])
+            gate.set()
+            assert generate(llm, others, greedy(30)) == expected
+        scheduler = core.engine_core.engine_core.scheduler
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_many_requests_start_from_one_session_that_stays(folders):

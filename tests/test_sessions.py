@@ -628,6 +628,40 @@ def test_saves_and_an_erasure_at_once(tmp_path, with_directory):
     assert outcomes == {"saved first", "erased"}
 
 
+def test_processes_wait_for_a_save_once_its_turn_is_over(tmp_path, key_env, monkeypatch):
+    one, two = (open_store(tmp_path, key_env) for _ in range(2))
+    save_id = one.begin(ALICE, "chat")
+    assert not two.expects(ALICE, "chat"), "the turn lasts: nobody waits for it"
+    one.expect(ALICE, "chat", save_id)
+    assert two.expects(ALICE, "chat") and one.expects(ALICE, "chat")
+    assert not two.expects(ALICE, "other") and not two.expects(BOB, "chat")
+    write, seen = sessiondirectory.write_session, []
+
+    def look_while_writing(*args):
+        write(*args)
+        seen.append(two.expects(ALICE, "chat"))
+
+    monkeypatch.setattr(sessiondirectory, "write_session", look_while_writing)
+    one.save(ALICE, "chat", [1], random_slab(), save_id)
+    assert seen == [True] and not two.expects(ALICE, "chat")
+    assert torch.equal(two.restore(ALICE, "chat").slab, random_slab()), "the mark is gone"
+    one.expect(ALICE, "chat", save_id)
+    assert not two.expects(ALICE, "chat"), "it is no longer begun"
+
+
+def test_nobody_waits_for_a_save_that_does_not_come(tmp_path, monkeypatch):
+    store, dead, slow, erased = (open_store(tmp_path) for _ in range(4))
+    writers = {"dead": dead, "slow": slow, "erased": erased}
+    for name, writer in writers.items():
+        writer.expect(ALICE, name, writer.begin(ALICE, name))
+        assert store.expects(ALICE, name)
+    dead.directory._lock.close()  # as the death of its process does
+    assert not store.expects(ALICE, "dead")
+    assert store.erase(ALICE, "erased") and not store.expects(ALICE, "erased")
+    monkeypatch.setattr(sessiondirectory, "STUCK_S", 0)
+    assert not store.expects(ALICE, "slow")
+
+
 def test_a_full_disk_refuses_the_save_and_keeps_the_session(tmp_path, key_env, monkeypatch):
     store = open_store(tmp_path, key_env)
     store.save(ALICE, "chat", [1], random_slab())

@@ -1,0 +1,175 @@
+"""What is written and read beside the steps: in order, bounded, zeroed afterwards, and never lost."""
+
+import threading
+
+import pytest
+import torch
+from test_sessions import ALICE, open_store, random_slab, refused
+
+from vllm_deltamem import carrier as carriers
+from vllm_deltamem.carrier import Carrier, Copied, Read, Write
+from vllm_deltamem.sessions import SessionRefused
+from vllm_deltamem.transfers import Reach, Transfer, Turn
+
+N_BYTES = 3000
+
+
+@pytest.fixture(params=[True, False], ids=["directory", "host"])
+def store(request, tmp_path):
+    return open_store(tmp_path if request.param else None, host_bytes=1 << 20)
+
+
+@pytest.fixture
+def carrier(store):
+    made = Carrier(store, most_bytes=2 * N_BYTES)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Whatever threads of a Carrier do waits until it is set."""
+    gate = threading.Event()
+    for kind in (Write, Read):
+        run = kind.run
+        monkeypatch.setattr(kind, "run", lambda self, store, run=run: gate.wait(30) and run(self, store))
+    yield gate
+    gate.set()
+
+
+def turn(store, name="chat"):
+    return Turn(ALICE, name, store.begin(ALICE, name))
+
+
+def write_of(turn, seed=0, tokens=(1, 2), earlier=None):
+    kept = None if earlier is None else Copied.of(random_slab(N_BYTES, earlier))
+    transfer = Transfer(f"request-{seed}", 1, turn, list(tokens), 0 if kept is None else 1)
+    return Write(transfer, Copied.of(random_slab(N_BYTES, seed)), kept)
+
+
+def read_of(turn, row, earlier=False):
+    return Read(Transfer("reader", 1, turn, reach=Reach(1, earlier)), row)
+
+
+def done(poll):
+    """The one thing that poll() reports, sooner or later."""
+    while not (found := poll()):
+        pass
+    (found,) = found
+    return found
+
+
+@pytest.mark.parametrize("earlier", [None, 7], ids=["last", "and earlier"])
+def test_what_is_written_is_read_again(store, carrier, earlier):
+    begun = turn(store)
+    row = random_slab(N_BYTES)
+    write = write_of(begun, earlier=earlier)
+    carrier.write(write)
+    carrier.finish()
+    assert carrier.written() == [write] and carrier.written() == []
+    assert not write.slot.memory.any(), "the copy is zeroed"
+    assert earlier is None or not write.earlier.memory.any()
+    for asked, seed in [(False, 0)] + ([] if earlier is None else [(True, earlier)]):
+        row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
+        carrier.read(read_of(begun, row, asked))
+        done(carrier.arrived).place()
+        assert torch.equal(row, random_slab(N_BYTES, seed))
+
+
+def test_the_slot_may_change_once_it_is_copied(store, carrier, gate):
+    begun, row = turn(store), random_slab(N_BYTES)
+    carrier.write(Write(Transfer("request", 1, begun, [1]), Copied.of(row), None))
+    row.zero_()
+    assert carrier.written() == []
+    gate.set()
+    done(carrier.written)
+    assert torch.equal(store.restore(ALICE, "chat").slab, random_slab(N_BYTES))
+
+
+def test_writes_wait_where_too_much_waits(store, carrier, gate):
+    turns = [turn(store, f"chat-{i}") for i in range(4)]
+    for i in range(2):
+        carrier.write(write_of(turns[i], i))
+    third = threading.Thread(target=carrier.write, args=(write_of(turns[2], 2),))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    gate.set()
+    third.join()
+    carrier.write(write_of(turns[3], 3))
+    carrier.finish()
+    assert [write.transfer.turn for write in carrier.written()] == turns
+    for i in range(4):
+        assert torch.equal(store.restore(ALICE, f"chat-{i}").slab, random_slab(N_BYTES, i))
+
+
+def test_one_that_is_larger_than_may_wait_is_written_even_so(store):
+    carrier = Carrier(store, most_bytes=1)
+    carrier.write(write_of(turn(store)))
+    carrier.shutdown()
+    assert torch.equal(store.restore(ALICE, "chat").slab, random_slab(N_BYTES))
+
+
+def test_shutdown_writes_what_is_left(store, carrier, gate):
+    for i in range(2):
+        carrier.write(write_of(turn(store, f"chat-{i}"), i))
+    threading.Timer(0.1, gate.set).start()
+    carrier.shutdown()
+    assert {header.name for header in store.list(ALICE)} == {"chat-0", "chat-1"}
+
+
+def test_an_erasure_is_final_for_what_waits(store, carrier, gate):
+    begun = turn(store)
+    write = write_of(begun)
+    carrier.write(write)
+    assert store.erase(ALICE, "chat")
+    gate.set()
+    assert done(carrier.written) is write and not write.slot.memory.any()
+    assert store.peek(ALICE, "chat") is None and store._host._begun == {}
+    row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
+    carrier.read(read_of(begun, row))
+    assert refused(done(carrier.arrived).place).reason == "erased"
+    assert (row == 9).all(), "nothing was put into the slot"
+
+
+def test_a_refused_save_leaves_the_one_before_and_nobody_waiting(store, carrier, monkeypatch, caplog):
+    store.save(ALICE, "chat", [1], random_slab(N_BYTES, 5))
+
+    def refuse(*_):
+        raise SessionRefused("unwritable", "cannot save session chat: No space left on device")
+
+    begun = turn(store)
+    store.expect(ALICE, "chat", begun.save_id)
+    monkeypatch.setattr(store, "save", refuse)
+    with caplog.at_level("WARNING"):
+        carrier.write(write_of(begun))
+        done(carrier.written)
+    assert "No space left" in caplog.text
+    assert not store.expects(ALICE, "chat") and store._host._begun == {}
+    assert torch.equal(store.restore(ALICE, "chat").slab, random_slab(N_BYTES, 5))
+
+
+def test_what_goes_wrong_is_raised_where_it_is_asked_for(store, carrier, monkeypatch):
+    monkeypatch.setattr(store, "save", lambda *_: 1 / 0)
+    carrier.write(write_of(turn(store)))
+    with pytest.raises(ZeroDivisionError):
+        done(carrier.written)
+
+
+def test_a_pause_ends_when_something_is_done(carrier, store, gate):
+    carrier.pause(0.01)
+    carrier.write(write_of(turn(store)))
+    threading.Timer(0.1, gate.set).start()
+    carrier.pause(30)
+    assert len(carrier.written()) == 1
+
+
+def test_a_slot_on_a_device_is_read_through_host_memory(store, carrier, monkeypatch):
+    """The meta device stands for one: it takes copies, and holds nothing."""
+    store.save(ALICE, "chat", [1], random_slab(N_BYTES))
+    monkeypatch.setattr(carriers, "is_pin_memory_available", lambda: False)
+    save_id = store.peek(ALICE, "chat").header.save_id
+    carrier.read(read_of(Turn(ALICE, "chat", save_id), torch.empty(N_BYTES, dtype=torch.uint8, device="meta")))
+    read = done(carrier.arrived)
+    read.place()
+    assert torch.equal(read.staged, random_slab(N_BYTES))
