@@ -35,6 +35,9 @@ ATTEMPTS = 3
 # A replica takes whatever comes and lets vLLM queue it: a full replica would send sessions to another one.
 QUEUE = 4096
 
+# How long a replica that is stopped may go on to write sessions, in seconds; vLLM's own default is 5.
+SAVING_S = 30
+
 GUARD = """
 import contextlib, os, signal, sys
 children = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
@@ -128,7 +131,7 @@ class Engine:
 
     def __del__(self) -> None:
         if engine := getattr(self, "engine", None):
-            engine.shutdown()
+            engine.shutdown(timeout=SAVING_S)
 
 
 class Gateway:
