@@ -1,10 +1,11 @@
 """What is written and read beside the steps: in order, bounded, zeroed afterwards, and never lost."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from test_sessions import ALICE, open_store, random_slab, refused
+from test_sessions import ALICE, FINGERPRINT, open_store, random_slab, refused
 
 from vllm_deltamem import carrier as carriers
 from vllm_deltamem.carrier import Carrier, Copied, Read, Write
@@ -28,11 +29,8 @@ def carrier(store):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Whatever threads of a Carrier do waits until it is set."""
-    gate = threading.Event()
-    for kind in (Write, Read):
-        run = kind.run
-        monkeypatch.setattr(kind, "run", lambda self, store, run=run: gate.wait(30) and run(self, store))
+    """Writing waits until it is set."""
+    gate = gated(monkeypatch, Write)
     yield gate
     gate.set()
 
@@ -47,8 +45,17 @@ def write_of(turn, seed=0, tokens=(1, 2), earlier=None):
     return Write(transfer, Copied.of(random_slab(N_BYTES, seed)), kept)
 
 
-def read_of(turn, row, earlier=False):
-    return Read(Transfer("reader", 1, turn, reach=Reach(1, earlier)), row)
+def restore_of(turn, earlier=False):
+    return Transfer("reader", 1, turn, reach=Reach(1, earlier))
+
+
+def gated(monkeypatch, *kinds):
+    """Threads of a Carrier wait until the event is set."""
+    gate = threading.Event()
+    for kind in kinds:
+        run = kind.run
+        monkeypatch.setattr(kind, "run", lambda self, store, run=run: gate.wait(30) and run(self, store))
+    return gate
 
 
 def done(poll):
@@ -71,7 +78,7 @@ def test_what_is_written_is_read_again(store, carrier, earlier):
     assert earlier is None or not write.earlier.memory.any()
     for asked, seed in [(False, 0)] + ([] if earlier is None else [(True, earlier)]):
         row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
-        carrier.read(read_of(begun, row, asked))
+        carrier.read(restore_of(begun, asked), row)
         done(carrier.arrived).place()
         assert torch.equal(row, random_slab(N_BYTES, seed))
 
@@ -127,9 +134,59 @@ def test_an_erasure_is_final_for_what_waits(store, carrier, gate):
     assert done(carrier.written) is write and not write.slot.memory.any()
     assert store.peek(ALICE, "chat") is None and store._host._begun == {}
     row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
-    carrier.read(read_of(begun, row))
+    carrier.read(restore_of(begun), row)
     assert refused(done(carrier.arrived).place).reason == "erased"
     assert (row == 9).all(), "nothing was put into the slot"
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_waits_to_be_written_can_be_read(store, carrier, gate, earlier):
+    begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
+    carrier.write(write_of(begun, earlier=7))
+    carrier.read(restore_of(begun, earlier), row)
+    done(carrier.arrived).place()
+    assert torch.equal(row, random_slab(N_BYTES, 7 if earlier else 0)) and not gate.is_set()
+    gate.set()
+    carrier.finish()
+    assert torch.equal(store.restore(ALICE, "chat", earlier=earlier).slab, row)
+
+
+def test_what_waits_and_was_erased_cannot_be_read(store, carrier, gate):
+    begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
+    carrier.write(write_of(begun))
+    assert store.erase(ALICE, "chat")
+    carrier.read(restore_of(begun), row)
+    assert refused(done(carrier.arrived).place).reason == "erased"
+
+
+def test_what_is_written_before_it_is_read_comes_from_the_store(store, carrier, monkeypatch):
+    begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
+    writing, reading = gated(monkeypatch, Write), gated(monkeypatch, Read)
+    write = write_of(begun)
+    carrier.write(write)
+    carrier.read(restore_of(begun), row)
+    writing.set()
+    carrier.finish()
+    reading.set()
+    done(carrier.arrived).place()
+    assert torch.equal(row, random_slab(N_BYTES)) and not write.slot.memory.any()
+
+
+def test_a_rank_reads_its_part_before_others_have_written_theirs(tmp_path):
+    stores = [open_store(tmp_path, fingerprint=replace(FINGERPRINT, tp_size=2, tp_rank=rank)) for rank in range(2)]
+    begun = Turn(ALICE, "chat", stores[0].begin(ALICE, "chat"))
+    carriers = [Carrier(store, most_bytes=N_BYTES) for store in stores]
+    rows = [torch.empty(N_BYTES, dtype=torch.uint8) for _ in stores]
+    carriers[1].write(write_of(begun, 1))
+    carriers[1].finish()
+    assert refused(stores[0].peek, ALICE, "chat").reason == "incomplete"
+    carriers[1].read(restore_of(begun), rows[1])
+    done(carriers[1].arrived).place()
+    carriers[0].read(restore_of(begun), rows[0])
+    assert refused(done(carriers[0].arrived).place).reason == "incomplete", "this one has written nothing"
+    assert torch.equal(rows[1], random_slab(N_BYTES, 1))
+    for carrier in carriers:
+        carrier.shutdown()
 
 
 def test_a_refused_save_leaves_the_one_before_and_nobody_waiting(store, carrier, monkeypatch, caplog):
@@ -169,7 +226,7 @@ def test_a_slot_on_a_device_is_read_through_host_memory(store, carrier, monkeypa
     store.save(ALICE, "chat", [1], random_slab(N_BYTES))
     monkeypatch.setattr(carriers, "is_pin_memory_available", lambda: False)
     save_id = store.peek(ALICE, "chat").header.save_id
-    carrier.read(read_of(Turn(ALICE, "chat", save_id), torch.empty(N_BYTES, dtype=torch.uint8, device="meta")))
+    carrier.read(restore_of(Turn(ALICE, "chat", save_id)), torch.empty(N_BYTES, dtype=torch.uint8, device="meta"))
     read = done(carrier.arrived)
     read.place()
     assert torch.equal(read.staged, random_slab(N_BYTES))

@@ -238,9 +238,12 @@ def gated(kind):
 
 
 @STEPS
-def test_a_disk_holds_up_nobody_but_the_next_turn(folders, tmp_path, steps):
-    """While a session is written, or read, other requests go on, in its slot, too."""
+def test_a_disk_holds_up_nobody(folders, tmp_path, steps):
+    """While a session is written its next turn goes on; while it is read, or another process writes it, others do."""
     from vllm_deltamem.carrier import Read, Write
+    from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
+    from vllm_deltamem.sessions import SessionStore
 
     settings = SMALL | {"sessions": {"directory": str(tmp_path), "host_bytes": 1 << 20}}
     prompt, others, talk = tokens(200), [tokens(60, seed=i) for i in range(5)], {"deltamem_session": "talk"}
@@ -268,15 +271,37 @@ def test_a_disk_holds_up_nobody_but_the_next_turn(folders, tmp_path, steps):
             assert out.request_id == name and list(out.outputs[0].token_ids) == after
             return out.kv_transfer_params["deltamem_session"]["history"]
 
+        def next_turn():
+            core.add_request("at once", {"prompt_token_ids": follows}, greedy(40, extra_args=talk))
+            return turn_of("at once")
+
+        ours = open_store(core.vllm_config, 0)
         with gated(Write) as gate:
             assert generate(llm, [prompt], greedy(40, extra_args=talk)) == [said]
-            go_on("waits for the writer")
+            assert generate(llm, others, greedy(30)) == expected
+            assert next_turn() == "restored" and ours.peek(tenant_of(None), "talk") is None
             gate.set()
-            assert turn_of("waits for the writer") == "restored"
+        first = session_of(llm, "talk")
+        assert torch.equal(first.slab, state)
+        with gated(Write) as gate:
+            generate(llm, [prompt], greedy(40, extra_args=talk))
+            assert ours.erase(tenant_of(None), "talk")
+            assert next_turn() == "new"
+            gate.set()
         assert torch.equal(session_of(llm, "talk").slab, state)
+
+        theirs = SessionStore(ours.settings, ours._fingerprint)
         generate(llm, [prompt], greedy(40, extra_args=talk))
-        session_of(llm, "talk")
+        kept = session_of(llm, "talk")
+        ours.erase(tenant_of(None), "talk")
+        save_id = theirs.begin(tenant_of(None), "talk")
+        theirs.expect(tenant_of(None), "talk", save_id)
+        go_on("waits for another process")
+        theirs.save(tenant_of(None), "talk", kept.tokens, kept.slab, save_id)
+        assert turn_of("waits for another process") == "restored"
+        assert torch.equal(session_of(llm, "talk").slab, state)
         with gated(Read) as gate:
+            generate(llm, [prompt], greedy(40, extra_args=talk))
             go_on("waits for the reader")
             gate.set()
             assert turn_of("waits for the reader") == "restored"

@@ -1,16 +1,17 @@
 """What brings memories from slots to the session store and back, on threads beside the worker's steps.
 
 A slot is copied to host memory, which a step waits for on the CPU only, and may be used anew; one thread encrypts
-and writes. Another reads: into host memory first where slots are on a device. What a step applies or reports is
-what is done by then. Only the worker's thread calls a Carrier.
+and writes. Another reads: into host memory first where slots are on a device, and from there what still waits to be
+written. What a step applies or reports is what is done by then. Only the worker's thread calls a Carrier.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.utils.platform_utils import is_pin_memory_available
@@ -46,13 +47,15 @@ class Copied:
         return self.memory
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Write:
     """A session to save, and its memories; n_earlier of the transfer's tokens are what the earlier one had read."""
 
     transfer: Transfer
     slot: Copied
     earlier: Copied | None
+    _zeroing: threading.Lock = field(default_factory=threading.Lock)
+    _zeroed: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -73,8 +76,18 @@ class Write:
         finally:
             if store.directory is None or not saved:  # else other ranks may still be writing theirs
                 end(store, turn)
-            for copied in self._copies():
-                copied.wait().zero_()
+            with self._zeroing:
+                self._zeroed = True
+                for copied in self._copies():
+                    copied.wait().zero_()
+
+    def take(self, out: torch.Tensor, earlier: bool) -> bool:
+        """Copy a memory that waits to be written; False where it no longer does: the store has what became of it."""
+        copied = self.earlier if earlier else self.slot
+        with self._zeroing:
+            if not self._zeroed:
+                out.copy_(copied.wait())
+            return not self._zeroed
 
     def _copies(self) -> list[Copied]:
         return [self.slot] + ([self.earlier] if self.earlier else [])
@@ -86,6 +99,7 @@ class Read:
 
     transfer: Transfer
     row: torch.Tensor
+    waiting: Write | None = None  # the same save, where it has not been written yet
     staged: torch.Tensor | None = None  # what was read, where the slot is on a device
     refused: SessionRefused | None = None
 
@@ -96,7 +110,9 @@ class Read:
         on_cpu = self.row.device.type == "cpu"
         out = self.row if on_cpu else _host_memory(self.row)
         try:
-            if store.restore(turn.tenant, turn.name, turn.save_id, out, self.transfer.reach.earlier) is None:
+            save, earlier = (turn.tenant, turn.name, turn.save_id), self.transfer.reach.earlier
+            taken = self.waiting is not None and self.waiting.take(out, earlier) and store.holds(*save)
+            if not taken and store.restore(*save, out, earlier) is None:
                 raise SessionRefused("erased", f"session {turn.name} is gone")
             self.staged = None if on_cpu else out
         except SessionRefused as refused:
@@ -126,8 +142,10 @@ class Carrier:
             wait(left, return_when=FIRST_COMPLETED)
         self._writes[self._writer.submit(write.run, self._store)] = write
 
-    def read(self, read: Read) -> None:
-        """Have a session read."""
+    def read(self, transfer: Transfer, row: torch.Tensor) -> None:
+        """Have a session read into a slot."""
+        same = (write for write in self._writes.values() if write.transfer.turn == transfer.turn)
+        read = Read(transfer, row, next(same, None))
         self._reads[self._reader.submit(read.run, self._store)] = read
 
     def written(self) -> list[Write]:

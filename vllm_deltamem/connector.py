@@ -5,10 +5,10 @@ others. Sessions are written and read beside the steps (carrier.py). One is rest
 computed: no token is ever computed on what turns out to be unreadable. When its request has finished it is copied
 from the slot, which may then be used anew: at once by a worker in the scheduler's process, which nobody may step
 again, else before the next step. So is the memory from before the answer's first merge, to which a prompt may go
-back that tells the answer otherwise. The next turn waits until the one before is saved, in whichever process; of
-several requests on one session at once each starts from the last save when it is admitted, and the last to finish
-is the one that stays. A turn begins when its request arrives: an erasure that comes later is final for it (one in
-host memory alone, once a step has told the worker).
+back that tells the answer otherwise. The next turn reads that copy; in another process, which shares the directory, it
+waits until the copy is written. Of several requests on one session at once each starts from the last save when it is
+admitted, and the last to finish is the one that stays. A turn begins when its request arrives: an erasure that comes
+later is final for it (one in host memory alone, once a step has told the worker).
 
 A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
 (vacancies.py), in the step that admits it: there is nothing to load.
@@ -141,12 +141,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         if request.request_id in self._matched:
             return self._matched[request.request_id][1].length, True
-        if self._is_saving(tenant, name):
-            self._waits = True
-            return None, False  # ask again
         outcome, length = NEW, 0
         try:
-            last = self._last_save(tenant, name)
+            last = self._unwritten(tenant, name)
+            if last is None and self.store.expects(tenant, name):  # another process is writing it
+                self._waits = True
+                return None, False  # ask again
+            last = last or self._last_save(tenant, name)
             if last is not None:
                 reach = last.reach(request.all_token_ids)
                 length = reach.length
@@ -276,16 +277,6 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return not merged and stopstring.ended(request, self._vllm_config.model_config)
         return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
-    def _is_saving(self, tenant: str, name: str) -> bool:
-        """Whether a turn of a session is over and not saved yet, here or in a process that shares the directory."""
-        if any((tenant, name) == (save.turn.tenant, save.turn.name) for save in self._saving.values()):
-            return True
-        try:
-            return self.store.expects(tenant, name)
-        except SessionRefused as refused:
-            logger.warning("deltamem: %s", refused)
-            return False
-
     def _announce(self, turn: Turn) -> None:
         """Have other processes wait for the save of a turn that is over."""
         try:
@@ -318,6 +309,15 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             return self._notes.get((tenant, name))
         session = self.store.peek(tenant, name)
         return session and self._note(session.header.save_id, session.tokens, session.header.n_earlier)
+
+    def _unwritten(self, tenant: str, name: str) -> Note | None:
+        """The last save of a session, as long as our workers are writing it. Raises SessionRefused."""
+        for save in reversed(self._saving.values()):
+            turn = save.turn
+            if (turn.tenant, turn.name) == (tenant, name):
+                erased = self.store.directory is not None and not self.store.holds(tenant, name, turn.save_id)
+                return None if erased else self._note(turn.save_id, save.tokens, save.n_earlier)
+        return None
 
     def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int) -> Note:
         return Note.of(save_id, tokens, n_earlier, self._plan.layout.segment)
@@ -391,7 +391,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         restores, pool = self._get_connector_metadata().restores, SlotPool.serving()
         for transfer in restores:
             pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
-            self.carrier.read(Read(transfer, pool.slab[transfer.slot]))
+            self.carrier.read(transfer, pool.slab[transfer.slot])
 
     def wait_for_save(self):
         """After every forward pass, also one that was replayed from a CUDA graph."""

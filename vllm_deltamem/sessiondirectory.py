@@ -173,6 +173,11 @@ class SessionDirectory:
                     return True
         return False
 
+    def holds(self, tenant: str, tag: str, save_id: str) -> bool:
+        """Whether a file of a save has begun or is there: looked for twice, for one that is renamed meanwhile."""
+        kinds = (".safetensors", ".tmp")
+        return any(save_id in os.path.basename(p) for _ in range(2) for p in self._paths(tenant, f"{tag}-", kinds))
+
     def end(self, tenant: str, tag: str, save_id: str, size: int) -> None:
         """Wipe what of a save has begun and was not published."""
         for rank in range(size):

@@ -48,6 +48,12 @@ class HostSessions:
             if not begun:
                 self._begun.pop(key, None)
 
+    def holds(self, key: tuple[str, str], save_id: str) -> bool:
+        """See SessionStore.holds()."""
+        with self._lock:
+            copy = self._copies.get(key)
+            return save_id in self._begun.get(key, ()) or copy is not None and copy.header.save_id == save_id
+
     @torch.inference_mode(False)  # vLLM's workers save in it, and such tensors change only in it
     def put(
         self, key: tuple[str, str], header: Header, tokens: torch.Tensor, slabs: list[torch.Tensor], begun: bool = False

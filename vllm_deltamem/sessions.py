@@ -106,6 +106,14 @@ class SessionStore:
         with _disk("unreadable", f"cannot look for saves of session {name}"):
             return self.directory.expects(tenant_tag, tag)
 
+    def holds(self, tenant: str, name: str, save_id: str) -> bool:
+        """Whether a save has begun or is there, and not erased since nor replaced. Raises SessionRefused."""
+        tenant_tag, tag = self._tags(tenant, name)
+        if self.directory is None:
+            return self._host.holds((tenant, name), save_id)
+        with _disk("unreadable", f"cannot look for session {name}"):
+            return self.directory.holds(tenant_tag, tag, save_id)
+
     def save(
         self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,
         save_id: str | None = None, earlier: tuple[int, torch.Tensor] | None = None,
@@ -182,8 +190,9 @@ class SessionStore:
     ) -> Session | None:  # fmt: skip
         """The session with its slab, or the earlier one; None if there is no such session.
 
-        save_id: refuse any other save than this one, which peek() reported. out: uint8 [n_bytes] on the CPU,
-        receives the slab. Raises SessionRefused; out then holds zeros, or what it held before.
+        save_id: refuse any other save than this one, which peek() reported, or this rank's part of which is written.
+        out: uint8 [n_bytes] on the CPU, receives the slab. Raises SessionRefused; out then holds zeros, or what it
+        held before.
         """
         tenant_tag, tag = self._tags(tenant, name)
         if out is not None:
@@ -194,7 +203,7 @@ class SessionStore:
             return found and Session(*found)
 
         def read(save: Save) -> Session:
-            entry = save.entries.get(self._fingerprint.tp_rank, save.entries[0])
+            entry = save.entries.get(self._fingerprint.tp_rank) or save.entries[0]
             with self._open(entry, tenant_tag, name) as file:
                 slab = _slab_for(file.header, save_id, out, earlier)
                 held = self._host.take((tenant, name), lambda held: slab if held == file.header else None, earlier)
@@ -205,7 +214,7 @@ class SessionStore:
                 os.utime(entry.path)
             return Session(*held)
 
-        return self._read_newest(tenant, name, read)
+        return self._read_newest(tenant, name, read, save_id)
 
     def list(self, tenant: str) -> list[Header]:
         """The sessions of a tenant, newest first; files that cannot be read are left out."""
@@ -263,14 +272,20 @@ class SessionStore:
             self._host.drop(key)
             raise SessionRefused("expired", f"session {key[1]} has expired")
 
-    def _read_newest(self, tenant: str, name: str, read: Callable[[Save], Session]) -> Session | None:
-        """read() the newest complete save of a session, again if it is replaced meanwhile."""
+    def _read_newest(
+        self, tenant: str, name: str, read: Callable[[Save], Session], save_id: str | None = None
+    ) -> Session | None:
+        """read() the newest complete save of a session, again if it is replaced meanwhile.
+
+        save_id: of a save of which this rank's part will do, if that is there.
+        """
         tenant_tag, tag = self._tags(tenant, name)
         for attempt in range(REPLACED_AT_MOST):
             with _disk("unreadable", f"cannot read session {name}"):
                 entries = self.directory.entries(tenant_tag, tag)
-                save = newest(entries)
-                if (save is None or save.missing) and attempt == 0:
+                part = [e for e in entries if (e.save_id, e.rank) == (save_id, self._fingerprint.tp_rank)]
+                save = Save({entry.rank: entry for entry in part}) if part else newest(entries)
+                if (save is None or save.missing and not part) and attempt == 0:
                     continue  # a listing may show neither of two files when one replaces the other meanwhile
                 if save is None or self.settings.expired(save.created_ns):
                     self._host.drop((tenant, name))
@@ -279,7 +294,7 @@ class SessionStore:
                     if save is None:
                         return None
                     raise SessionRefused("expired", f"session {name} has expired")
-                if save.missing:
+                if save.missing and not part:
                     raise SessionRefused("incomplete", f"session {name} lacks ranks {save.missing}")
                 try:
                     return read(save)
