@@ -1,11 +1,11 @@
 """The CPU's serving path: the functions of reference.py, vectorised over heads, entries and tokens.
 
 Results of a row never depend on which other rows share the call: how many keys a product has is fixed by the
-row's own position, and how many rows does not matter to it (see ROW_BLOCK, and KEY_BLOCK in readout.py).
+row's own position, and how many rows does not matter to it (see cpupartial.py, and KEY_BLOCK in readout.py).
 `readouts`, one per layer, keep what steps before have read of the slots.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from math import lcm
 
@@ -13,14 +13,11 @@ import torch
 
 from .cpucombine import combine
 from .cpumerge import merge_slot
+from .cpupartial import ROW_BLOCK, one_thread, partial_attention
 from .readout import MASKED
 from .readouts import Readouts
 from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
-
-ROW_BLOCK = 4  # with whole multiples of 4 query rows its products round alike however many rows there are
-SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
-TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
 
 
 def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
@@ -57,7 +54,7 @@ def attend(
     single = [(slot, begin, seq_len) for slot, begin, end, seq_len in rows if end - begin == 1]
     if single:
         _attend_single(q, slots, single, scale, out, rope, readouts)
-    with _one_thread() if helpers else nullcontext():  # the other cores are theirs
+    with one_thread() if helpers else nullcontext():  # the other cores are theirs
         for slot, begin, end, seq_len in rows:
             if end - begin > 1:
                 _attend_piece(q[begin:end], slots, slot, seq_len, scale, out[begin:end], rope, readouts, helpers)
@@ -74,27 +71,10 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             continue
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         cells = _cells(first, gone - first, slots.ring_k.shape[2])
-        with _one_thread():
+        with one_thread():
             readout = readouts.of(slot, gone)
             readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
             merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
-
-
-def _one_thread():
-    """For many small operations: to wake other threads for one takes longer than the operation."""
-    return _at_most(1)
-
-
-@contextmanager
-def _at_most(most):
-    """With no more of PyTorch's threads."""
-    threads = torch.get_num_threads()
-    # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
-    torch._C.set_num_threads(min(most, threads))
-    try:
-        yield
-    finally:
-        torch._C.set_num_threads(threads)
 
 
 def _cells(first, count, ring):
@@ -125,7 +105,7 @@ def _attend_single(q, slots, single, scale, out, rope, readouts):
     kv_heads = slots.ring_k.shape[1]
     tokens, held, mask = _single_tables(tuple(single), slots.window, slots.segment, slots.sliding)
     query = _whole_blocks(q[tokens].view(len(single), kv_heads, -1, q.shape[2]))
-    near, lse = _partial(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
+    near, lse = partial_attention(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
     near, lse, alike = near.contiguous(), lse.contiguous(), {}
     for i, (slot, row, seq_len) in enumerate(single):
         gone = 0 if slots.sliding else left_ring(seq_len, slots)
@@ -150,7 +130,7 @@ def _attend_together(query, group, parts, scale):
     n, kv_heads, _, size = query.shape
     seen, lse = query.new_empty(kv_heads, group, n, size), query.new_empty(kv_heads, group, n, dtype=torch.float)
     for sequences, heads, *entries in parts:
-        part, part_lse = _partial(query[sequences, heads], *entries, scale)
+        part, part_lse = partial_attention(query[sequences, heads], *entries, scale)
         seen[heads, :, sequences] = part[:, :, :group].permute(1, 2, 0, 3)
         lse[heads, :, sequences] = part_lse[:, :, :group].permute(1, 2, 0)
     return seen.view(1, kv_heads, -1, size), lse.view(1, kv_heads, -1)
@@ -210,7 +190,7 @@ def _side_by_side(q, kv_heads):
 
 
 def _memory_calls(q, rows, slots, slot, seq_len, rope, readouts):
-    """What _partial takes for queries [T, H, D] at the end of a sequence to see its memory.
+    """What partial_attention takes for queries [T, H, D] at the end of a sequence to see its memory.
 
     Near entries of all heads, and where there are far ones those of all heads in a second pass.
     rows: q side by side.
@@ -233,19 +213,7 @@ def _by_entries(rows, runs):
 
 
 def _partials(calls, scale):
-    return [_partial(*call, scale) for call in calls]
-
-
-def _partial(q, k, v, mask, scale):
-    """Partial attention and its log-sum-exp: q [B, P, T, D] whole blocks, k and v [B, P, K, D], mask broadcast."""
-    if q.shape[:3].numel() * k.shape[2] < SMALL:
-        threads = _one_thread()
-    elif q.shape[:2].numel() == 1 and q.shape[2] <= TASK_ROWS:
-        threads = _at_most(2)  # three and more round a product otherwise than one does, two as one
-    else:
-        threads = nullcontext()
-    with threads:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    return [partial_attention(*call, scale) for call in calls]
 
 
 def _whole_blocks(x):

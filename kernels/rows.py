@@ -14,12 +14,12 @@ BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-def compiled(function):
+def compiled(function, **options):
     """Numba's compiler, whose work stays on disk for the next process, if there is a folder that it may write to."""
     try:
-        return njit(cache=True, nogil=True, error_model="numpy")(function)
+        return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
     except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(function)
+        return njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def as_bits(x: torch.Tensor) -> np.ndarray:

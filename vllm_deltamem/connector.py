@@ -3,9 +3,9 @@
 vLLM makes one in the scheduler and one in every worker; the metadata of a step goes from the first to the
 others. Sessions are written and read beside the steps (carrier.py). One is restored before its first new token is
 computed: no token is ever computed on what turns out to be unreadable. When its request has finished it is copied
-from the slot, which may then be used anew: at once by a worker in the scheduler's process, which nobody may step
-again, else before the next step. So is the memory from before the answer's first merge, to which a prompt may go
-back that tells the answer otherwise. The next turn reads that copy; in another process, which shares the directory, it
+from the slot: at once by a worker in the scheduler's process, which nobody may step again, else in the next step, and
+the slot is held back until then. So is the memory from before the answer's first merge, to which a prompt may go back
+that tells the answer otherwise. The next turn reads that copy; in another process, which shares the directory, it
 waits until the copy is written. Of several requests on one session at once each starts from the last save when it is
 admitted, and the last to finish is the one that stays. A turn begins when its request arrives: an erasure that comes
 later is final for it (one in host memory alone, once a step has told the worker).
@@ -75,6 +75,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._outcome: dict[str, dict] = {}  # scheduler: what became of a request's session, for its response
         self._stats = DeltaMemStats()
         self._earlier: dict[str, Copied] = {}  # worker: memories from before the answer's first merge, by request
+        self._copied: set[str] = set()  # worker: requests whose slot was copied
         self._restored: set[str] = set()  # worker: requests whose session was restored, or refused
         self._report = Report({}, Counter())  # worker: being put together
         self._block_pool = None
@@ -224,11 +225,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._announce(turn)
         self._saving[turn.save_id] = save
         self._writers[turn.save_id] = self._vllm_config.parallel_config.world_size
-        if has_kv_transfer_group():
+        here = has_kv_transfer_group()
+        if here:
             get_kv_transfer_group().save(save)
         else:
             self._step.saves.append(save)
-        return False, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
+        return not here, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
 
     def request_finished(self, request, block_ids):
         return self.request_finished_all_groups(request, (block_ids,))
@@ -375,8 +377,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata):
         """Before every forward pass; loads may start after it."""
         super().bind_connector_metadata(connector_metadata)
-        for transfer in connector_metadata.saves:  # first: their slots may have been claimed
+        for transfer in connector_metadata.saves:
             self.save(transfer)
+            self._copied.add(transfer.request_id)
         pool = SlotPool.serving()
         if pool is not None:
             pool.pin(connector_metadata.pins)
@@ -432,8 +435,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids):
         for request_id in finished_req_ids:
             self._earlier.pop(request_id, None)
-        results = KVConnectorTransferResults(set(), self._restored, set(self._report.refused))
-        self._restored = set()
+        results = KVConnectorTransferResults(self._copied, self._restored, set(self._report.refused))
+        self._copied, self._restored = set(), set()
         return results
 
     def build_connector_worker_meta(self):

@@ -17,6 +17,7 @@ if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
     from vllm_deltamem.kernels.cpucombine import compile_combine
     from vllm_deltamem.kernels.cpumerge import compile_merge
+    from vllm_deltamem.kernels.cpupartial import compile_partial
     from vllm_deltamem.kernels.helpers import Helpers
     from vllm_deltamem.kernels.readouts import Readouts
 else:
@@ -148,6 +149,7 @@ class SlotPool:
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes half a minute the first time.")
             compile_combine(layout.shape.dtype)
+            compile_partial(layout.shape.dtype)
             for slots in (layers[i] for i in layout.shape.full_layers):
                 compile_merge(slots, rope)
         return cls(

@@ -1,0 +1,166 @@
+"""Partial attention on the CPU: what queries see of some entries, and its log-sum-exp.
+
+By PyTorch's flash attention; of many entries in bfloat16, which that does not multiply with AVX512_BF16, by oneDNN's
+products, with a softmax between them that is compiled. Either way a row rounds alike however many rows share the call,
+in whole multiples of ROW_BLOCK: how many keys there are decides which way it goes.
+"""
+
+import functools
+import math
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+
+from .rows import as_bits, compiled
+
+ROW_BLOCK = 4
+SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
+TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
+MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
+AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
+LOG2_E = np.float32(math.log2(math.e))
+TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))  # of 2^x about 0
+
+
+def partial_attention(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what queries see [B, P, T, D], in their dtype, and its log-sum-exp [B, P, T] fp32.
+
+    q [B, P, T, D], T a multiple of ROW_BLOCK; k and v [B, P, K, D]; mask fp32, broadcast to [B, P, T, K], finite.
+    """
+    if q.shape[:3].numel() * k.shape[2] < SMALL:
+        threads = one_thread()
+    elif q.shape[:2].numel() == 1 and q.shape[2] <= TASK_ROWS:
+        threads = at_most(2)  # three and more round a product otherwise than one does, two as one
+    else:
+        threads = nullcontext()
+    with threads:
+        if k.shape[2] >= MANY and q.dtype == torch.bfloat16 and multiplies_bfloat16():
+            return _by_products(q, k, v, mask, scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+
+
+def compile_partial(dtype: torch.dtype) -> None:
+    """Compile what this needs for a dtype, or load it from Numba's cache."""
+    keys = torch.zeros(1, 1, MANY, 16, dtype=dtype)
+    partial_attention(keys[:, :, :ROW_BLOCK], keys, keys, torch.zeros(1, 1, 1, MANY), 1.0)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN does so faster than flash attention does, which knows AMX."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def one_thread():
+    """For many small operations: to wake other threads for one takes longer than the operation."""
+    return at_most(1)
+
+
+@contextmanager
+def at_most(most):
+    """With no more of PyTorch's threads."""
+    threads = torch.get_num_threads()
+    # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
+    torch._C.set_num_threads(min(most, threads))
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(threads)
+
+
+def _by_products(q, k, v, mask, scale):
+    seen, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float)
+    for b in range(len(q)):
+        among = mask[b if len(mask) > 1 else 0]
+        if q.shape[1] > 1 and not k.stride(1):  # heads that see the same keys
+            _one_head(*(x[b].flatten(0, 1) for x in (q, seen, lse)), k[b, 0], v[b, 0], among[0], scale)
+            continue
+        for p in range(q.shape[1]):
+            _one_head(*(x[b, p] for x in (q, seen, lse, k, v)), among[p if len(among) > 1 else 0], scale)
+    return seen, lse
+
+
+def _one_head(q, seen, lse, k, v, mask, scale):
+    """q, seen [T, D], lse [T], k and v [K, D], mask [M, K] of whose M rows query t sees t modulo M."""
+    mask, lse = mask.contiguous().numpy(), lse.numpy()
+    step = max(AT_ONCE // len(k) // ROW_BLOCK, 1) * ROW_BLOCK
+    parts = q.new_empty(2, min(step, len(q)), len(k))
+    for first in range(0, len(q), step):
+        rows = slice(first, first + step)
+        high, low = parts[:, : len(q) - first]
+        # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
+        torch.mm(q[rows], k.T, out=high)
+        torch.addmm(high, q[rows], k.T, beta=-1, out=low)
+        _softmax(as_bits(high), as_bits(low), mask, first, np.float32(scale), lse[rows])
+        torch.mm(high, v, out=seen[rows])
+
+
+@compiled
+def _softmax(high, low, mask, first, scale, lse):
+    """Logits in two parts [T, K], bits of bfloat16: the first becomes their softmax; lse [T]."""
+    logits = np.empty(high.shape[1], np.float32)
+    for t in range(len(high)):
+        _join(high[t], low[t], scale, mask[(first + t) % len(mask)], logits)
+        top = _highest(logits)
+        _exponentiate(logits, top)
+        total = _total(logits)
+        _round(logits, np.float32(1) / total, high[t])
+        lse[t] = top + np.float32(math.log(total))
+
+
+# Loops as plain as that, each over one row, are what LLVM makes vectors of.
+
+
+@compiled
+def _join(high, low, scale, mask, logits):
+    for i in range(len(logits)):
+        a = np.uint32(np.uint32(high[i]) << np.uint32(16)).view(np.float32)
+        b = np.uint32(np.uint32(low[i]) << np.uint32(16)).view(np.float32)
+        logits[i] = (a + b) * scale + mask[i]
+
+
+@compiled
+def _highest(x):
+    """As whole numbers, which are in order once the bits of negative ones are turned."""
+    bits, top = x.view(np.int32), np.int32(-(1 << 31))
+    for i in range(len(bits)):
+        top = max(top, _turned(bits[i]))
+    return np.int32(_turned(top)).view(np.float32)
+
+
+@compiled
+def _turned(bits):
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled
+def _exponentiate(x, top):
+    """e^(x - top), to the last bit but one: 2^n by its bits, the rest by TAYLOR."""
+    for i in range(len(x)):
+        power = max((x[i] - top) * LOG2_E, np.float32(-127))
+        whole = np.floor(power + np.float32(0.5))
+        rest, found = power - whole, TAYLOR[6]
+        found = found * rest + TAYLOR[5]
+        found = found * rest + TAYLOR[4]
+        found = found * rest + TAYLOR[3]
+        found = found * rest + TAYLOR[2]
+        found = found * rest + TAYLOR[1]
+        found = found * rest + TAYLOR[0]
+        x[i] = found * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@functools.partial(compiled, fastmath={"reassoc"})
+def _total(x):
+    """In an order that only the length decides."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i]
+    return total
+
+
+@compiled
+def _round(x, share, out):
+    for i in range(len(out)):
+        bits = np.float32(x[i] * share).view(np.uint32)
+        out[i] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))

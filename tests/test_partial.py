@@ -1,0 +1,102 @@
+"""Partial attention on the CPU, by flash attention and by products: exact, and a row's bits are its own."""
+
+import itertools
+
+import pytest
+import torch
+
+from vllm_deltamem.kernels import cpupartial
+from vllm_deltamem.kernels.cpupartial import MANY, multiplies_bfloat16, partial_attention
+
+LONG = MANY + 64
+
+
+@pytest.fixture(params=[True, False], ids=["products", "flash attention"])
+def products(request, monkeypatch):
+    """Products are tried on every CPU: what they give is right everywhere, only slower."""
+    monkeypatch.setattr(cpupartial, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+def tensors(b, p, t, k, d=64, seed=0, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    q, key, value = (2 * torch.randn(b, p, n, d, generator=generator).to(dtype) for n in (t, k, k))
+    return q, key, value, torch.randn(b, p, t, k, generator=generator)
+
+
+def expected(q, k, v, mask, scale):
+    logits = q.double() @ k.double().transpose(2, 3) * scale + mask
+    return logits.softmax(-1) @ v.double(), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("b, p, t, k", [(1, 1, 4, LONG), (1, 3, 200, LONG), (3, 2, 8, LONG), (2, 5, 64, 96)])
+@pytest.mark.parametrize("rows", ["all alike", "each its own"])
+def test_it_is_attention(products, dtype, b, p, t, k, rows):
+    q, key, value, mask = tensors(b, p, t, k, dtype=dtype)
+    mask = mask[:, :, :1] if rows == "all alike" else mask
+    seen, lse = partial_attention(q, key, value, mask, 0.125)
+    exact, exact_lse = expected(q, key, value, mask, 0.125)
+    close, lse_close = (0.04, 5e-4) if dtype == torch.bfloat16 else (5e-5, 5e-5)
+    assert seen.dtype == dtype and (seen - exact).abs().max() < close
+    assert lse.dtype == torch.float and (lse - exact_lse).abs().max() < lse_close
+
+
+def test_heads_that_see_the_same_keys(products):
+    q, key, value, mask = tensors(2, 3, 20, LONG)
+    key, value, mask = key[:, :1], value[:, :1], mask[:1, :1]
+    seen, lse = partial_attention(q, *(x.expand(-1, 3, -1, -1) for x in (key, value)), mask, 0.125)
+    exact, exact_lse = expected(q, key, value, mask, 0.125)
+    assert (seen - exact).abs().max() < 0.04 and (lse - exact_lse).abs().max() < 5e-4
+
+
+def test_masked_keys_weigh_nothing(products):
+    q, key, value, mask = tensors(1, 1, 8, LONG)
+    mask[..., 70:] = -1e30
+    value[:, :, 70:] = 1e30
+    seen, lse = partial_attention(q, key, value, mask, 0.125)
+    exact, exact_lse = expected(q, key[:, :, :70], value[:, :, :70], mask[..., :70], 0.125)
+    assert (seen - exact).abs().max() < 0.04 and (lse - exact_lse).abs().max() < 5e-4
+    mask[:] = -1e30
+    seen, lse = partial_attention(q, key, value.clamp(max=1), mask, 0.125)
+    assert (lse < -1e29).all() and seen.isfinite().all(), "an empty memory has no weight beside anything else"
+
+
+def test_products_keep_the_bits_of_flash_attentions_logits(products):
+    """Logits as large as some models have them, where bfloat16 alone would be off by a fourth."""
+    q, key, value, mask = tensors(1, 1, 64, LONG, d=128)
+    q, key = 6 * q, 4 * key
+    exact, exact_lse = expected(q, key, value, mask, 128**-0.5)
+    seen, lse = partial_attention(q, key, value, mask, 128**-0.5)
+    assert exact_lse.max() > 100 and (lse - exact_lse).abs().max() < 0.01
+    assert (seen - exact).abs().max() < 0.06
+
+
+def check_rows(keys, sizes, rows, threads):
+    """Rows among many and rows alone, batched and not, in few threads and in many."""
+    most = torch.get_num_threads()
+    for k, d in itertools.product(keys, sizes):
+        q, key, value, mask = tensors(2, 2, max(rows), k, d)
+        mask = mask[:, :, :1]
+        whole, whole_lse = partial_attention(q, key, value, mask, 0.1)
+        for t, count in itertools.product(rows, threads):
+            torch._C.set_num_threads(count)
+            for first in {0, 4, max(rows) - t}:
+                part = slice(first, first + t)
+                for i in (slice(0, 2), slice(1, 2)):
+                    seen, lse = partial_attention(q[i, :, part], key[i], value[i], mask[i], 0.1)
+                    same = torch.equal(seen, whole[i, :, part]) and torch.equal(lse, whole_lse[i, :, part])
+                    assert same, f"{t} rows of {d} among {k} keys, {count} threads"
+        torch._C.set_num_threads(most)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="products are for CPUs with AVX512_BF16")
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_a_row_rounds_alike_in_any_company(d):
+    check_rows((MANY, 1000 + MANY, 4160), (d,), (4, 8, 12, 28, 64, 200, 448), (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="products are for CPUs with AVX512_BF16")
+def test_a_row_rounds_alike_in_any_company_at_length():
+    check_rows((1025, 2041, 6400, 12608), (48, 80, 96, 256), (4, 16, 36, 100, 384, 1792), (1, 2, 3, 8))
