@@ -28,14 +28,15 @@ def partial_attention(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.
 
     q [B, P, T, D], T a multiple of ROW_BLOCK; k and v [B, P, K, D]; mask fp32, broadcast to [B, P, T, K], finite.
     """
+    by_products = k.shape[2] >= MANY and q.dtype == torch.bfloat16 and multiplies_bfloat16()
     if q.shape[:3].numel() * k.shape[2] < SMALL:
         threads = one_thread()
-    elif q.shape[:2].numel() == 1 and q.shape[2] <= TASK_ROWS:
+    elif q.shape[2] <= TASK_ROWS and (by_products or q.shape[:2].numel() == 1):
         threads = at_most(2)  # three and more round a product otherwise than one does, two as one
     else:
         threads = nullcontext()
     with threads:
-        if k.shape[2] >= MANY and q.dtype == torch.bfloat16 and multiplies_bfloat16():
+        if by_products:
             return _by_products(q, k, v, mask, scale)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
