@@ -377,8 +377,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata):
         """Before every forward pass; loads may start after it."""
         super().bind_connector_metadata(connector_metadata)
-        for transfer in connector_metadata.saves:
-            self.save(transfer)
+        for transfer in connector_metadata.saves:  # no merge is due but those of this step, whose tokens are to come
+            self._copy(transfer)
             self._copied.add(transfer.request_id)
         pool = SlotPool.serving()
         if pool is not None:
@@ -411,11 +411,14 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self._report.written.update(write.transfer.turn.save_id for write in self.carrier.written())
 
     def save(self, transfer: Transfer) -> None:
+        """Save a slot between two steps."""
+        SlotPool.serving().merge_due()  # a step may be under way whose last token this save counts
+        self._copy(transfer)
+
+    def _copy(self, transfer: Transfer) -> None:
         """Copy a slot, to be written."""
-        pool = SlotPool.serving()
-        pool.merge_due()  # a step may be under way whose last token this save counts
         kept = self._earlier.pop(transfer.request_id, None)
-        slot = Copied.of(pool.slab[transfer.slot])
+        slot = Copied.of(SlotPool.serving().slab[transfer.slot])
         self.carrier.write(Write(transfer, slot, kept if transfer.n_earlier else None))
 
     def _place(self, read: Read) -> None:
