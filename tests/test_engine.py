@@ -11,7 +11,7 @@ import pytest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, save_model, session_of, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, read_answers, save_model, session_of, tokens  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -314,6 +314,36 @@ def test_a_disk_holds_up_nobody(folders, tmp_path, steps):
         scheduler = core.engine_core.engine_core.scheduler
         assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@STEPS
+def test_workers_elsewhere_save_between_the_merges_of_others(folders, steps):
+    """These are told with the next step what to save: here it ends a segment of another sequence."""
+    prompts, counts = [tokens(40), tokens(54, seed=1), tokens(53, seed=2)], [10, 30, 30]
+    elsewhere = patch("vllm_deltamem.connector.has_kv_transfer_group", return_value=False)
+    with elsewhere, steps(), engine(folders("llama"), settings=SMALL) as llm:
+
+        def ask(chosen, **extra):
+            params = [greedy(counts[i], logprobs=0, **extra) for i in chosen]
+            inputs = [{"prompt_token_ids": prompts[i]} for i in chosen]
+            return read_answers(llm.generate(inputs, params, use_tqdm=False))
+
+        together = ask([0, 1, 2], extra_args={"deltamem_session": "talk"})
+        assert together == [answer for i in range(3) for answer in ask([i])]
+        assert session_of(llm, "talk") is not None
+
+
+def test_a_slot_that_workers_elsewhere_save_is_not_given_to_others(folders):
+    talks = [tokens(40 + 9 * i, seed=i) for i in range(6)]
+    elsewhere = patch("vllm_deltamem.connector.has_kv_transfer_group", return_value=False)
+    with elsewhere, engine(folders("llama"), settings=SMALL, max_num_seqs=2, num_gpu_blocks_override=3) as llm:
+        for history in ("new", "restored"):
+            named = [greedy(16 + 5 * i, extra_args={"deltamem_session": f"talk-{i}"}) for i in range(len(talks))]
+            outs = llm.generate([{"prompt_token_ids": talk} for talk in talks], named, use_tqdm=False)
+            answers = [list(out.outputs[0].token_ids) for out in outs]
+            assert answers == generate(llm, talks, [greedy(16 + 5 * i) for i in range(len(talks))])
+            assert {out.kv_transfer_params["deltamem_session"]["history"] for out in outs} == {history}
+            talks = [talk + answer + tokens(7, seed=9) for talk, answer in zip(talks, answers, strict=True)]
 
 
 def test_many_requests_start_from_one_session_that_stays(folders):
