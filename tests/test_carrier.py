@@ -93,6 +93,20 @@ def test_the_slot_may_change_once_it_is_copied(store, carrier, gate):
     assert torch.equal(store.restore(ALICE, "chat").slab, random_slab(N_BYTES))
 
 
+def test_copies_are_made_where_earlier_ones_were(store, carrier):
+    places = set()
+    for i in range(6):
+        write = write_of(turn(store, f"chat-{i}"), i)
+        write.slot = carrier.copy(random_slab(N_BYTES, i))
+        carrier.write(write)
+        carrier.finish()
+        carrier.written()
+        places.add(write.slot.memory.data_ptr())
+    assert len(places) == 1
+    for i in range(6):
+        assert torch.equal(store.restore(ALICE, f"chat-{i}").slab, random_slab(N_BYTES, i))
+
+
 def test_writes_wait_where_too_much_waits(store, carrier, gate):
     turns = [turn(store, f"chat-{i}") for i in range(4)]
     for i in range(2):

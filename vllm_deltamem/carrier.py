@@ -20,6 +20,8 @@ from vllm_deltamem.kernels.helpers import settle
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 from vllm_deltamem.transfers import Transfer, Turn
 
+SPARE = 2  # a slot, and the same from before its answer
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,11 +33,16 @@ class Copied:
     done: torch.cuda.Event | None  # until then the device is still filling it
 
     @classmethod
-    def of(cls, row: torch.Tensor) -> Copied:
-        """Copy a slot, uint8 [bytes], as the steps so far leave it: later ones may use it anew."""
+    @torch.inference_mode()  # a tensor made in it changes in it only
+    def of(cls, row: torch.Tensor, memory: torch.Tensor | None = None) -> Copied:
+        """Copy a slot, uint8 [bytes], as the steps so far leave it: later ones may use it anew.
+
+        memory: to copy it to, of an earlier copy that is no longer needed.
+        """
+        memory = _host_memory(row) if memory is None else memory
+        memory.copy_(row, non_blocking=True)
         if row.device.type == "cpu":
-            return cls(row.clone(), None)
-        memory = _host_memory(row).copy_(row, non_blocking=True)
+            return cls(memory, None)
         done = torch.cuda.Event()
         done.record()
         return cls(memory, done)
@@ -59,7 +66,7 @@ class Write:
 
     @property
     def n_bytes(self) -> int:
-        return sum(len(copied.memory) for copied in self._copies())
+        return sum(len(copied.memory) for copied in self.copies())
 
     @torch.inference_mode()  # as the copies were made
     def run(self, store: SessionStore) -> None:
@@ -67,7 +74,7 @@ class Write:
         turn, n_earlier = self.transfer.turn, self.transfer.n_earlier
         saved = False
         try:
-            slab, *others = (copied.wait() for copied in self._copies())
+            slab, *others = (copied.wait() for copied in self.copies())
             earlier = (n_earlier, *others) if others else None
             store.save(turn.tenant, turn.name, self.transfer.tokens, slab, turn.save_id, earlier)
             saved = True
@@ -78,7 +85,7 @@ class Write:
                 end(store, turn)
             with self._zeroing:
                 self._zeroed = True
-                for copied in self._copies():
+                for copied in self.copies():
                     copied.wait().zero_()
 
     def take(self, out: torch.Tensor, earlier: bool) -> bool:
@@ -89,7 +96,7 @@ class Write:
                 out.copy_(copied.wait())
             return not self._zeroed
 
-    def _copies(self) -> list[Copied]:
+    def copies(self) -> list[Copied]:
         return [self.slot] + ([self.earlier] if self.earlier else [])
 
 
@@ -135,6 +142,11 @@ class Carrier:
         self._reader = ThreadPoolExecutor(1, "deltamem-read", settle)
         self._writes: dict[Future, Write] = {}  # not reported yet, in order
         self._reads: dict[Future, Read] = {}
+        self._spare: list[torch.Tensor] = []  # zeroed copies: fresh memory takes many times as long to write to
+
+    def copy(self, row: torch.Tensor) -> Copied:
+        """Copy a slot, uint8 [bytes]: see Copied."""
+        return Copied.of(row, self._spare.pop() if self._spare else None)
 
     def write(self, write: Write) -> None:
         """Have a session saved. Waits while too much waits to be written."""
@@ -150,7 +162,9 @@ class Carrier:
 
     def written(self) -> list[Write]:
         """What was saved or refused since the last call."""
-        return _done(self._writes)
+        done = _done(self._writes)
+        self._spare = [*self._spare, *(copied.memory for write in done for copied in write.copies())][:SPARE]
+        return done
 
     def arrived(self) -> list[Read]:
         """What was read or refused since the last call."""
@@ -185,8 +199,9 @@ def end(store: SessionStore, turn: Turn) -> None:
 
 
 def _host_memory(row: torch.Tensor) -> torch.Tensor:
-    """As large as a slot on a device, pinned where that can be: the device then reads and writes it by itself."""
-    return torch.empty(row.shape, dtype=torch.uint8, device="cpu", pin_memory=is_pin_memory_available())
+    """As large as a slot, and of one on a device pinned where that can be, for it to read and to write by itself."""
+    pinned = row.device.type != "cpu" and is_pin_memory_available()
+    return torch.empty(row.shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _done(futures: dict[Future, Write] | dict[Future, Read]) -> list:

@@ -384,7 +384,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         if pool is not None:
             pool.pin(connector_metadata.pins)
             for request_id, slot in connector_metadata.kept.items():
-                self._earlier[request_id] = Copied.of(pool.slab[slot])
+                self._earlier[request_id] = self.carrier.copy(pool.slab[slot])
             for target, slot in connector_metadata.copies.items():
                 pool.copy(slot, target)
         for turn in connector_metadata.begun:
@@ -418,7 +418,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def _copy(self, transfer: Transfer) -> None:
         """Copy a slot, to be written."""
         kept = self._earlier.pop(transfer.request_id, None)
-        slot = Copied.of(SlotPool.serving().slab[transfer.slot])
+        slot = self.carrier.copy(SlotPool.serving().slab[transfer.slot])
         self.carrier.write(Write(transfer, slot, kept if transfer.n_earlier else None))
 
     def _place(self, read: Read) -> None:
