@@ -12,8 +12,9 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
-from .rows import as_bits, compiled
+from .rows import KINDS, as_bits, compiled, load, save
 
+BFLOAT16 = KINDS[torch.bfloat16]
 ROW_BLOCK = 4
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
 TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
@@ -72,18 +73,14 @@ def at_most(most):
 
 def _by_products(q, k, v, mask, scale):
     seen, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float)
-    for b in range(len(q)):
-        among = mask[b if len(mask) > 1 else 0]
-        if q.shape[1] > 1 and not k.stride(1):  # heads that see the same keys
-            _one_head(*(x[b].flatten(0, 1) for x in (q, seen, lse)), k[b, 0], v[b, 0], among[0], scale)
-            continue
-        for p in range(q.shape[1]):
-            _one_head(*(x[b, p] for x in (q, seen, lse, k, v)), among[p if len(among) > 1 else 0], scale)
+    mask = mask.expand(*q.shape[:2], -1, -1)
+    for b, p in np.ndindex(*q.shape[:2]):
+        _one_head(*(x[b, p] for x in (q, seen, lse, k, v, mask)), scale)
     return seen, lse
 
 
 def _one_head(q, seen, lse, k, v, mask, scale):
-    """q, seen [T, D], lse [T], k and v [K, D], mask [M, K] of whose M rows query t sees t modulo M."""
+    """q, seen [T, D], lse [T], k and v [K, D], mask [T or 1, K]."""
     mask, lse = mask.contiguous().numpy(), lse.numpy()
     step = max(AT_ONCE // len(k) // ROW_BLOCK, 1) * ROW_BLOCK
     parts = q.new_empty(2, min(step, len(q)), len(k))
@@ -100,13 +97,16 @@ def _one_head(q, seen, lse, k, v, mask, scale):
 @compiled
 def _softmax(high, low, mask, first, scale, lse):
     """Logits in two parts [T, K], bits of bfloat16: the first becomes their softmax; lse [T]."""
-    logits = np.empty(high.shape[1], np.float32)
+    logits, rest = np.empty(high.shape[1], np.float32), np.empty(high.shape[1], np.float32)
     for t in range(len(high)):
-        _join(high[t], low[t], scale, mask[(first + t) % len(mask)], logits)
+        load(high[t], BFLOAT16, logits)
+        load(low[t], BFLOAT16, rest)
+        _join(logits, rest, scale, mask[(first + t) % len(mask)])
         top = _highest(logits)
         _exponentiate(logits, top)
         total = _total(logits)
-        _round(logits, np.float32(1) / total, high[t])
+        _multiply(logits, np.float32(1) / total)
+        save(logits, BFLOAT16, high[t])
         lse[t] = top + np.float32(math.log(total))
 
 
@@ -114,11 +114,9 @@ def _softmax(high, low, mask, first, scale, lse):
 
 
 @compiled
-def _join(high, low, scale, mask, logits):
+def _join(logits, rest, scale, mask):
     for i in range(len(logits)):
-        a = np.uint32(np.uint32(high[i]) << np.uint32(16)).view(np.float32)
-        b = np.uint32(np.uint32(low[i]) << np.uint32(16)).view(np.float32)
-        logits[i] = (a + b) * scale + mask[i]
+        logits[i] = (logits[i] + rest[i]) * scale + mask[i]
 
 
 @compiled
@@ -161,7 +159,6 @@ def _total(x):
 
 
 @compiled
-def _round(x, share, out):
-    for i in range(len(out)):
-        bits = np.float32(x[i] * share).view(np.uint32)
-        out[i] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+def _multiply(x, share):
+    for i in range(len(x)):
+        x[i] *= share

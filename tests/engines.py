@@ -1,6 +1,7 @@
 """Tiny random models of every family, and in-process vLLM engines on them, for tests."""
 
 import gc
+import threading
 from contextlib import contextmanager, nullcontext
 from unittest.mock import MagicMock, patch
 
@@ -110,6 +111,17 @@ def session_of(llm, name: str):
 
     get_kv_transfer_group().carrier.finish()
     return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name)
+
+
+@contextmanager
+def gated(kind):
+    """What the carrier's threads do of a kind waits until the event is set."""
+    gate, run = threading.Event(), kind.run
+    with patch.object(kind, "run", lambda self, store: gate.wait(60) and run(self, store)):
+        try:
+            yield gate
+        finally:
+            gate.set()
 
 
 STEPS = pytest.mark.parametrize("steps", [nullcontext, ahead], ids=["one by one", "ahead"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import gated
 from test_sessions import ALICE, FINGERPRINT, open_store, random_slab, refused
 
 from vllm_deltamem import carrier as carriers
@@ -28,11 +29,10 @@ def carrier(store):
 
 
 @pytest.fixture
-def gate(monkeypatch):
+def gate():
     """Writing waits until it is set."""
-    gate = gated(monkeypatch, Write)
-    yield gate
-    gate.set()
+    with gated(Write) as gate:
+        yield gate
 
 
 def turn(store, name="chat"):
@@ -47,15 +47,6 @@ def write_of(turn, seed=0, tokens=(1, 2), earlier=None):
 
 def restore_of(turn, earlier=False):
     return Transfer("reader", 1, turn, reach=Reach(1, earlier))
-
-
-def gated(monkeypatch, *kinds):
-    """Threads of a Carrier wait until the event is set."""
-    gate = threading.Event()
-    for kind in kinds:
-        run = kind.run
-        monkeypatch.setattr(kind, "run", lambda self, store, run=run: gate.wait(30) and run(self, store))
-    return gate
 
 
 def done(poll):
@@ -173,16 +164,16 @@ def test_what_waits_and_was_erased_cannot_be_read(store, carrier, gate):
     assert refused(done(carrier.arrived).place).reason == "erased"
 
 
-def test_what_is_written_before_it_is_read_comes_from_the_store(store, carrier, monkeypatch):
+def test_what_is_written_before_it_is_read_comes_from_the_store(store, carrier):
     begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
-    writing, reading = gated(monkeypatch, Write), gated(monkeypatch, Read)
     write = write_of(begun)
-    carrier.write(write)
-    carrier.read(restore_of(begun), row)
-    writing.set()
-    carrier.finish()
-    reading.set()
-    done(carrier.arrived).place()
+    with gated(Write) as writing, gated(Read) as reading:
+        carrier.write(write)
+        carrier.read(restore_of(begun), row)
+        writing.set()
+        carrier.finish()
+        reading.set()
+        done(carrier.arrived).place()
     assert torch.equal(row, random_slab(N_BYTES)) and not write.slot.memory.any()
 
 

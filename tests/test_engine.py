@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, read_answers, save_model, session_of, tokens  # noqa: E402
+from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, gated, read_answers, save_model, session_of, tokens  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -224,17 +223,6 @@ def test_a_session_goes_back_to_before_a_step_with_the_prompts_of_others(folders
         assert torch.equal(
             *(slab_of(llm, prompt + list(outs[1].outputs[0].token_ids), 1, n)[1] for n in ("talk", "fresh"))
         )
-
-
-@contextmanager
-def gated(kind):
-    """What the carrier's threads do of a kind waits until the event is set."""
-    gate, run = threading.Event(), kind.run
-    with patch.object(kind, "run", lambda self, store: gate.wait(60) and run(self, store)):
-        try:
-            yield gate
-        finally:
-            gate.set()
 
 
 @STEPS
@@ -456,12 +444,15 @@ def test_a_dropped_cache_is_freed(folders):
 
 def test_sessions_of_an_idle_engine_expire(folders):
     from vllm_deltamem.enginestore import open_store
+    from vllm_deltamem.sessionname import tenant_of
 
     settings = SMALL | {"sessions": {"max_age_s": 2}}
     with engine(folders("llama"), settings=settings) as llm:
         store = open_store(llm.llm_engine.vllm_config, 0)
         generate(llm, [tokens(50)], greedy(5, extra_args={"deltamem_session": "idle"}))
-        assert len(session_of(llm, "idle").tokens) >= 54, "saved without another step"
+        session_of(llm, "idle")
+        (header,) = store.list(tenant_of(None))
+        assert header.n_tokens >= 54, "saved without another step"
         end = time.monotonic() + 20
         while store._host.headers() and time.monotonic() < end:
             time.sleep(0.1)
