@@ -17,6 +17,7 @@ from .rows import KINDS, as_bits, compiled, load, save
 BFLOAT16 = KINDS[torch.bfloat16]
 ROW_BLOCK = 4
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
+FEW_ROWS = 8  # of a head: keys are read as fast by one thread as by two, which wait for one another
 TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
 MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
 AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
@@ -30,7 +31,7 @@ def partial_attention(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.
     q [B, P, T, D], T a multiple of ROW_BLOCK; k and v [B, P, K, D]; mask fp32, broadcast to [B, P, T, K], finite.
     """
     by_products = k.shape[2] >= MANY and q.dtype == torch.bfloat16 and multiplies_bfloat16()
-    if q.shape[:3].numel() * k.shape[2] < SMALL:
+    if q.shape[:3].numel() * k.shape[2] < SMALL or (by_products and q.shape[2] <= FEW_ROWS):
         threads = one_thread()
     elif q.shape[2] <= TASK_ROWS and (by_products or q.shape[:2].numel() == 1):
         threads = at_most(2)  # three and more round a product otherwise than one does, two as one
@@ -72,26 +73,22 @@ def at_most(most):
 
 
 def _by_products(q, k, v, mask, scale):
-    seen, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float)
-    mask = mask.expand(*q.shape[:2], -1, -1)
+    """One head at a time, in few operations of PyTorch's: a decoded token waits for each of them."""
+    (rows, keys), seen = (q.shape[2], k.shape[2]), q.new_empty(q.shape)
+    lse, masks = np.empty(q.shape[:3], np.float32), mask.expand(*q.shape[:2], -1, -1).numpy()
+    step = max(AT_ONCE // keys // ROW_BLOCK, 1) * ROW_BLOCK
+    parts, scale = q.new_empty(2, min(step, rows), keys), np.float32(scale)
     for b, p in np.ndindex(*q.shape[:2]):
-        _one_head(*(x[b, p] for x in (q, seen, lse, k, v, mask)), scale)
-    return seen, lse
-
-
-def _one_head(q, seen, lse, k, v, mask, scale):
-    """q, seen [T, D], lse [T], k and v [K, D], mask [T or 1, K]."""
-    mask, lse = mask.contiguous().numpy(), lse.numpy()
-    step = max(AT_ONCE // len(k) // ROW_BLOCK, 1) * ROW_BLOCK
-    parts = q.new_empty(2, min(step, len(q)), len(k))
-    for first in range(0, len(q), step):
-        rows = slice(first, first + step)
-        high, low = parts[:, : len(q) - first]
-        # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
-        torch.mm(q[rows], k.T, out=high)
-        torch.addmm(high, q[rows], k.T, beta=-1, out=low)
-        _softmax(as_bits(high), as_bits(low), mask, first, np.float32(scale), lse[rows])
-        torch.mm(high, v, out=seen[rows])
+        query, turned, value, head_mask = q[b, p], k[b, p].T, v[b, p], np.ascontiguousarray(masks[b, p])
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            high, low = parts[:, : rows - first]
+            # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
+            torch.mm(query[some], turned, out=high)
+            torch.addmm(high, query[some], turned, beta=-1, out=low)
+            _softmax(as_bits(high), as_bits(low), head_mask, first, scale, lse[b, p, some])
+            torch.mm(high, value, out=seen[b, p, some])
+    return seen, torch.from_numpy(lse)
 
 
 @compiled
