@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .decoding import attend_token
 from .launch import (
+    LARGEST_SCRATCH,
     ROW_ARGUMENTS,
     Heads,
     Pieces,
@@ -85,21 +86,40 @@ def attend(
     if rope is not None and rope.trained and not slots.sliding:
         angles = rope.cos, rope.sin
         turn = dict(TRAINED=rope.trained, ROTARY=2 * rope.cos.shape[1], INTERLEAVED=rope.interleaved)
-    size = q.shape[2]
     call = Call(q, out, slots, heads_of(slots), scale * math.log2(math.e), angles, turn)
     if max_query_len == 1:
         _attend_tokens(call, (slot_indices, cu_seqlens, seq_lens))
         return
     rows, live_tokens = (slot_indices, cu_seqlens, seq_lens), live_tokens or q.shape[0]
-    coded = slots.codec.key_bits < 16 and not slots.sliding
-    if not coded or (max_seq_len is not None and max_seq_len - slots.window <= min(call.heads.exact)):
+    if not _is_coded(slots) or (max_seq_len is not None and max_seq_len - slots.window <= min(call.heads.exact)):
         _attend_prompts(call, rows, live_tokens, q.new_empty(2, 0, 0))
         return
-    entries = slots.coarse_rank.shape[1]
-    together = max(READ // max(2 * entries * size * q.element_size(), 1), 1)
+    together = _together(slots)
     for first in range(0, len(slot_indices), together):
         some = slot_indices[first:][:together], cu_seqlens[first:][: together + 1], seq_lens[first:][:together]
         _attend_prompts(call, some, live_tokens, _read(call, some))
+
+
+def reserve_attention(layers: list[LayerSlots], sequences: int, device: torch.device) -> None:
+    """Take the scratch of calls with up to so many rows, padding among them, on layers like these, of any device."""
+    keys = layers[0].ring_k
+    partial = LARGEST_SCRATCH // torch.float32.itemsize
+    buffer("partial", (partial,), torch.float32, device)
+    buffer("lse", (partial // keys.shape[3],), torch.float32, device)
+    read = [min(_together(slots), sequences) * slots.coarse_rank.shape[1] for slots in layers if _is_coded(slots)]
+    if read:
+        buffer("read", (2, max(read), keys.shape[3]), keys.dtype, device)
+
+
+def _is_coded(slots: LayerSlots) -> bool:
+    """Whether there are codes, which prompts read decoded."""
+    return slots.codec.key_bits < 16 and not slots.sliding
+
+
+def _together(slots: LayerSlots) -> int:
+    """Sequences whose entries are decoded at a time."""
+    vectors = 2 * slots.coarse_rank.shape[1] * slots.ring_k.shape[3]
+    return max(READ // max(vectors * slots.ring_k.element_size(), 1), 1)
 
 
 def _attend_tokens(call: Call, rows: tuple) -> None:

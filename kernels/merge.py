@@ -75,9 +75,9 @@ def merge(
         return
     kv_heads, _, size = slots.ring_k.shape[1:]
     rows, heads, segment = rows_of(slot_indices, cu_seqlens, seq_lens), heads_of(slots), slots.segment
-    sequences, parts, learned = len(slot_indices), -(-(size // 2) // PAIRS), policy.importance is not None
+    sequences, parts, learned = len(slot_indices), _parts(size), policy.importance is not None
     work = _work(
-        triton.next_power_of_2(sequences), kv_heads, segment, size, parts, sum(heads.exact), sum(heads.coarse),
+        triton.next_power_of_2(sequences), kv_heads, segment, size, sum(heads.exact), sum(heads.coarse),
         slots.ring_k.dtype, slots.ring_k.device,
     )  # fmt: skip
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
@@ -136,11 +136,24 @@ def merge(
     )
 
 
+def reserve_merging(layers: list[LayerSlots], sequences: int, device: torch.device) -> None:
+    """Take the scratch of calls with up to so many sequences on layers like these, of any device."""
+    (_, kv_heads, _, size), dtype, segment = layers[0].ring_k.shape, layers[0].ring_k.dtype, layers[0].segment
+    exact, coarse = (max(getattr(slots, rank).shape[1] for slots in layers) for rank in ("exact_rank", "coarse_rank"))
+    _work(triton.next_power_of_2(sequences), kv_heads, segment, size, exact, coarse, dtype, device)
+
+
+def _parts(size: int) -> int:
+    """Programs that add up the columns of a key."""
+    return -(-(size // 2) // PAIRS)
+
+
 @cache
 def _work(
-    rows: int, kv_heads: int, segment: int, size: int, parts: int, exact: int, coarse: int, dtype: torch.dtype, device
+    rows: int, kv_heads: int, segment: int, size: int, exact: int, coarse: int, dtype: torch.dtype, device
 ) -> Work:
     """Scratch for calls of up to so many sequences on layers with so many entries; a power of two, as it is kept."""
+    parts = _parts(size)
     cells, pivots = (rows, kv_heads, segment), (rows, kv_heads, 2 * segment)
     operand = torch.float32 if dtype == torch.float32 else torch.float16  # of unit vectors: finer than bf16
     shapes = Work(

@@ -55,6 +55,7 @@ def talk(folder: str) -> dict:
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 7}
     fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
     with card(), engine(folder, dtype="float32", settings=SETTINGS, **options) as llm:
+        reserved = scratch()
         first = ask(llm, (tokens(60, 0), fixed), (tokens(9, 1), stopping), (tokens(7, 2), fixed | SESSION))
         abort(llm, tokens(20, 3))
         (long, told, _, _), (stopped, whole, _, _), (named, said, _, _) = first
@@ -64,7 +65,14 @@ def talk(folder: str) -> dict:
             (stopped + whole + tokens(5, 5), stopping),
             (named + said + tokens(5, 6), fixed | SESSION),
         )
-    return {"asked": first + second, "replays": Graph.replays}
+    return {"asked": first + second, "replays": Graph.replays, "scratch": [reserved, scratch()]}
+
+
+def scratch() -> dict[str, int]:
+    """Where the buffers of the kernels lie, and how many have been outgrown."""
+    from vllm_deltamem.kernels import launch
+
+    return {str(key): held.data_ptr() for key, held in launch._buffers.items()} | {"": len(launch._outgrown)}
 
 
 def test_serving_as_on_a_gpu(tmp_path):
@@ -74,6 +82,8 @@ def test_serving_as_on_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(found.read_text())
     assert said["replays"] > 15
+    profiled, served = said["scratch"]
+    assert len(profiled) > 20 and served == profiled, "vLLM has counted all scratch before it sized its cache"
     first, second = said["asked"][:3], said["asked"][3:]
     known = [len(prompt) + len(answer) for prompt, answer, _, _ in first]
     assert [cached for *_, cached in first] == [0, 0, 0]

@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, against kernels/reference.py. tests/gpu has the compiled ones."""
 
 import gc
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in tests/gpu", allow_module_level=True)
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
-    from vllm_deltamem.kernels import cuda, launch, slot
+    from vllm_deltamem.kernels import attend, cuda, launch, merge, slot
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked-out lanes
 
@@ -239,6 +240,33 @@ def test_what_a_buffer_outgrew_takes_no_more_than_the_buffer():
         held[grown.data_ptr()] = grown.untyped_storage().nbytes()
     assert sum(held.values()) <= 2 * max(held.values()) < 4 * grown.nbytes
     assert launch.buffer("growing", (5,), torch.float32, device).data_ptr() == grown.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[4], SHAPES[7]], ids=lambda s: f"{s[0]}-{s[1]}-{s[2]}")
+@pytest.mark.parametrize("read", [attend.READ, 10_000], ids=["all at a time", "few at a time"])
+def test_no_call_takes_more_scratch_than_was_reserved(shape, read, monkeypatch):
+    """vLLM gives what is left of the device to slots: what grows afterwards may find nothing."""
+    monkeypatch.setattr(attend, "READ", read)
+    monkeypatch.setattr(launch, "_buffers", {})
+    monkeypatch.setattr(launch, "_outgrown", [])
+    monkeypatch.setattr(merge, "_work", cache(merge._work.__wrapped__))
+    slab, view, rope, policy = make_memory(*shape)
+    size, group, dtype = shape[1], shape[2], shape[5]
+    cuda.reserve([view(slab.to("meta"))], attending=8, merging=3, device=slab.device)
+    reserved = {key: held.data_ptr() for key, held in launch._buffers.items()}
+    assert ("read" in {name for name, *_ in reserved}) == (shape[0] != "bf16")
+    for rows in (
+        [(2, 1, 150)],
+        [(2, 1, 150), (0, 1, 9), (1, 1, 64), (-1, 1, 0)],
+        [(2, 6, 150), (0, 7, 9), (1, 16, 64), (-1, 3, 0)],
+        [(-1, 1, 0), (2, 2, 150), (-1, 1, 0), (0, 2, 9), (-1, 1, 0), (1, 2, 64), (-1, 1, 0), (2, 2, 150)],
+    ):
+        tokens = sum(count for _, count, _ in rows)
+        q = torch.randn(tokens, 3 * group, size).to(dtype)
+        longest = max(count for _, count, _ in rows)
+        cuda.attend(q, view(slab), *make_batch(rows), size**-0.5, q.clone(), rope, max_query_len=longest)
+    cuda.merge(view(slab), *make_batch([(2, 1, 160), (0, 1, 16), (1, 1, 64)]), rope, policy)
+    assert {key: held.data_ptr() for key, held in launch._buffers.items()} == reserved and not launch._outgrown
 
 
 def test_slots_that_are_no_views_of_a_slab_are_refused():

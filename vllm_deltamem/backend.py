@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_deltamem.heap import keep_freed
 from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
-from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels
+from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels, reserve
 from vllm_deltamem.rope import find_rope
 from vllm_deltamem.spec import make_spec
 from vllm_deltamem.windows import check_windows
@@ -249,7 +249,8 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
                 raise ValueError(f"--attention-backend deltamem does not support {feature}.")
         vllm_config = get_current_vllm_config()
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
-        DeltaMemBackend.serving = plan = plan_memory(vllm_config, rank=rank)
+        DeltaMemBackend.serving = self.plan = plan = plan_memory(vllm_config, rank=rank)
+        self.most_sequences = vllm_config.scheduler_config.max_num_seqs
         if (self.head_size, self.num_kv_heads) != (plan.layout.shape.head_size, plan.layout.shape.kv_heads):
             raise ValueError("--attention-backend deltamem does not support attention layers of unequal shapes.")
         self.position: int | None = None  # of this layer in the model
@@ -267,10 +268,13 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query [T, H, D], key and value [T, G, D]; writes output [T, H, D] (or flat) and the slots."""
-        if attn_metadata is None:  # vLLM's memory profiling
-            return output.zero_()
         if self.position is None:
             self.position = extract_layer_index(layer.layer_name)
+        if attn_metadata is None:  # vLLM's memory profiling
+            if self.position == 0:
+                # A step's rows are no more than its sequences, and padding before each of them
+                reserve(self.plan, 2 * self.most_sequences, TOGETHER, output.device)
+            return output.zero_()
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots = pool.layers[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]

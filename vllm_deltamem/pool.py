@@ -160,3 +160,11 @@ class SlotPool:
             helpers=Helpers(others) if ON_CPU and others else None,
             rope=rope,
         )
+
+
+def reserve(plan: MemoryPlan, attending: int, merging: int, device: torch.device) -> None:
+    """Have vLLM's memory profiling count the scratch of kernels whose calls have up to so many rows."""
+    if not ON_CPU:
+        shapes = torch.empty(1, plan.layout.slot_bytes, dtype=torch.uint8, device="meta")
+        layers = [plan.layout.views(shapes, i) for i in range(plan.layout.shape.layers)]
+        kernels.reserve(layers, attending, merging, device)
