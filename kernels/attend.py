@@ -161,7 +161,7 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
         pieces.table, pieces.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, **call.turn,
         **_slot_constants(slots), SLIDING=slots.sliding, WIDTH=max(16, triton.next_power_of_2(size)),
         TILE=tile.rows, KEYS=tile.keys, CODED=slots.codec.key_bits < 16, GROUP=call.group, D=size, TOKENS=tokens,
-        ROWS=rows_width(rows[0]), num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=rows_width(len(rows[0])), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine_parts(call, rows, pieces, partial, lse, blocks, tokens)
 
@@ -183,7 +183,7 @@ def _combine_parts(call: Call, rows: tuple, pieces: Pieces, partial, lse, blocks
         _combine[(blocks * tokens, call.q.shape[1])](
             call.out, partial, lse, pieces.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2],
             WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, GROUP=call.group, D=size, TOKENS=tokens,
-            ROWS=rows_width(rows[0]), num_warps=4 if single else 1,
+            ROWS=rows_width(len(rows[0])), num_warps=4 if single else 1,
         )  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 import torch
 
 from .attend import attend, reserve_attention
+from .launch import least_rows
 from .merge import merge, reserve_merging
 from .slot import LayerSlots
 from .write import reset, write
 
-__all__ = ["attend", "merge", "reserve", "reset", "write"]
+__all__ = ["attend", "least_rows", "merge", "reserve", "reset", "write"]
 
 
 def reserve(layers: list[LayerSlots], attending: int, merging: int, device: torch.device) -> None:

@@ -103,10 +103,17 @@ def rows_of(slot_indices, cu_seqlens, seq_lens) -> tuple:
     return slot_indices, slot_indices.stride(0), cu_seqlens, seq_lens, len(slot_indices)
 
 
-def rows_width(slot_indices) -> int:
+def rows_width(sequences: int) -> int:
     """Width of a vector over the sequences of a call: one of few, as each is compiled for itself."""
-    sequences = len(slot_indices)
     return 32 if sequences <= 32 else max(256, triton.next_power_of_2(sequences))
+
+
+def least_rows(most: int) -> list[int]:
+    """Of every width of calls with up to so many sequences the fewest that have it."""
+    counts = [1]
+    while rows_width(counts[-1]) < most:
+        counts.append(rows_width(counts[-1]) + 1)
+    return counts
 
 
 @cache

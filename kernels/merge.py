@@ -83,7 +83,7 @@ def merge(
     cos, sin = (rope.cos, rope.sin) if rope else (slots.key_sum, slots.key_sum)
     turn = dict(ROTARY=2 * rope.cos.shape[1] if rope else 0, INTERLEAVED=bool(rope and rope.interleaved))
     trained = dict(TRAINED=rope.trained if rope else 0)
-    lies, batch = trained | turn, dict(WINDOW=slots.window, SEGMENT=segment, ROWS=rows_width(slot_indices))
+    lies, batch = trained | turn, dict(WINDOW=slots.window, SEGMENT=segment, ROWS=rows_width(len(slot_indices)))
     shape = dict(D=size, HALF=half_width(size), **batch)
     bits = dict(KEY_BITS=slots.codec.key_bits, VALUE_BITS=slots.codec.value_bits)
     common, per_head = (slots, heads.stride, work, *rows), sequences * kv_heads

@@ -28,7 +28,7 @@ def write(
         k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, *rows,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         RING=slots.ring_k.shape[2], D=size, WIDTH=triton.next_power_of_2(size), TOKENS=1 if single else TOKENS,
-        ROWS=rows_width(slot_indices), num_warps=1 if single else 4,
+        ROWS=rows_width(len(slot_indices)), num_warps=1 if single else 4,
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
     """Zero the whole slots of sequences whose first token is in this call. slab [S, bytes] uint8, rows strided."""
     words, rows = slab.view(torch.int64), rows_of(slot_indices, cu_seqlens, seq_lens)
     _reset[(2 * processors(slab.device),)](
-        words, words.stride(0), words.shape[1], *rows, ROWS=rows_width(slot_indices), BLOCK=CLEARED, num_warps=8
+        words, words.stride(0), words.shape[1], *rows, ROWS=rows_width(len(slot_indices)), BLOCK=CLEARED, num_warps=8
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.backends import backends
-from triton.runtime.interpreter import GridExecutor
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # so that vLLM uses it
 
@@ -82,6 +82,32 @@ class Capture(TorchDispatchMode):
         return made
 
 
+compiled: set[tuple] = set()  # what Triton would have compiled of ours: kernels, with what each of them is made for
+
+
+def recording(run):
+    def recorded(kernel, *args, grid, warmup, **options):
+        if kernel.fn.__module__.startswith("vllm_deltamem."):
+            values = dict(zip(kernel.arg_names, args, strict=False)) | options
+            changing, said = kernel.kwargs.get("do_not_specialize") or (), set(filter(str.islower, kernel.arg_names))
+            made_for = [(x, special(value, x in changing) if x in said else value) for x, value in values.items()]
+            compiled.add((kernel.__name__, *sorted(made_for)))
+        return run(kernel, *args, grid=grid, warmup=warmup, **options)
+
+    return recorded
+
+
+def special(value, changing: bool):
+    """What Triton looks at in an argument."""
+    if isinstance(value, tuple):
+        return tuple(special(x, changing) for x in value)
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), changing or value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int" if changing else ("int", value == 1, value % 16 == 0)
+    return type(value).__name__ if isinstance(value, float) else value
+
+
 @contextmanager
 def card():
     """Engines made inside serve as on a GPU."""
@@ -126,6 +152,7 @@ def card():
         patch.object(CPUWorker, "determine_available_memory", measured),
         patch.object(CPUWorker, "compile_or_warm_up_model", warmed_up),
         patch("torch.tensor", lambda *args, pin_memory=False, **kwargs: tensor(*args, **kwargs)),
+        patch.object(InterpretedFunction, "run", recording(InterpretedFunction.run)),
         patch.object(GridExecutor, "_restore_args_dev", MagicMock()),  # a copy of every tensor to itself
         patch("torch.accelerator.get_memory_info", return_value=(0, 0)),
         patch.multiple("torch.cuda", CUDAGraph=Graph, graph=Capture, set_stream=MagicMock()),

@@ -16,7 +16,7 @@ from tests.engines import engine, read_answers, save_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has the card itself")
 SHAPE = {"vocab_size": 8192, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-SETTINGS = {"memory": 56, "segment": 16, "window": 8, "pinned": 0, "fidelity": "bf16"}  # merges after 48 tokens
+SETTINGS = {"memory": 56, "segment": 16, "window": 8, "pinned": 0, "fidelity": "k8v8"}  # merges after 48 tokens
 STOPS = [*range(0, 8192, 5)]  # one token in five ends an answer
 SESSION = {"extra_args": {"deltamem_session": "talk"}}
 
@@ -49,13 +49,13 @@ def abort(llm, prompt: list[int]) -> None:
 
 def talk(folder: str) -> dict:
     """Conversations in few slots, prompts in pieces. Takes a process of its own."""
-    from tests.card import Graph, card
+    from tests.card import Graph, card, compiled
 
     options = {"enforce_eager": False, "compilation_config": {"mode": 0}, "enable_prefix_caching": True}
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 7}
     fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
     with card(), engine(folder, dtype="float32", settings=SETTINGS, **options) as llm:
-        reserved = scratch()
+        reserved, ready = scratch(), set(compiled)
         first = ask(llm, (tokens(60, 0), fixed), (tokens(9, 1), stopping), (tokens(7, 2), fixed | SESSION))
         abort(llm, tokens(20, 3))
         (long, told, _, _), (stopped, whole, _, _), (named, said, _, _) = first
@@ -65,7 +65,12 @@ def talk(folder: str) -> dict:
             (stopped + whole + tokens(5, 5), stopping),
             (named + said + tokens(5, 6), fixed | SESSION),
         )
-    return {"asked": first + second, "replays": Graph.replays, "scratch": [reserved, scratch()]}
+    return {
+        "asked": first + second,
+        "replays": Graph.replays,
+        "scratch": [reserved, scratch()],
+        "late": sorted(map(str, compiled - ready)),
+    }
 
 
 def scratch() -> dict[str, int]:
@@ -84,6 +89,7 @@ def test_serving_as_on_a_gpu(tmp_path):
     assert said["replays"] > 15
     profiled, served = said["scratch"]
     assert len(profiled) > 20 and served == profiled, "vLLM has counted all scratch before it sized its cache"
+    assert said["late"] == [], "no request waits for Triton"
     first, second = said["asked"][:3], said["asked"][3:]
     known = [len(prompt) + len(answer) for prompt, answer, _, _ in first]
     assert [cached for *_, cached in first] == [0, 0, 0]

@@ -127,9 +127,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
             rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
         pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
-        # No sequence, but everything that merging compiles and looks up: no later step should wait for it.
-        pool.due = [Due(Rows(*map(pool.upload, ([-1], [0, 1], [0]))), shape.max_model_len)]
-        pool.merge_due()
+        if not ON_CPU:
+            impl = next(iter(self._layers().values())).impl
+            pool.warm_up(impl.num_heads, impl.most_rows, shape.max_model_len)
         return pool
 
     def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
@@ -250,7 +250,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         vllm_config = get_current_vllm_config()
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
         DeltaMemBackend.serving = self.plan = plan = plan_memory(vllm_config, rank=rank)
-        self.most_sequences = vllm_config.scheduler_config.max_num_seqs
+        self.most_rows = 2 * vllm_config.scheduler_config.max_num_seqs  # of a step: sequences, and padding before each
         if (self.head_size, self.num_kv_heads) != (plan.layout.shape.head_size, plan.layout.shape.kv_heads):
             raise ValueError("--attention-backend deltamem does not support attention layers of unequal shapes.")
         self.position: int | None = None  # of this layer in the model
@@ -272,8 +272,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
             self.position = extract_layer_index(layer.layer_name)
         if attn_metadata is None:  # vLLM's memory profiling
             if self.position == 0:
-                # A step's rows are no more than its sequences, and padding before each of them
-                reserve(self.plan, 2 * self.most_sequences, TOGETHER, output.device)
+                reserve(self.plan, self.most_rows, TOGETHER, output.device)
             return output.zero_()
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots = pool.layers[self.position]

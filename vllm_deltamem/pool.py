@@ -82,6 +82,27 @@ class SlotPool:
             for layer in range(len(self.layers)):
                 self.merge(layer, due)
 
+    @torch.inference_mode()
+    def warm_up(self, heads: int, most_rows: int, longest: int) -> None:
+        """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
+
+        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence.
+        """
+        (_, kv_heads, _, size), tokens = self.layers[0].ring_k.shape, 2
+        qkv = self.layers[0].ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for count in kernels.least_rows(most_rows):
+            rows = Rows(*map(self.upload, ([-1] * count, [0] + [tokens] * count, [tokens] * count)))
+            self.reset(rows)
+            for slots in self.layers:
+                for query_len in (1, tokens):
+                    known = {"max_query_len": query_len, "live_tokens": tokens}
+                    kernels.write(k, v, slots, *rows, **known)
+                    kernels.attend(q, slots, *rows, 1.0, out, self.rope, **known)
+        for layer in range(len(self.layers)):
+            self.merge(layer, [Due(Rows(*map(self.upload, ([-1], [0, 1], [0]))), longest)])
+
     def reset(self, rows: Rows) -> None:
         """Clear the slots of sequences whose first token is in this step, and write their pins."""
         fresh = kernels.reset(self.slab, *rows)
