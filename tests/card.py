@@ -1,4 +1,7 @@
-"""vLLM as it serves on a GPU, on a CPU: its second runner, steps ahead of their results, CUDA graphs, Triton kernels.
+"""vLLM as it serves on a GPU, on a CPU: its second runner, steps ahead of their results, Triton kernels, CUDA graphs.
+
+A model is traced and split at attention, as vLLM does by default: decoding is one graph, what lies between the
+attention of other steps is one graph each.
 
 Kernels run in Triton's interpreter. A graph is the list of operations and kernels that ran while it was captured, done
 again on the same tensors: what Python decided then is decided, as on a device, and reading a value back is an error.
@@ -7,6 +10,7 @@ Import this first, in a process of its own: Triton and vLLM find out at import w
 
 import os
 from contextlib import contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -20,12 +24,16 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # so that vLLM uses it
 
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output  # noqa: E402
+
 from vllm_deltamem import pool  # noqa: E402
 from vllm_deltamem.kernels import cuda  # noqa: E402
 
 pool.ON_CPU, pool.kernels = False, cuda
 
-CAPTURED = [1, 2, 4]  # sequences of the graphs
+CAPTURED = [1, 2, 4, 16, 40]  # tokens of the graphs
+GRAPH_OF_A_PIECE = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+ATTENTION = "vllm.unified_attention_with_output"  # to PyTorch one operation, which launches kernels of its own
 WAITS = {"aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzero"}  # for the device, or copy from pageable memory
 
 
@@ -71,6 +79,12 @@ class Capture(TorchDispatchMode):
         if str(func.overloadpacket) in WAITS:
             raise RuntimeError(f"{func} in a graph that is being captured")
         kwargs = kwargs or {}
+        if str(func.overloadpacket) == ATTENTION:
+            super().__enter__()
+            try:
+                return unified_attention_with_output(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         made = func(*args, **kwargs)
 
         def call():
@@ -112,7 +126,7 @@ def special(value, changing: bool):
 def card():
     """Engines made inside serve as on a GPU."""
     from vllm import SamplingParams
-    from vllm.config import CUDAGraphMode
+    from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.warmup import warmup_kernels
@@ -128,9 +142,14 @@ def card():
 
     def with_graphs(config):
         settle(config)
-        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        config.compilation_config.cudagraph_capture_sizes = CAPTURED
-        config.compilation_config.max_cudagraph_capture_size = CAPTURED[-1]
+        graphs = config.compilation_config
+        graphs.mode, graphs.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
+        graphs.backend, graphs.compile_sizes = "eager", []
+        graphs.cudagraph_capture_sizes, graphs.max_cudagraph_capture_size = CAPTURED, CAPTURED[-1]
+        graphs.set_splitting_ops_for_v1(config.parallel_config.all2all_backend)
+        for fusion in fields(graphs.pass_config):  # of kernels that the CPU build does not have
+            if getattr(graphs.pass_config, fusion.name) is True:
+                setattr(graphs.pass_config, fusion.name, False)
 
     def measured(worker):
         init_workspace_manager(worker.device, 1)
@@ -147,7 +166,9 @@ def card():
     tensor = torch.tensor
     with (
         patch.object(CpuPlatform, "check_and_update_config", staticmethod(with_graphs)),
-        patch.object(CpuPlatform, "opaque_attention_op", return_value=False),
+        patch.object(CpuPlatform, "opaque_attention_op", return_value=True),
+        patch.object(CpuPlatform, "get_static_graph_wrapper_cls", return_value=GRAPH_OF_A_PIECE),
+        patch("vllm.compilation.cuda_graph.weak_ref_tensors", lambda made: made),
         patch.object(CpuPlatform, "graph_pool_handle", return_value=(0, 0), create=True),
         patch.object(CPUWorker, "determine_available_memory", measured),
         patch.object(CPUWorker, "compile_or_warm_up_model", warmed_up),

@@ -51,7 +51,7 @@ def talk(folder: str) -> dict:
     """Conversations in few slots, prompts in pieces. Takes a process of its own."""
     from tests.card import Graph, card, compiled
 
-    options = {"enforce_eager": False, "compilation_config": {"mode": 0}, "enable_prefix_caching": True}
+    options = {"enforce_eager": False, "enable_prefix_caching": True, "gpu_memory_utilization": 0.1}
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 7}
     fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
     with card(), engine(folder, dtype="float32", settings=SETTINGS, **options) as llm:
