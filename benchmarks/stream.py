@@ -115,7 +115,7 @@ class Reader:
         from vllm_deltamem.sessionname import tenant_of
 
         store, tenant = open_store(self.engine.vllm_config, 0), tenant_of(None)
-        get_kv_transfer_group().carrier.finish()  # it is written beside the steps
+        get_kv_transfer_group().worker.carrier.finish()  # it is written beside the steps
         session = store.restore(tenant, name)
         for copy in copies:
             store.save(tenant, copy, session.tokens, session.slab)

@@ -109,7 +109,7 @@ def session_of(llm, name: str):
     from vllm_deltamem.enginestore import open_store
     from vllm_deltamem.sessionname import tenant_of
 
-    get_kv_transfer_group().carrier.finish()
+    get_kv_transfer_group().worker.carrier.finish()
     return open_store(llm.llm_engine.vllm_config, 0).restore(tenant_of(None), name)
 
 

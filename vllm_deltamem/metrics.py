@@ -34,6 +34,10 @@ class DeltaMemStats(KVConnectorStats):
 
     data: dict[str, float] = field(default_factory=dict)
 
+    def count(self, name: str, amount: float) -> None:
+        if amount:
+            self.data[name] = self.data.get(name, 0) + amount
+
     def reset(self):
         self.data = {}
 

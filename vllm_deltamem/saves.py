@@ -1,0 +1,65 @@
+"""The saves of sessions as the scheduler knows them: those that workers are at, and the last one of every session."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_deltamem.sessions import SessionStore
+from vllm_deltamem.transfers import Note, Transfer
+
+
+@dataclass
+class _Open:
+    save: Transfer
+    workers: int  # that are not done with it
+
+
+class Saves:
+    """The store's directory tells what was saved. Host memory is the worker's, so notes of it are kept."""
+
+    def __init__(self, store: SessionStore, segment: int, workers: int):
+        self._store, self._segment, self._workers = store, segment, workers
+        self._open: dict[str, _Open] = {}  # by save, in their order
+        self._notes: dict[tuple[str, str], Note] = {}  # by tenant and name, of what is in host memory
+
+    def add(self, save: Transfer) -> None:
+        """Workers are told to save. Raises SessionRefused where other processes can't be told to wait for it."""
+        self._open[save.turn.save_id] = _Open(save, self._workers)
+        self._store.expect(save.turn.tenant, save.turn.name, save.turn.save_id)
+
+    def written(self, counts: Counter[str]) -> None:
+        """So many workers are done with these saves."""
+        for save_id, workers in counts.items():
+            self._open[save_id].workers -= workers
+            if not self._open[save_id].workers:
+                self._keep(self._open.pop(save_id).save)
+
+    def last(self, tenant: str, name: str) -> Note | None:
+        """The last save of a session. Raises SessionRefused where it can't be read.
+
+        A note may outlive its session: the worker then reports that it could not load it.
+        """
+        if self._store.directory is None:
+            return self._notes.get((tenant, name))
+        session = self._store.peek(tenant, name)
+        return session and self._note(session.header.save_id, session.tokens, session.header.n_earlier)
+
+    def unwritten(self, tenant: str, name: str) -> Note | None:
+        """The last save of a session, as long as workers are at it. Raises SessionRefused."""
+        for held in reversed(self._open.values()):
+            save, turn = held.save, held.save.turn
+            if (turn.tenant, turn.name) == (tenant, name):
+                erased = self._store.directory is not None and not self._store.holds(tenant, name, turn.save_id)
+                return None if erased else self._note(turn.save_id, save.tokens, save.n_earlier)
+        return None
+
+    def _keep(self, save: Transfer) -> None:
+        if self._store.directory is None:
+            session = save.turn.tenant, save.turn.name
+            self._notes.pop(session, None)
+            self._notes[session] = self._note(save.turn.save_id, save.tokens, save.n_earlier)
+            if len(self._notes) > self._store.settings.max_sessions:
+                del self._notes[next(iter(self._notes))]
+
+    def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int) -> Note:
+        return Note.of(save_id, tokens, n_earlier, self._segment)
