@@ -12,6 +12,7 @@ from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
 
 logger = init_logger(__name__)
+USUAL_ROWS = 256
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
@@ -86,13 +87,14 @@ class SlotPool:
     def warm_up(self, heads: int, most_rows: int, longest: int) -> None:
         """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
 
-        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence.
+        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence. What more than
+        USUAL_ROWS take, some seconds of compiling for every few hundred, is left until such a step comes.
         """
         (_, kv_heads, _, size), tokens = self.layers[0].ring_k.shape, 2
         qkv = self.layers[0].ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for count in kernels.least_rows(most_rows):
+        for count in kernels.least_rows(min(most_rows, USUAL_ROWS)):
             rows = Rows(*map(self.upload, ([-1] * count, [0] + [tokens] * count, [tokens] * count)))
             self.reset(rows)
             for slots in self.layers:
