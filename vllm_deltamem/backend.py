@@ -1,8 +1,8 @@
 """The attention backend: plan a step, then per layer write the new tokens, attend, merge.
 
 A batch runs as a few steps, in each of which a sequence has at most one piece: tokens of one segment. Decoding
-is one step, which may be a CUDA graph and merges after the forward pass (connectorworker.py); a prompt chunk takes as many
-as the segments it touches, since a segment must see the memory as it was at its boundary.
+is one step, which may be a CUDA graph and merges after the forward pass (connectorworker.py); a prompt chunk takes as
+many as the segments it touches, since a segment must see the memory as it was at its boundary.
 """
 
 from collections.abc import Iterator
