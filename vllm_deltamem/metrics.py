@@ -43,7 +43,10 @@ class DeltaMemStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, value in other.data.items():
-            self.data[name] = self.data.get(name, 0) + value if name in COUNTERS else value
+            if name in COUNTERS:
+                self.count(name, value)
+            else:
+                self.data[name] = value
         return self
 
     def reduce(self) -> dict[str, float]:

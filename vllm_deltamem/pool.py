@@ -12,7 +12,7 @@ from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
 
 logger = init_logger(__name__)
-USUAL_ROWS = 256
+USUAL_ROWS = 256  # of a step
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
@@ -88,7 +88,7 @@ class SlotPool:
         """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
 
         Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence. What more than
-        USUAL_ROWS take, some seconds of compiling for every few hundred, is left until such a step comes.
+        USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes.
         """
         (_, kv_heads, _, size), tokens = self.layers[0].ring_k.shape, 2
         qkv = self.layers[0].ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
@@ -102,8 +102,8 @@ class SlotPool:
                     known = {"max_query_len": query_len, "live_tokens": tokens}
                     kernels.write(k, v, slots, *rows, **known)
                     kernels.attend(q, slots, *rows, 1.0, out, self.rope, **known)
-        for layer in range(len(self.layers)):
-            self.merge(layer, [Due(Rows(*map(self.upload, ([-1], [0, 1], [0]))), longest)])
+        self.due = [Due(Rows(*map(self.upload, ([-1], [0, 1], [0]))), longest)]
+        self.merge_due()
 
     def reset(self, rows: Rows) -> None:
         """Clear the slots of sequences whose first token is in this step, and write their pins."""
