@@ -4,7 +4,6 @@ import json
 import random
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from vllm_deltamem.calibration import (
     simulate,
     tables,
     trials,
+    windowshare,
 )
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels import reference
@@ -238,8 +238,9 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     made = calibrate.calibrate(folder, tmp_path / "a.safetensors", [TEXT * 8], prompts=12, length=1024, held_out=1)
     read = profiles.load(tmp_path / "a.safetensors")
     profiles.check(read, FrozenModel(folder).config)
-    assert torch.equal(read.budgets, made.budgets) and read.meta["gate"] in ("drop", "fitted")
+    assert torch.equal(read.budgets, made.budgets) and read.meta["gate"].split(";")[0] in ("drop", "fitted")
     assert read.fidelity == made.fidelity and len(read.fidelity[0]) == 2
+    assert read.window_share == made.window_share in windowshare.CANDIDATES
     assert "15%, no profile" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors.partial").exists()
 
@@ -328,11 +329,30 @@ def test_the_gate_with_the_least_loss_is_taken(kept, monkeypatch):
 
     drop, open_ = (torch.tensor(gates.CANDIDATES[name]) for name in ("drop", "cosine above 0.6"))
     best = torch.stack([drop, drop if kept == "drop" else open_])[None]
-    monkeypatch.setattr(gates, "memory_attention", lambda model, profile, *_: profile)
-    monkeypatch.setattr(
-        gates, "score", lambda model, asked, profile: SimpleNamespace(loss=float((profile.gate - best).abs().sum()))
-    )
-    recall, asked = torch.tensor([[True, False]]), SimpleNamespace(ids=[0])
-    name, chosen = gates.choose(None, Gated(best), torch.ones(1, 2, 3), recall, [asked])
+    monkeypatch.setattr(gates, "total_loss", lambda model, profile, asked: (profile.gate - best).abs().sum())
+    recall = torch.tensor([[True, False]])
+    name, chosen = gates.choose(None, Gated(best), torch.ones(1, 2, 3), recall, [])
     assert name == kept
     assert torch.equal(chosen.gate, best)
+
+
+@pytest.mark.parametrize("best", windowshare.CANDIDATES)
+def test_the_window_with_the_least_loss_is_taken(best, monkeypatch):
+    @dataclass
+    class Windowed:
+        window_share: float
+
+    monkeypatch.setattr(windowshare, "total_loss", lambda model, profile, asked: abs(profile.window_share - best))
+    assert windowshare.choose(None, Windowed(1.0), []).window_share == best
+
+
+def test_losses_add_up_over_prompts_and_sizes(model):
+    profile = profiles.Profile(model.fingerprint, (1.0,), torch.ones(1, 2, 2), torch.zeros(2, 2, 3))
+    asked = [prompts.text_prompt(model.tokenizer, TEXT * 8, 1024, random.Random(seed)) for seed in range(2)]
+    losses = [simulate.total_loss(model, profile, [prompt]) for prompt in asked]
+    alone = [
+        simulate.score(model, asked[:1], simulate.memory_attention(model, profile, 1024, share)).loss
+        for share in simulate.SHARES
+    ]
+    assert losses[0] == sum(alone) and alone[0] != alone[1]
+    assert simulate.total_loss(model, profile, asked) == pytest.approx(sum(losses))

@@ -35,6 +35,7 @@ def make_profile(**changes):
         budgets=torch.rand(2, 2, 3) + 0.5,
         gate=torch.randn(2, 3, 3),
         fidelity=(("bf16", "k4v4"), ("k8v4", "k8v4")),
+        window_share=0.125,
         importance=weights,
         meta={"seed": 7},
     )
@@ -46,6 +47,7 @@ def test_saved_profile_loads_as_it_was(tmp_path):
     profiles.save(made, tmp_path / "a.safetensors")
     read = profiles.load(tmp_path / "a.safetensors")
     assert (read.fingerprint, read.sizes, read.fidelity) == (made.fingerprint, made.sizes, made.fidelity)
+    assert read.window_share == made.window_share
     assert read.meta == made.meta
     assert torch.equal(read.budgets, made.budgets) and torch.equal(read.gate, made.gate)
     for actual, expected in zip(read.importance, made.importance, strict=True):
@@ -75,6 +77,15 @@ def test_fidelity_is_that_of_the_nearest_size():
     assert kinds == [(FIDELITIES["bf16"], FIDELITIES["k4v4"]), (FIDELITIES["k8v4"],) * 2]
     own = profiles.divide(shape, DeltaMemConfig(memory=200, fidelity="k8v8"), made)
     assert own.codecs == (FIDELITIES["k8v8"],) * 2, "settings come first"
+
+
+def test_window_of_a_small_memory_is_the_share_of_the_profile():
+    shape = Shape(2, 3, 16, torch.bfloat16, 4096)
+    windows = [
+        [profiles.divide(shape, DeltaMemConfig(memory=n, **own), made).window for n in (200, 400, 800)]
+        for made, own in ((None, {}), (make_profile(), {}), (make_profile(), {"window": 40}))
+    ]
+    assert windows == [[50, 64, 64], [25, 50, 64], [40, 40, 40]], "settings come first"
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -110,6 +121,8 @@ def test_choose_none_and_unknown_models():
         (dict(budgets=torch.ones(2, 3, 3)), "budgets must be finite with shape"),
         (dict(gate=torch.full((2, 3, 3), torch.nan)), "gate must be finite"),
         (dict(sizes=(0.2, 0.05)), "sizes must rise"),
+        (dict(window_share=1.5), "window_share must be above 0 and at most 1, is 1.5"),
+        (dict(window_share="wide"), "window_share must be"),
         (dict(fidelity=(("k4v4", "k4v4"),)), "fidelity must be one of bf16, k8v8, k8v4, k4v4 for each size and layer"),
         (dict(fidelity=(("k4v4",), ("k4v4",))), "fidelity must be one of"),
         (dict(fidelity=(("k4v4", "k2v2"),) * 2), "fidelity must be one of"),

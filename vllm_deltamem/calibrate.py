@@ -1,8 +1,8 @@
 """`deltamem calibrate MODEL -o PROFILE`: learn what a frozen model needs of its context, and write it down.
 
 A prompt at a time it records how much every token matters in every head (calibration/influence.py), fits the
-importance heads to that, chooses the fidelity of every layer, derives the budgets, chooses the gate, and prints
-what the profile gains on held-out prompts.
+importance heads to that, chooses the fidelity of every layer, derives the budgets, chooses the gate and the window, and
+prints what the profile gains on held-out prompts.
 """
 
 import argparse
@@ -17,18 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from vllm_deltamem.calibration import budgets, codes, gates, importance
+from vllm_deltamem.calibration import budgets, codes, gates, importance, windowshare
 from vllm_deltamem.calibration.cases import case_prompt
 from vllm_deltamem.calibration.dialogues import dialogue_prompt
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
-from vllm_deltamem.calibration.simulate import Score, memory_attention, score
+from vllm_deltamem.calibration.simulate import SHARES, Score, memory_attention, score
 from vllm_deltamem.calibration.tables import table_prompt
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
-SHARES = (0.15, 0.05)  # memory sizes, of full attention, that the closing comparison is made at
 # Of training prompts, in turn
 KINDS = recall_prompt, dialogue_prompt, table_prompt, recall_prompt, case_prompt, text_prompt
 ASKING = recall_prompt, table_prompt
@@ -107,6 +106,7 @@ def calibrate(
     fitted, recall = (_in_all_layers(learned, shape) for learned in (gates.fit(seen), gates.recalling(asked)))
     tuning = [_draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate(dict.fromkeys(KINDS))]
     profile.meta["gate"], profile = gates.choose(model, profile, fitted, recall, tuning)
+    profile = windowshare.choose(model, profile, tuning)
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
     shutil.rmtree(partial)

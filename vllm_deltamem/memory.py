@@ -17,6 +17,7 @@ ALIGNMENT = 16  # bytes: the widest load of a kernel
 MAX_PINS = 32  # spans of tokens that a client may pin in one sequence
 DEFAULT_FIDELITY = "k8v4"  # of a model without a profile: next to free on every model tried
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
+WINDOW_SHARE = 0.25  # of a small memory, without a profile that says otherwise
 NEAR = 64  # tokens: importance is learned from queries that are at least so far from the token
 
 
@@ -191,12 +192,14 @@ def plan_layout(
     config: DeltaMemConfig,
     budgets: torch.Tensor | None = None,
     fidelities: tuple[str, ...] | None = None,
+    window_share: float = WINDOW_SHARE,
 ) -> Layout:
     """Divide the memory that the settings ask for among the heads with full attention; sliding layers come on top.
 
     budgets: [layers, kv_heads] relative shares of the memory, any positive scale; None shares equally. Those of
     sliding layers are ignored.
     fidelities: of every layer, where the settings name none; None is DEFAULT_FIDELITY.
+    window_share: of the memory, for its window, up to NEAR tokens, where the settings name none.
     Raises ValueError when the memory is too small for what every head must hold.
     """
     layers, full = shape.full_layers, shape.full_token_bytes
@@ -208,7 +211,7 @@ def plan_layout(
         segment = config.segment or _default_segment((config.memory_bytes - shape.sliding_bytes(0)) // full)
         total = config.memory_bytes - shape.sliding_bytes(segment)
         memory = max(total, 0) // full
-    window = config.window or max(segment // 2, min(NEAR, memory // 4))
+    window = config.window or max(segment // 2, min(NEAR, int(memory * window_share)))
     pinned = config.pinned if config.pinned is not None else memory // 16
     if config.fidelity is not None or fidelities is None:
         fidelities = (config.fidelity or DEFAULT_FIDELITY,) * shape.layers

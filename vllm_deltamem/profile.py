@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import FIDELITIES, Policy
-from vllm_deltamem.memory import Layout, Shape, plan_layout
+from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-1"
@@ -33,6 +33,7 @@ class Profile:
     budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
     gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
     fidelity: tuple[tuple[str, ...], ...] | None = None  # [sizes][L] of coarse entries, slot.FIDELITIES; None: default
+    window_share: float = WINDOW_SHARE  # of a small memory, see memory.plan_layout
     importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
     meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
 
@@ -79,11 +80,12 @@ def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
 
 def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> Layout:
     """The layout of all kv heads, by the profile's budgets if there is one. Raises ValueError as plan_layout does."""
-    layout = plan_layout(shape, settings)
+    layout = plan_layout(shape, settings, window_share=profile.window_share if profile else WINDOW_SHARE)
     if profile is None:
         return layout
     size = layout.memory_tokens, shape.max_model_len
-    return plan_layout(shape, settings, profile.budgets_for(*size), profile.fidelity_for(*size))
+    learned = profile.budgets_for(*size), profile.fidelity_for(*size), profile.window_share
+    return plan_layout(shape, settings, *learned)
 
 
 def fingerprint_of(hf_config) -> dict:
@@ -141,6 +143,7 @@ def load(path: str | Path) -> Profile:
         budgets=tensors["budgets"].float(),
         gate=tensors["gate"].float(),
         fidelity=tuple(map(tuple, header.get("fidelity") or ())) or None,
+        window_share=header.get("window_share", WINDOW_SHARE),
         importance=tuple(tensors[name] for name in WEIGHTS) if "w1" in tensors else None,
         meta=header["meta"],
     )
@@ -158,6 +161,7 @@ def save(profile: Profile, path: str | Path) -> None:
         "fingerprint": profile.fingerprint,
         "sizes": profile.sizes,
         "fidelity": profile.fidelity,
+        "window_share": profile.window_share,
         "meta": profile.meta,
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -213,6 +217,12 @@ def _check_tensors(profile: Profile, path) -> None:
         raise ValueError(
             f"The deltamem profile {str(path)!r} is damaged: fidelity must be one of {', '.join(FIDELITIES)} for each "
             f"size and layer, is {fidelity!r:.200}."
+        )
+    share = profile.window_share
+    if not isinstance(share, float) or not 0 < share <= 1:
+        raise ValueError(
+            f"The deltamem profile {str(path)!r} is damaged: window_share must be above 0 and at most 1, "
+            f"is {share!r:.200}."
         )
     if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")

@@ -8,10 +8,9 @@ from tqdm import tqdm
 from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.calibration.prompts import Prompt
-from vllm_deltamem.calibration.simulate import memory_attention, score
+from vllm_deltamem.calibration.simulate import total_loss
 from vllm_deltamem.profile import Profile
 
-SHARES = (0.15, 0.05)  # memory sizes to choose for
 DROP = (-24.0, 0.0, 0.0)
 CANDIDATES = {
     "drop": DROP,
@@ -52,7 +51,7 @@ def recalling(observations: list[Observation]) -> torch.Tensor:
 def choose(
     model: FrozenModel, profile: Profile, fitted: torch.Tensor, recall: torch.Tensor, prompts: list[Prompt]
 ) -> tuple[str, Profile]:
-    """The gate with the least loss over prompts and SHARES: its name, and the profile with it.
+    """The gate that loses least over prompts: its name, and the profile with it.
 
     fitted: gates [L, G, 3]. recall: heads [L, G] in which every gate is tried with nothing merged, too: a merge
     pulls at a key that queries look for, which costs them more than the tokens merged are worth to other heads.
@@ -63,11 +62,6 @@ def choose(
         if name != "drop":
             candidates[f"{name}; none in heads that recall"] = torch.where(recall[..., None], torch.tensor(DROP), gate)
     for name, gate in tqdm(candidates.items(), "gates compared"):
-        candidate = dataclasses.replace(profile, gate=gate.clone())
-        losses[name] = sum(
-            score(model, [prompt], memory_attention(model, candidate, len(prompt.ids), share)).loss
-            for prompt in prompts
-            for share in SHARES
-        )
+        losses[name] = total_loss(model, dataclasses.replace(profile, gate=gate.clone()), prompts)
     best = min(losses, key=losses.get)
     return best, dataclasses.replace(profile, gate=candidates[best].clone())

@@ -9,8 +9,10 @@ from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attent
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, plan_layout
-from vllm_deltamem.profile import Profile, training_free
+from vllm_deltamem.memory import Layout
+from vllm_deltamem.profile import Profile, divide, training_free
+
+SHARES = (0.15, 0.05)  # memory sizes, of full attention, to choose for and to compare at
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,7 @@ def memory_attention(
 ) -> MemoryAttention:
     """The memory at a share of full attention over `context` tokens; settings as in DeltaMemConfig."""
     shape, memory = model.shape(context), round(share * context)
-    layout = plan_layout(
-        shape,
-        DeltaMemConfig(memory=memory, **settings),
-        profile and profile.budgets_for(memory, context),
-        profile and profile.fidelity_for(memory, context),
-    )
+    layout = divide(shape, DeltaMemConfig(memory=memory, **settings), profile)
     device, layers = model.device, range(shape.layers)
     policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]
     return MemoryAttention(model, layout, policies)
@@ -82,4 +79,13 @@ def score(model: FrozenModel, prompts: list[Prompt], attention: Attention = full
         exact=sum(exact) / len(exact),
         tokens=torch.cat(right).float().mean().item(),
         loss=torch.cat(loss).mean().item(),
+    )
+
+
+def total_loss(model: FrozenModel, profile: Profile, prompts: list[Prompt]) -> float:
+    """Nats per wanted token with this profile, summed over prompts and SHARES."""
+    return sum(
+        score(model, [prompt], memory_attention(model, profile, len(prompt.ids), share)).loss
+        for prompt in prompts
+        for share in SHARES
     )
