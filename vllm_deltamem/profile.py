@@ -80,12 +80,10 @@ def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
 
 def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> Layout:
     """The layout of all kv heads, by the profile's budgets if there is one. Raises ValueError as plan_layout does."""
-    layout = plan_layout(shape, settings, window_share=profile.window_share if profile else WINDOW_SHARE)
     if profile is None:
-        return layout
-    size = layout.memory_tokens, shape.max_model_len
-    learned = profile.budgets_for(*size), profile.fidelity_for(*size), profile.window_share
-    return plan_layout(shape, settings, *learned)
+        return plan_layout(shape, settings)
+    size = plan_layout(shape, settings, window_share=profile.window_share).memory_tokens, shape.max_model_len
+    return plan_layout(shape, settings, profile.budgets_for(*size), profile.fidelity_for(*size), profile.window_share)
 
 
 def fingerprint_of(hf_config) -> dict:
