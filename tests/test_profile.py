@@ -54,6 +54,13 @@ def test_saved_profile_loads_as_it_was(tmp_path):
         torch.testing.assert_close(actual, expected.half())
 
 
+def test_a_profile_in_the_place_of_another_is_what_loads(tmp_path):
+    profiles.save(make_profile(), tmp_path / "a.safetensors")
+    assert profiles.load(tmp_path / "a.safetensors").window_share == 0.125
+    profiles.save(make_profile(window_share=0.25), tmp_path / "a.safetensors")
+    assert profiles.load(tmp_path / "a.safetensors").window_share == 0.25
+
+
 def test_saved_profile_is_readable_by_whom_the_umask_lets(tmp_path):
     profiles.save(make_profile(), tmp_path / "a.safetensors")
     (tmp_path / "b").touch()

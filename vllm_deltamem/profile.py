@@ -165,6 +165,7 @@ def save(profile: Profile, path: str | Path) -> None:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     packed = safetensors.torch.save(tensors, {"deltamem": json.dumps(header, sort_keys=True)})
     Path(path).write_bytes(packed)  # safetensors' own files are for their owner alone, whatever the umask says
+    load.cache_clear()  # another profile may have been there
 
 
 def find(hf_config) -> Profile | None:
