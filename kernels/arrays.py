@@ -37,37 +37,38 @@ class Arrays(NamedTuple):
     limit: int
 
 
+# A call with a tuple of arrays costs as much as coding a row does: these take many rows at a time, or no tuple.
+
+
 @compiled
-def key_position(arrays: Arrays, rank):
+def key_position(rank, limit):
     """See slot.key_position, of one entry."""
     position = MAX_POSITION - (rank & MAX_POSITION)
-    return 0 if rank == EMPTY or position < arrays.limit else position
+    return 0 if rank == EMPTY or position < limit else position
 
 
 @compiled
-def read_plain(arrays: Arrays, place):
-    """The key at a place of the readout as it was before RoPE, into `plain`."""
-    position, key = key_position(arrays, arrays.rank[place]), np.empty(arrays.k.shape[1], np.float32)
-    load(arrays.k[place], arrays.kind, key)
-    turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
-
-
-@compiled
-def read_all_plain(arrays: Arrays):
-    """The same of all places, 0 where there is no entry."""
-    for place in range(len(arrays.rank)):
+def read_plain(arrays: Arrays, places):
+    """The keys at these places of the readout as they were before RoPE, into `plain`; 0 where there is no entry."""
+    key = np.empty(arrays.k.shape[1], np.float32)
+    for place in places:
         if arrays.rank[place] == EMPTY:
             arrays.plain[place] = 0
-        else:
-            read_plain(arrays, place)
+            continue
+        position = key_position(arrays.rank[place], arrays.limit)
+        load(arrays.k[place], arrays.kind, key)
+        turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
 
 
 @compiled
-def store(arrays: Arrays, g, place, k, v, mass, rank):
-    """Write a coarse entry of head g, in the slot and at a place of the readout: k, v [D] fp32."""
-    entry = arrays.coarse_start[g] + place - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
-    encode(k, arrays.key_bits, arrays.kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], arrays.k[place])
-    encode(v, arrays.value_bits, arrays.kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], arrays.v[place])
-    arrays.mass[place] = arrays.coarse_mass[entry] = mass
-    arrays.rank[place] = arrays.coarse_rank[entry] = rank
-    read_plain(arrays, place)
+def store(arrays: Arrays, g, places, k, v, mass, rank):
+    """Write coarse entries of head g, in the slot and at W places of the readout: k, v [W, D] fp32, mass, rank [W]."""
+    first = arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
+    key_bits, value_bits, kind = arrays.key_bits, arrays.value_bits, arrays.kind
+    for i in range(len(places)):
+        place, entry = places[i], first + places[i]
+        encode(k[i], key_bits, kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], arrays.k[place])
+        encode(v[i], value_bits, kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], arrays.v[place])
+        arrays.mass[place] = arrays.coarse_mass[entry] = mass[i]
+        arrays.rank[place] = arrays.coarse_rank[entry] = rank[i]
+    read_plain(arrays, places)

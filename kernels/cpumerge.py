@@ -118,7 +118,8 @@ def _exchange(arrays: Arrays, k, v, plain, values, rank, mass, gates, mean, cent
     kv_heads, count, size = plain.shape
     kind = arrays.kind
     searching, written, n = np.zeros(kv_heads, np.bool_), np.empty(2 * kv_heads * count, np.int64), 0
-    key, value, old = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    taken_k, taken_v = np.empty((count, size), np.float32), np.empty((count, size), np.float32)
+    taken, ones = np.empty(count, np.int64), np.ones(count, np.float32)
     for g in range(kv_heads):
         first, exact = arrays.exact_start[g], arrays.exact_start[g + 1] - arrays.exact_start[g]
         start, stop = arrays.start[g], arrays.start[g + 1]
@@ -138,17 +139,18 @@ def _exchange(arrays: Arrays, k, v, plain, values, rank, mass, gates, mean, cent
                 n += 1
         if last > start + exact:
             entries, newcomers = _duels(arrays.rank[start + exact : last], rank[g])
-            for i in range(len(entries)):
-                place, c = start + exact + entries[i], newcomers[i]
-                load(arrays.v[place], kind, old)
-                load(k[g, c], kind, key)
-                value[:], values[g, c] = values[g, c], old
+            places = start + exact + entries
+            won = len(places)
+            for i in range(won):
+                place, c = places[i], newcomers[i]
+                load(k[g, c], kind, taken_k[i])
+                taken_v[i] = values[g, c]
+                load(arrays.v[place], kind, values[g, c])
                 plain[g, c], mass[g, c] = arrays.plain[place], arrays.mass[place]
-                given_up = arrays.rank[place]
-                store(arrays, g, place, key, value, np.float32(1), rank[g, c])
-                rank[g, c] = given_up
-                written[n] = place
-                n += 1
+                taken[i], rank[g, c] = rank[g, c], arrays.rank[place]
+            store(arrays, g, places, taken_k, taken_v, ones, taken)
+            written[n : n + won] = places
+            n += won
             heaviest = arrays.mass[start:stop].max() if gates[g, 2] > 0 else np.float32(1)
             closest = np.float32(1) if gates[g, 1] > 0 else np.float32(-1)
             searching[g] = (rank[g] != EMPTY).any() and _gate(closest, heaviest, gates[g]) > 0
@@ -218,7 +220,7 @@ def _merge_rest(arrays: Arrays, g, cosine, best, places, plain, values, rank, ma
     for c in range(count):
         i = group[c]
         if i >= 0:
-            position = key_position(arrays, arrays.rank[target[i]])
+            position = key_position(arrays.rank[target[i]], arrays.limit)
             turn(plain[c], arrays.cos[position], arrays.sin[position], arrays.interleaved, False, turned)
             total[i] += weight[c]
             for d in range(size):
@@ -228,5 +230,6 @@ def _merge_rest(arrays: Arrays, g, cosine, best, places, plain, values, rank, ma
         for d in range(size):
             k[i, d] += delta_k[i, d] / total[i]
             v[i, d] += delta_v[i, d] / total[i]
-        store(arrays, g, target[i], k[i], v[i], total[i], arrays.rank[target[i]])
-    return target[:groups]
+    target = target[:groups]
+    store(arrays, g, target, k, v, total, arrays.rank[target])
+    return target

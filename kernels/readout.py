@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import Arrays, read_all_plain
+from .arrays import Arrays, read_plain
 from .rows import KINDS, as_bits
 from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, rank_position, rotate
 
@@ -107,7 +107,7 @@ class Readout:
             self._turn_far()
         if self.arrays is None:
             self.arrays = self._as_arrays(limit)
-            read_all_plain(self.arrays)
+            read_plain(self.arrays, np.arange(len(self.rank)))
         elif self.arrays.limit != limit:
             self.arrays = self.arrays._replace(limit=limit)
 
