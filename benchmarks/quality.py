@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, table in (("suites", SUITES), ("policies", KNOWN)):
         for value in getattr(args, name):
             if value not in table:
-                parser.error(f"unknown {name[:-1]} {value!r}; known: {', '.join(table)}")
+                parser.error(f"--{name}: unknown {value!r}; known: {', '.join(table)}")
     if not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model} is no model folder: it has no config.json.")
     return args
