@@ -36,10 +36,11 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
         tokens, held, cells = _single_cells(rows, ring)
         slots.ring_k[held, :, cells], slots.ring_v[held, :, cells] = k[tokens], v[tokens]
         return
-    for slot, begin, end, seq_len in rows:
-        cells = _cells(seq_len - (end - begin), end - begin, ring)
-        slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
-        slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
+    with one_thread():  # another one, once awake, keeps its core busy for a while: helpers need it
+        for slot, begin, end, seq_len in rows:
+            for cells, tokens in _runs(seq_len - (end - begin), end - begin, ring):
+                slots.ring_k[slot, :, cells] = k[begin:end][tokens].transpose(0, 1)
+                slots.ring_v[slot, :, cells] = v[begin:end][tokens].transpose(0, 1)
 
 
 def attend(
@@ -70,17 +71,20 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         if seq_len % slots.segment or gone <= 0:
             continue
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
-        cells = _cells(first, gone - first, slots.ring_k.shape[2])
         with one_thread():
+            runs = [cells for cells, _ in _runs(first, gone - first, slots.ring_k.shape[2])]
+            k, v = (torch.cat([x[slot, :, cells] for cells in runs], 1) for x in (slots.ring_k, slots.ring_v))
             readout = readouts.of(slot, gone)
             readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
-            merge_slot(slots, slot, gone, slots.ring_k[slot, :, cells], slots.ring_v[slot, :, cells], policy, readout)
+            merge_slot(slots, slot, gone, k, v, policy, readout)
 
 
-def _cells(first, count, ring):
-    """Ring cells of `count` positions from `first` on: a slice where they do not wrap."""
+def _runs(first, count, ring):
+    """(ring cells, which of `count` positions from `first` on they hold): slices, two of each where the cells wrap."""
     cell = first % ring
-    return slice(cell, cell + count) if cell + count <= ring else torch.arange(cell, cell + count) % ring
+    fit = min(count, ring - cell)
+    runs = [(slice(cell, cell + fit), slice(0, fit))]
+    return runs if fit == count else [*runs, (slice(0, count - fit), slice(fit, count))]
 
 
 def _local_mask(first, last, window, segment, sliding):

@@ -22,10 +22,10 @@ CLOSED = np.float32(0.01)  # see reference.gate
 def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
     """Move the tokens k, v [G, C, D] at positions up to `gone` from the ring of one slot into its memory.
 
-    readout: of that slot, prepared for merging.
+    k, v: contiguous copies, which are written over. readout: of that slot, prepared for merging.
     """
     first, arrays = gone - k.shape[1], readout.arrays
-    k, v = (as_bits(x.clone(memory_format=torch.contiguous_format)) for x in (k, v))  # both are written below
+    k, v = as_bits(k), as_bits(v)
     plain, values, centred = (torch.empty(k.shape) for _ in range(3))
     _read(arrays, k, v, first, plain.numpy(), values.numpy())
     mean = slots.key_sum[slot].add_(plain.sum(1)) / gone
