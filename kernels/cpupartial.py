@@ -73,22 +73,37 @@ def at_most(most):
 
 
 def _by_products(q, k, v, mask, scale):
-    """One head at a time, in few operations of PyTorch's: a decoded token waits for each of them."""
-    (rows, keys), seen = (q.shape[2], k.shape[2]), q.new_empty(q.shape)
-    lse, masks = np.empty(q.shape[:3], np.float32), mask.expand(*q.shape[:2], -1, -1).numpy()
+    """One head at a time, in few operations of PyTorch's, views included: a decoded token waits for each of them."""
+    rows, keys = q.shape[2], k.shape[2]
     step = max(AT_ONCE // keys // ROW_BLOCK, 1) * ROW_BLOCK
-    parts, scale = q.new_empty(2, min(step, rows), keys), np.float32(scale)
-    for b, p in np.ndindex(*q.shape[:2]):
-        query, turned, value, head_mask = q[b, p], k[b, p].T, v[b, p], np.ascontiguousarray(masks[b, p])
-        for first in range(0, rows, step):
-            some = slice(first, first + step)
-            high, low = parts[:, : rows - first]
-            # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
-            torch.mm(query[some], turned, out=high)
-            torch.addmm(high, query[some], turned, beta=-1, out=low)
-            _softmax(as_bits(high), as_bits(low), head_mask, first, scale, lse[b, p, some])
-            torch.mm(high, value, out=seen[b, p, some])
+    seen, high, low = q.new_empty(q.shape), *(q.new_empty(min(step, rows), keys) for _ in range(2))
+    lse, masks = np.empty(q.shape[:3], np.float32), mask.expand(*q.shape[:2], -1, -1).numpy()
+    parts, scale = (high, low, as_bits(high), as_bits(low)), np.float32(scale)
+    for b in range(len(q)):
+        heads = (x.unbind() for x in (q[b], k[b].mT, v[b], seen[b]))
+        for query, turned, value, out, found, bias in zip(*heads, lse[b], masks[b], strict=True):
+            bias = np.ascontiguousarray(bias)
+            if rows <= step:
+                _see(query, turned, value, bias, 0, scale, parts, out, found)
+                continue
+            for first in range(0, rows, step):
+                some = slice(first, first + step)
+                these = parts if first + step <= rows else [x[: rows - first] for x in parts]
+                _see(query[some], turned, value, bias, first, scale, these, out[some], found[some])
     return seen, torch.from_numpy(lse)
+
+
+def _see(query, turned, value, bias, first, scale, parts, out, lse):
+    """Of queries [T, D], the rows from `first` on, writes what they see [T, D] and lse [T].
+
+    turned [D, K], value [K, D]; parts: room for logits in two parts [T, K], each followed by its bits.
+    """
+    high, low, *bits = parts
+    # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
+    torch.mm(query, turned, out=high)
+    torch.addmm(high, query, turned, beta=-1, out=low)
+    _softmax(*bits, bias, first, scale, lse)
+    torch.mm(high, value, out=out)
 
 
 @compiled
