@@ -21,6 +21,7 @@ def start(model: str, settings: dict | None, length: int, **options):
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     options |= {"model": model, "seed": 0, "max_logprobs": TOP}
     options |= {"enforce_eager": True}  # compiling takes longer than most runs
+    options |= {"scheduling_policy": "priority"}  # see run
     if settings is None:
         length = min(length, trained)
     else:
@@ -97,13 +98,17 @@ def extract(sample: Sample, request) -> dict:
 
 
 def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
-    """Run the samples, each (suite, sample); an answer that asks for another prompt queues it at once."""
+    """Run the samples, each (suite, sample); an answer that asks for another prompt queues it at once.
+
+    That prompt comes before those of later samples, as long as what it shares with the one before is in the cache.
+    """
     longest = engine.model_config.max_model_len
-    running = {}
+    running, place = {}, {id(sample): i for i, (_, sample) in enumerate(waiting)}
 
     def add(suite: str, sample: Sample, outputs: list[dict] | None, prompt: list[int], params) -> None:
         name = f"{suite}/{sample.seed}/{'shared' if outputs is None else len(outputs)}"
-        engine.add_request(name, engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0], params)
+        rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
+        engine.add_request(name, rendered, params, priority=place[id(sample)])
         running[name] = suite, sample, outputs
 
     def submit(suite: str, sample: Sample, outputs: list[dict]) -> bool:
