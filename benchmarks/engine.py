@@ -103,12 +103,12 @@ def run(engine, plan: Plan, waiting: list[tuple[str, Sample]]) -> None:
     That prompt comes before those of later samples, as long as what it shares with the one before is in the cache.
     """
     longest = engine.model_config.max_model_len
-    running, place = {}, {id(sample): i for i, (_, sample) in enumerate(waiting)}
+    running, place = {}, {(suite, sample.seed): i for i, (suite, sample) in enumerate(waiting)}
 
     def add(suite: str, sample: Sample, outputs: list[dict] | None, prompt: list[int], params) -> None:
         name = f"{suite}/{sample.seed}/{'shared' if outputs is None else len(outputs)}"
         rendered = engine.renderer.render_cmpl([{"prompt_token_ids": prompt}])[0]
-        engine.add_request(name, rendered, params, priority=place[id(sample)])
+        engine.add_request(name, rendered, params, priority=place[suite, sample.seed])
         running[name] = suite, sample, outputs
 
     def submit(suite: str, sample: Sample, outputs: list[dict]) -> bool:
