@@ -38,7 +38,7 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
         return
     with one_thread():  # another one, once awake, keeps its core busy for a while: helpers need it
         for slot, begin, end, seq_len in rows:
-            for cells, tokens in _runs(seq_len - (end - begin), end - begin, ring):
+            for cells, tokens in _cells(seq_len - (end - begin), end - begin, ring):
                 slots.ring_k[slot, :, cells] = k[begin:end][tokens].transpose(0, 1)
                 slots.ring_v[slot, :, cells] = v[begin:end][tokens].transpose(0, 1)
 
@@ -72,14 +72,14 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             continue
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         with one_thread():
-            runs = [cells for cells, _ in _runs(first, gone - first, slots.ring_k.shape[2])]
+            runs = [cells for cells, _ in _cells(first, gone - first, slots.ring_k.shape[2])]
             k, v = (torch.cat([x[slot, :, cells] for cells in runs], 1) for x in (slots.ring_k, slots.ring_v))
             readout = readouts.of(slot, gone)
             readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
             merge_slot(slots, slot, gone, k, v, policy, readout)
 
 
-def _runs(first, count, ring):
+def _cells(first, count, ring):
     """(ring cells, which of `count` positions from `first` on they hold): slices, two of each where the cells wrap."""
     cell = first % ring
     fit = min(count, ring - cell)

@@ -96,7 +96,7 @@ def _by_products(q, k, v, mask, scale):
 def _see(query, turned, value, bias, first, scale, parts, out, lse):
     """Of queries [T, D], the rows from `first` on, writes what they see [T, D] and lse [T].
 
-    turned [D, K], value [K, D]; parts: room for logits in two parts [T, K], each followed by its bits.
+    turned [D, K], value [K, D]; parts: room for logits in two parts [T, K], and the bits of both.
     """
     high, low, *bits = parts
     # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
