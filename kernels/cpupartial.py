@@ -75,35 +75,23 @@ def at_most(most):
 def _by_products(q, k, v, mask, scale):
     """One head at a time, in few operations of PyTorch's, views included: a decoded token waits for each of them."""
     rows, keys = q.shape[2], k.shape[2]
-    step = max(AT_ONCE // keys // ROW_BLOCK, 1) * ROW_BLOCK
-    seen, high, low = q.new_empty(q.shape), *(q.new_empty(min(step, rows), keys) for _ in range(2))
+    step = min(max(AT_ONCE // keys // ROW_BLOCK, 1) * ROW_BLOCK, rows)
+    seen, high, low = q.new_empty(q.shape), *(q.new_empty(step, keys) for _ in range(2))
     lse, masks = np.empty(q.shape[:3], np.float32), mask.expand(*q.shape[:2], -1, -1).numpy()
     parts, scale = (high, low, as_bits(high), as_bits(low)), np.float32(scale)
     for b in range(len(q)):
         heads = (x.unbind() for x in (q[b], k[b].mT, v[b], seen[b]))
         for query, turned, value, out, found, bias in zip(*heads, lse[b], masks[b], strict=True):
             bias = np.ascontiguousarray(bias)
-            if rows <= step:
-                _see(query, turned, value, bias, 0, scale, parts, out, found)
-                continue
             for first in range(0, rows, step):
                 some = slice(first, first + step)
-                these = parts if first + step <= rows else [x[: rows - first] for x in parts]
-                _see(query[some], turned, value, bias, first, scale, these, out[some], found[some])
+                high, low, *bits = parts if first + step <= rows else [x[: rows - first] for x in parts]
+                # A product rounds to bfloat16. The next one is what it leaves out: together, 16 bits of a logit.
+                torch.mm(query[some], turned, out=high)
+                torch.addmm(high, query[some], turned, beta=-1, out=low)
+                _softmax(*bits, bias, first, scale, found[some])
+                torch.mm(high, value, out=out[some])
     return seen, torch.from_numpy(lse)
-
-
-def _see(query, turned, value, bias, first, scale, parts, out, lse):
-    """Of queries [T, D], the rows from `first` on, writes what they see [T, D] and lse [T].
-
-    turned [D, K], value [K, D]; parts: room for logits in two parts [T, K], and the bits of both.
-    """
-    high, low, *bits = parts
-    # A product rounds to bfloat16. What it leaves out is the next one: together they have 16 bits of a logit.
-    torch.mm(query, turned, out=high)
-    torch.addmm(high, query, turned, beta=-1, out=low)
-    _softmax(*bits, bias, first, scale, lse)
-    torch.mm(high, value, out=out)
 
 
 @compiled
