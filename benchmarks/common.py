@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def device() -> str:
-    """The GPU that torch sees, or the processor, its vector instructions and the cores this process may use."""
+    """The GPU that torch sees, or the processor, its vector and matrix instructions and the cores this process may use."""
     import torch
 
     if torch.cuda.is_available():
@@ -36,6 +36,7 @@ def device() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name, instructions = names[0] if names else platform.processor(), torch.backends.cpu.get_cpu_capability()
+    instructions += " and AMX" if torch.cpu._is_amx_tile_supported() else ""
     return f"{name}, {instructions}, {len(os.sched_getaffinity(0))} cores"
 
 

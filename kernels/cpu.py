@@ -13,7 +13,7 @@ import torch
 
 from .cpucombine import combine
 from .cpumerge import merge_slot
-from .cpupartial import ROW_BLOCK, one_thread, partial_attention
+from .cpupartial import one_thread, partial_attention, row_block
 from .readout import MASKED
 from .readouts import Readouts
 from .reference import _rows, far_limit, far_query, left_ring
@@ -108,7 +108,7 @@ def _attend_single(q, slots, single, scale, out, rope, readouts):
     """One query token per sequence: single is a list of (slot, row of q, seq_len)."""
     kv_heads = slots.ring_k.shape[1]
     tokens, held, mask = _single_tables(tuple(single), slots.window, slots.segment, slots.sliding)
-    query = _whole_blocks(q[tokens].view(len(single), kv_heads, -1, q.shape[2]))
+    query = _whole_blocks(q[tokens].view(len(single), kv_heads, -1, q.shape[2]), row_block(q))
     near, lse = partial_attention(query, slots.ring_k[held], slots.ring_v[held], mask, scale)
     near, lse, alike = near.contiguous(), lse.contiguous(), {}
     for i, (slot, row, seq_len) in enumerate(single):
@@ -170,8 +170,8 @@ def _attend_piece(q, slots, slot, seq_len, scale, out, rope, readouts, helpers):
     if helpers:  # what they read must stay as it is
         ring = [x.clone() for x in ring]
         calls = [(rows, *(x.clone() for x in entries)) for rows, *entries in calls]
-    query = _whole_blocks(_by_head(q, kv_heads))
-    near = query, *(x.expand(-1, query.shape[1], -1, -1) for x in ring), _whole_blocks(mask)
+    query, mask = (_whole_blocks(x, row_block(q)) for x in (_by_head(q, kv_heads), mask))
+    near = query, *(x.expand(-1, query.shape[1], -1, -1) for x in ring), mask
 
     def see():
         (part, lse), *memory = _partials([near, *calls], scale)
@@ -190,7 +190,7 @@ def _by_head(q, kv_heads):
 
 def _side_by_side(q, kv_heads):
     """Queries [T, H, D] as [G, 1, R * T, D] in whole blocks: the heads of a group see the same entries."""
-    return _whole_blocks(_by_head(q, kv_heads).reshape(kv_heads, 1, -1, q.shape[2]))
+    return _whole_blocks(_by_head(q, kv_heads).reshape(kv_heads, 1, -1, q.shape[2]), row_block(q))
 
 
 def _memory_calls(q, rows, slots, slot, seq_len, rope, readouts):
@@ -220,7 +220,7 @@ def _partials(calls, scale):
     return [partial_attention(*call, scale) for call in calls]
 
 
-def _whole_blocks(x):
-    """x [B, P, T, ...] with empty rows up to a multiple of ROW_BLOCK."""
-    spare = -x.shape[2] % ROW_BLOCK
+def _whole_blocks(x, block):
+    """x [B, P, T, ...] with empty rows up to a multiple of `block`."""
+    spare = -x.shape[2] % block
     return torch.nn.functional.pad(x, (0, 0, 0, spare)) if spare else x

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_deltamem.kernels import cpupartial
-from vllm_deltamem.kernels.cpupartial import MANY, multiplies_bfloat16, partial_attention
+from vllm_deltamem.kernels.cpupartial import MANY, multiplies_bfloat16, partial_attention, row_block
 
 LONG = MANY + 64
 
@@ -72,16 +72,16 @@ def test_products_keep_the_bits_of_flash_attentions_logits(products):
     assert (seen - exact).abs().max() < 0.06
 
 
-def check_rows(keys, sizes, rows, threads):
+def check_rows(keys, sizes, rows, threads, dtype=torch.bfloat16):
     """Rows among many and rows alone, batched and not, in few threads and in many."""
     most = torch.get_num_threads()
     for k, d in itertools.product(keys, sizes):
-        q, key, value, mask = tensors(2, 2, max(rows), k, d)
+        q, key, value, mask = tensors(2, 2, max(rows), k, d, dtype=dtype)
         mask = mask[:, :, :1]
         whole, whole_lse = partial_attention(q, key, value, mask, 0.1)
-        for t, count in itertools.product(rows, threads):
+        for t, count in itertools.product([t for t in rows if t % row_block(q) == 0], threads):
             torch._C.set_num_threads(count)
-            for first in {0, 4, max(rows) - t}:
+            for first in {0, row_block(q), max(rows) - t}:
                 part = slice(first, first + t)
                 for i in (slice(0, 2), slice(1, 2)):
                     seen, lse = partial_attention(q[i, :, part], key[i], value[i], mask[i], 0.1)
@@ -90,13 +90,18 @@ def check_rows(keys, sizes, rows, threads):
         torch._C.set_num_threads(most)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("d", [32, 64, 80, 128, 256])
+def test_a_row_rounds_alike_in_any_company(dtype, d):
+    check_rows((40, 67, 281, 320, MANY), (d,), (4, 8, 16, 32, 48, 64, 208, 464), (1, 2), dtype)
+
+
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="products are for CPUs with AVX512_BF16")
 @pytest.mark.parametrize("d", [32, 64, 128])
-def test_a_row_rounds_alike_in_any_company(d):
-    check_rows((MANY, 1000 + MANY, 4160), (d,), (4, 8, 12, 28, 64, 200, 448), (1, 2))
+def test_a_row_rounds_alike_in_products(d):
+    check_rows((1000 + MANY, 4160), (d,), (4, 8, 12, 28, 64, 200, 448), (1, 2))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not multiplies_bfloat16(), reason="products are for CPUs with AVX512_BF16")
 def test_a_row_rounds_alike_in_any_company_at_length():
     check_rows((MANY + 1, MANY + 1017, 6400, 12608), (48, 80, 96, 256), (4, 16, 36, 100, 384, 1792), (1, 2, 3, 8))

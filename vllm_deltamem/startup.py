@@ -90,12 +90,12 @@ def apply_patches() -> None:
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
-        from vllm_deltamem.patches import cpu_compiling, cpu_numba, cpu_platform, single_row
+        from vllm_deltamem.patches import cpu_compiling, cpu_numba, cpu_platform, cpu_products
 
         cpu_compiling.apply()
         cpu_numba.apply()
         cpu_platform.apply()
-        single_row.apply()
+        cpu_products.apply()
 
 
 def _refuse_unsupported(vllm_config) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_deltamem.patches import single_row
+from vllm_deltamem.patches import cpu_products
 
 if torch.cuda.is_available():
     pytest.skip("vLLM's CPU build alone has these products", allow_module_level=True)
@@ -19,7 +19,7 @@ def linear():
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    single_row.apply()
+    cpu_products.apply()
 
     def make(weight, bias):
         layer = torch.nn.Linear(*weight.shape[::-1], dtype=weight.dtype).requires_grad_(False)
@@ -31,13 +31,14 @@ def linear():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("inputs", [64, 1024, 1536, 4864])
-def test_a_row_has_the_same_bits_alone_and_among_others(linear, dtype, inputs):
-    weight, x, bias = torch.randn(576, inputs).to(dtype), torch.randn(33, inputs).to(dtype), torch.randn(576).to(dtype)
-    product = linear(weight, bias)
+@pytest.mark.parametrize("outputs, inputs", [(128, 64), (128, 896), (576, 576), (576, 1536), (896, 4864)])
+def test_a_row_has_the_same_bits_alone_and_among_others(linear, dtype, outputs, inputs):
+    """Weights of up to 1 MiB, which vLLM has another kernel for with AMX, among them."""
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    x, product = torch.randn(300, inputs).to(dtype), linear(weight, bias)
     together = product(x)
     assert torch.allclose(together, torch.nn.functional.linear(x, weight, bias), rtol=0.02, atol=0.5)
-    for count in (1, 2, 3, 16):
+    for count in (1, 2, 3, 16, 33, 100):
         parts = [product(part) for part in x.split(count)]
         assert torch.equal(torch.cat(parts), together), f"{count} rows at a time"
-    assert product(x[None, :1]).shape == (1, 1, 576) and product(x[:0]).shape == (0, 576)
+    assert product(x[None, :1]).shape == (1, 1, outputs) and product(x[:0]).shape == (0, outputs)
