@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def device() -> str:
-    """The GPU that torch sees, or the processor, its vector and matrix instructions and the cores this process may use."""
+    """The GPU that torch sees, or the processor, its vector and matrix instructions, and the cores for this process."""
     import torch
 
     if torch.cuda.is_available():

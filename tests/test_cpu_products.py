@@ -31,9 +31,9 @@ def linear():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("outputs, inputs", [(128, 64), (128, 896), (576, 576), (576, 1536), (896, 4864)])
+@pytest.mark.parametrize("outputs, inputs", [(128, 64), (100, 72), (128, 896), (576, 1536), (896, 4864), (100, 1000)])
 def test_a_row_has_the_same_bits_alone_and_among_others(linear, dtype, outputs, inputs):
-    """Weights of up to 1 MiB, which vLLM has another kernel for with AMX, among them."""
+    """Also of shapes that vLLM's own kernel for AMX does not take."""
     weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
     x, product = torch.randn(300, inputs).to(dtype), linear(weight, bias)
     together = product(x)
