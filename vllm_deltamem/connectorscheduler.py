@@ -8,7 +8,8 @@ admitted, and the last to finish is the one that stays. A turn begins when its r
 later is final for it (one in host memory alone, once a step has told the worker).
 
 A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
-(vacancies.py), in the step that admits it: there is nothing to load.
+(vacancies.py), or in a copy of the slot of one that is under way (readers.py), in the step that admits it: there is
+nothing to load.
 """
 
 import uuid
@@ -22,6 +23,7 @@ from vllm_deltamem.carrier import end
 from vllm_deltamem.metrics import DeltaMemStats
 from vllm_deltamem.options import PINS, SESSION, SESSIONS, SOURCE, TENANT, untold
 from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.readers import Readers
 from vllm_deltamem.saves import Saves
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 from vllm_deltamem.transfers import Reach, Report, Span, StepMetadata, Transfer, Turn
@@ -42,6 +44,8 @@ class ConnectorScheduler:
         self._slots: dict[str, int] = {}  # theirs
         self._turns: dict[str, Turn] = {}  # of requests that are not finished
         self._unnamed = {}  # requests by id that may go on in a slot that others have left, and leave theirs
+        self._readers = Readers(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
+        self._sources: dict[str, str] = {}  # whose slot a request that is admitted starts from
         self._answers: dict[str, int] = {}  # of both kinds, where the answer's first merge will be
         self._kept: dict[str, int] = {}  # tokens of the memories that workers keep from before it
         self._matched: dict[str, tuple[Turn, Reach]] = {}  # what to restore once there is a slot
@@ -80,6 +84,7 @@ class ConnectorScheduler:
         answer = (request.num_prompt_tokens // self._segment + 1) * self._segment
         if self._vacancies is not None and not options.keys() & SESSIONS and not untold(request):
             self._unnamed[request.request_id] = request
+            self._readers.add(request, _kind(request))
             self._answers[request.request_id] = answer
         if name is None:
             return
@@ -96,7 +101,7 @@ class ConnectorScheduler:
     def match(self, request, computed: int) -> tuple[int | None, bool]:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
-            return self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request)), False
+            return self._continue(request), False
         name, tenant = _source(request), _options(request.sampling_params).get(TENANT)
         refused = self._outcome.get(request.request_id, NEW)["history"] not in ("new", "restored")
         if name is None or computed or refused:
@@ -129,12 +134,15 @@ class ConnectorScheduler:
 
     def claim(self, request, blocks, matched_tokens: int) -> None:
         """A request has claimed a slot, and so many of its tokens need not be computed."""
+        slot = self._slots[request.request_id] = blocks.get_block_ids()[0][0]
         if request.request_id in self._unnamed and matched_tokens:
             self._stats.count("prompts_continued", 1)
             self._stats.count("tokens_continued", matched_tokens)
+        source = self._sources.pop(request.request_id, None)
+        if source is not None and matched_tokens:
+            self._step.copies[slot] = self._slots[source]
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and matched_tokens:
-            slot = blocks.get_block_ids()[0][0]
             pins = _pins(request.sampling_params)
             turn, reach = matched
             self._step.restores.append(Transfer(request.request_id, slot, turn, reach=reach, pins=pins))
@@ -146,13 +154,10 @@ class ConnectorScheduler:
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            slot = self._slots[request.req_id] = request.block_ids[0][0]
-            pins = step.pins[slot] = _pins(request.sampling_params)
+            pins = step.pins[self._slots[request.req_id]] = _pins(request.sampling_params)
             self._stats.count("tokens_pinned", sum(end - first for first, end in pins))
-        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            if request_id in cached.resumed_req_ids:
-                slot = self._slots[request_id] = blocks[0][0]
-                step.pins[slot] = _pins(self._requests[request_id])
+        for request_id in cached.resumed_req_ids:
+            step.pins[self._slots[request_id]] = _pins(self._requests[request_id])
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
             if end == self._answers.get(request_id) and max(end - self._segment, 1) <= done:
@@ -174,6 +179,8 @@ class ConnectorScheduler:
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
         unnamed = self._unnamed.pop(request.request_id, None)
+        self._readers.remove(request.request_id)
+        self._sources.pop(request.request_id, None)
         said = {"name": _source(request), **(outcome or {})}
         if turn is None and unnamed is None:
             return None, {SESSION: said} if outcome else None
@@ -220,6 +227,16 @@ class ConnectorScheduler:
         stats, self._stats = self._stats, DeltaMemStats()
         stats.data |= {"slots_used": self._n_slots - free, "slots_free": free}
         return stats
+
+    def _continue(self, request) -> int | None:
+        """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
+        source, length = self._readers.find(request)
+        if source is None:
+            self._sources.pop(request.request_id, None)
+            return self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request))
+        self._vacancies.pass_over()
+        self._sources[request.request_id] = source
+        return length or None
 
     def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""

@@ -42,11 +42,11 @@ class ConnectorWorker:
             self._copied.add(transfer.request_id)
         pool = SlotPool.serving()
         if pool is not None:
+            for target, slot in step.copies.items():
+                pool.copy(slot, target)
             pool.pin(step.pins)
             for request_id, slot in step.kept.items():
                 self._earlier[request_id] = self.carrier.copy(pool.slab[slot])
-            for target, slot in step.copies.items():
-                pool.copy(slot, target)
         for turn in step.begun:
             self._store.begin(turn.tenant, turn.name, turn.save_id)
 

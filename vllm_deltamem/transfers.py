@@ -116,7 +116,7 @@ class StepMetadata(KVConnectorMetadata):
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
     kept: dict[str, int] = field(default_factory=dict)  # slots to copy as they are before this step, by request
-    copies: dict[int, int] = field(default_factory=dict)  # likewise, by the vacant slot that they are copied to
+    copies: dict[int, int] = field(default_factory=dict)  # likewise, by the slot that they are copied to
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
     waiting: bool = False  # whether there is nothing to do but to wait for what is being saved or restored

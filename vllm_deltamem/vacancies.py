@@ -57,7 +57,7 @@ class Vacancies:
 
         Slots that hold shorter beginnings of them are the next to be claimed by others: a longer one supersedes them.
         """
-        self._chosen = None
+        self.pass_over()
         if not self._held:
             return 0
         prompt = Prompt(tokens)
@@ -69,11 +69,15 @@ class Vacancies:
             self._first([slot for slot in reached if slot != best and reached[slot] == self._held[slot].span.length])
         return reached[best]
 
+    def pass_over(self) -> None:
+        """Have the request that vLLM admits claim any slot."""
+        self._chosen = None
+
     def claim(self, request_id: str) -> None:
         """Let the slot chosen for a request be the next that is claimed."""
         if self._chosen is not None and self._chosen[0] == request_id:
             self._first([self._chosen[1]])
-        self._chosen = None
+        self.pass_over()
 
     def copy(self, vacancy: Vacancy) -> int | None:
         """A vacant slot for a copy of what a sequence holds now; None if there is none."""
