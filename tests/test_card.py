@@ -50,7 +50,9 @@ def abort(llm, prompt: list[int]) -> None:
 def talk(folder: str) -> dict:
     """Conversations in few slots, prompts in pieces. Takes a process of its own."""
     from tests.card import Graph, card, compiled
+    from vllm_deltamem import beginnings
 
+    beginnings.LEAST = 32
     options = {"enforce_eager": False, "enable_prefix_caching": True, "gpu_memory_utilization": 0.1}
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 7}
     fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
@@ -65,8 +67,10 @@ def talk(folder: str) -> dict:
             (stopped + whole + tokens(5, 5), stopping),
             (named + said + tokens(5, 6), fixed | SESSION),
         )
+        alike = tokens(72, 7)
+        third = ask(llm, (alike[:61], fixed), (alike[:36] + alike[61:], fixed), (alike[:61], fixed))
     return {
-        "asked": first + second,
+        "asked": first + second + third,
         "replays": Graph.replays,
         "scratch": [reserved, scratch()],
         "late": sorted(map(str, compiled - ready)),
@@ -90,10 +94,11 @@ def test_serving_as_on_a_gpu(tmp_path):
     profiled, served = said["scratch"]
     assert len(profiled) > 20 and served == profiled, "vLLM has counted all scratch before it sized its cache"
     assert said["late"] == [], "no request waits for Triton"
-    first, second = said["asked"][:3], said["asked"][3:]
+    first, second, third = (said["asked"][i : i + 3] for i in (0, 3, 6))
     known = [len(prompt) + len(answer) for prompt, answer, _, _ in first]
     assert [cached for *_, cached in first] == [0, 0, 0]
     assert [cached for *_, cached in second] == [60, known[1], known[2] - 1]  # a stop token has been read
+    assert [cached for *_, cached in third] == [0, 32, 60]
     with engine(folder, dtype="float32", settings=SETTINGS) as llm:
         for prompt, answer, chosen, _ in said["asked"]:
             ((_, same, there, _),) = ask(llm, (prompt, {"max_tokens": len(answer), "ignore_eos": True}))

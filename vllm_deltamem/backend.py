@@ -84,6 +84,7 @@ class DeltaMemMetadata:
     steps: list[Step]
     num_tokens: int
     pool: SlotPool
+    single: bool = False  # whether the first step is that of sequences with a single token, before pieces of the others
 
 
 class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
@@ -110,7 +111,8 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             pool.reset(Rows(_claimed(slots), batch.query_start_loc, batch.seq_lens))
         pool.due = []
         if batch.max_query_len > 1:
-            return DeltaMemMetadata(self._cut(starts.tolist(), ends.tolist(), slots), batch.num_actual_tokens, pool)
+            steps = self._cut(starts.tolist(), ends.tolist(), slots)
+            return DeltaMemMetadata(steps, batch.num_actual_tokens, pool, bool((counts == 1).any()))
         due = self._due(list(enumerate(ends.tolist())))
         pool.due = _with_longest(due, iter(self._place(due, slots)))
         return self._decoding(batch)
@@ -279,12 +281,13 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
         helpers = pool.helpers if len(attn_metadata.steps) > 1 else None  # one step goes to all cores as it is
         read = {"readouts": pool.readouts[self.position], "helpers": helpers} if ON_CPU else {}
-        for step in attn_metadata.steps:
+        for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
             known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
             known |= read if ON_CPU else {"max_seq_len": step.reach}
             kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known)
             pool.merge(self.position, step.due)
+            pool.copy_branches(self.position, piece)
         if helpers:
             helpers.finish()
         return output

@@ -9,7 +9,8 @@ later is final for it (one in host memory alone, once a step has told the worker
 
 A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
 (vacancies.py), or in a copy of the slot of one that is under way (readers.py), in the step that admits it: there is
-nothing to load.
+nothing to load. Where it parts from what an earlier prompt began with (beginnings.py), its slot is copied to a vacant
+one while it is read, and prompts that begin so start from copies of that.
 """
 
 import uuid
@@ -18,7 +19,8 @@ from collections.abc import Iterable
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vllm_deltamem import stopstring
+from vllm_deltamem import beginnings, stopstring
+from vllm_deltamem.beginnings import Beginnings
 from vllm_deltamem.carrier import end
 from vllm_deltamem.metrics import DeltaMemStats
 from vllm_deltamem.options import PINS, SESSION, SESSIONS, SOURCE, TENANT, untold
@@ -26,7 +28,7 @@ from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.readers import Readers
 from vllm_deltamem.saves import Saves
 from vllm_deltamem.sessions import SessionRefused, SessionStore
-from vllm_deltamem.transfers import Reach, Report, Span, StepMetadata, Transfer, Turn
+from vllm_deltamem.transfers import Branch, Prompt, Reach, Report, Span, StepMetadata, Transfer, Turn
 from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
 
 logger = init_logger(__name__)
@@ -45,7 +47,10 @@ class ConnectorScheduler:
         self._turns: dict[str, Turn] = {}  # of requests that are not finished
         self._unnamed = {}  # requests by id that may go on in a slot that others have left, and leave theirs
         self._readers = Readers(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
-        self._sources: dict[str, str] = {}  # whose slot a request that is admitted starts from
+        self._beginnings = Beginnings(self._segment)  # of their prompts
+        self._parting: dict[str, int] = {}  # tokens after which theirs part from others
+        self._leaders = {}  # who reads so far for a request, and how far
+        self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
         self._answers: dict[str, int] = {}  # of both kinds, where the answer's first merge will be
         self._kept: dict[str, int] = {}  # tokens of the memories that workers keep from before it
         self._matched: dict[str, tuple[Turn, Reach]] = {}  # what to restore once there is a slot
@@ -85,6 +90,7 @@ class ConnectorScheduler:
         if self._vacancies is not None and not options.keys() & SESSIONS and not untold(request):
             self._unnamed[request.request_id] = request
             self._readers.add(request, _kind(request))
+            self._compare(request)
             self._answers[request.request_id] = answer
         if name is None:
             return
@@ -97,6 +103,19 @@ class ConnectorScheduler:
         self._answers[request.request_id] = answer
         if self._store.directory is None:
             self._step.begun.append(turn)
+
+    def _compare(self, request) -> None:
+        """With what earlier prompts began with: if it parts from one that is not read yet, that one reads for both."""
+        name = request.request_id
+        if _pins(request.sampling_params):
+            return
+        shared, earlier = self._beginnings.part(Prompt(request.prompt_token_ids), request.cache_salt, name)
+        if shared < beginnings.LEAST:
+            return
+        self._parting[name] = shared
+        leader, _ = self._leaders.get(earlier, (self._unnamed.get(earlier), shared))
+        if leader is not None and self._parting.setdefault(leader.request_id, shared) == shared:
+            self._leaders[name] = leader, shared
 
     def match(self, request, computed: int) -> tuple[int | None, bool]:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
@@ -140,7 +159,7 @@ class ConnectorScheduler:
             self._stats.count("tokens_continued", matched_tokens)
         source = self._sources.pop(request.request_id, None)
         if source is not None and matched_tokens:
-            self._step.copies[slot] = self._slots[source]
+            self._step.copies[slot] = source
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and matched_tokens:
             pins = _pins(request.sampling_params)
@@ -163,6 +182,10 @@ class ConnectorScheduler:
             if end == self._answers.get(request_id) and max(end - self._segment, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
+        for request_id, done, end in self._parts(scheduler_output):
+            self._part(request_id, done, end, step)
+        if self._vacancies is not None:
+            self._vacancies.give_back()
         self._count_tokens(scheduler_output)
         step.waiting = not scheduler_output.num_scheduled_tokens and bool(self._waits or self._restoring)
         self._waits = False
@@ -180,6 +203,8 @@ class ConnectorScheduler:
         turn = self._turns.pop(request.request_id, None)
         unnamed = self._unnamed.pop(request.request_id, None)
         self._readers.remove(request.request_id)
+        self._parting.pop(request.request_id, None)
+        self._leaders.pop(request.request_id, None)
         self._sources.pop(request.request_id, None)
         said = {"name": _source(request), **(outcome or {})}
         if turn is None and unnamed is None:
@@ -230,13 +255,19 @@ class ConnectorScheduler:
 
     def _continue(self, request) -> int | None:
         """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
+        leader, end = self._leaders.get(request.request_id, (None, 0))
+        if leader is not None and leader.status == RequestStatus.RUNNING and leader.num_computed_tokens < end:
+            return None
         source, length = self._readers.find(request)
         if source is None:
-            self._sources.pop(request.request_id, None)
-            return self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request))
-        self._vacancies.pass_over()
-        self._sources[request.request_id] = source
-        return length or None
+            length, slot = self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request))
+        elif length:
+            self._vacancies.pass_over()
+            slot = self._slots[source]
+        else:
+            return None
+        self._sources[request.request_id] = slot
+        return length
 
     def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
@@ -272,19 +303,36 @@ class ConnectorScheduler:
         if slot is not None:
             step.copies[slot] = self._slots[request_id]
 
-    def _vacancy(self, request, computed: int) -> Vacancy:
-        return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request))
+    def _part(self, request_id: str, done: int, end: int, step: StepMetadata) -> None:
+        """Have a memory kept as it is where the prompt parts from others, if this step reads so far."""
+        parting = self._parting.get(request_id, 0)
+        if not done < parting <= end:
+            return
+        del self._parting[request_id]
+        if end == done + 1:  # it merges after the step, as decoding does
+            return
+        piece = parting // self._segment - done // self._segment - 1
+        slot = self._vacancies.copy(self._vacancy(self._unnamed[request_id], parting, shared=True))
+        if slot is not None:
+            step.branches.append(Branch(self._slots[request_id], slot, piece))
+
+    def _vacancy(self, request, computed: int, shared: bool = False) -> Vacancy:
+        return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request), shared)
+
+    def _parts(self, scheduler_output) -> list[tuple[str, int, int]]:
+        """Of every request, how much of it has been computed before the step and will be after it."""
+        cached, new = scheduler_output.scheduled_cached_reqs, scheduler_output.scheduled_new_reqs
+        done = {request.req_id: request.num_computed_tokens for request in new}
+        done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        counts = scheduler_output.num_scheduled_tokens
+        return [(request_id, done[request_id], done[request_id] + count) for request_id, count in counts.items()]
 
     def _count_tokens(self, scheduler_output) -> None:
         """What the step writes, and where it makes room, from positions alone."""
-        cached = scheduler_output.scheduled_cached_reqs
-        done = {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
-        done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         layout, longest = self._plan.whole, 0
-        for request_id, new in scheduler_output.num_scheduled_tokens.items():
-            before, after = done[request_id], done[request_id] + new
+        for _, before, after in self._parts(scheduler_output):
             longest = max(longest, after)
-            self._stats.count("tokens_written", new)
+            self._stats.count("tokens_written", after - before)
             for name, amount in layout.placed(before, after).items():
                 self._stats.count(f"tokens_{name}", amount)
         if longest:

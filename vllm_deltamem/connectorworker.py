@@ -44,6 +44,7 @@ class ConnectorWorker:
         if pool is not None:
             for target, slot in step.copies.items():
                 pool.copy(slot, target)
+            pool.branch(step.branches)
             pool.pin(step.pins)
             for request_id, slot in step.kept.items():
                 self._earlier[request_id] = self.carrier.copy(pool.slab[slot])

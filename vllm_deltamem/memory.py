@@ -113,6 +113,11 @@ class Layout:
         layers.append({"end": (offset, (0,), torch.uint8)})
         return tuple(layers)
 
+    def extent(self, layer: int) -> slice:
+        """The bytes in the slab that are this layer's alone."""
+        first, following = self._fields[layer]["ring_k"], self._fields[layer + 1]
+        return slice(first[0], following.get("ring_k", following.get("end"))[0])
+
     def placed(self, before: int, after: int) -> dict[str, float]:
         """Where the tokens went that left the ring while a sequence grew, mean of all heads with full attention.
 

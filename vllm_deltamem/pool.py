@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope
 from vllm_deltamem.plan import MemoryPlan
+from vllm_deltamem.transfers import Branch
 
 logger = init_logger(__name__)
 USUAL_ROWS = 256  # of a step
@@ -44,11 +45,13 @@ class Due(NamedTuple):
 class SlotPool:
     slab: torch.Tensor  # [S, slot_bytes] uint8, one row per slot; row 0 is vLLM's null block
     layers: list[LayerSlots]
+    extents: list[slice]  # of a slab's row, what is a layer's alone
     policies: list[Policy]
     rope: Rope | None
     readouts: "list[Readouts]"  # per layer, on a CPU
     helpers: "Helpers | None" = None  # on a CPU of several cores
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
+    branches: list[Branch] = field(default_factory=list)  # of the step under way
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
     # of the model that this process loaded last; vLLM makes and drops a small cache before the real one
     _holder: ClassVar[weakref.ref | None] = None
@@ -136,6 +139,18 @@ class SlotPool:
             self.pins[target] = self.pins[source]
         self.forget([target])
 
+    def branch(self, branches: list[Branch]) -> None:
+        """Have the forward pass copy slots, none of which has pins, while prompts are read."""
+        self.branches = branches
+        self.pin({branch.target: [] for branch in branches})
+        self.forget([branch.target for branch in branches])
+
+    def copy_branches(self, layer: int, piece: int) -> None:
+        """Copy in one layer what is due after this piece of every prompt."""
+        for branch in self.branches:
+            if branch.piece == piece:
+                self.slab[branch.target, self.extents[layer]] = self.slab[branch.slot, self.extents[layer]]
+
     def pins_of(self, slot: int) -> list[list[int]]:
         """The spans that are written in a slot."""
         return [span for span in self.layers[0].pins[slot].tolist() if any(span)]
@@ -178,6 +193,7 @@ class SlotPool:
         return cls(
             slab=slab,
             layers=layers,
+            extents=[layout.extent(i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=Readouts.of_layers(layers) if ON_CPU else [],
             helpers=Helpers(others) if ON_CPU and others else None,

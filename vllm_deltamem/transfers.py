@@ -108,6 +108,14 @@ def clip(spans: list[list[int]], length: int) -> list[list[int]]:
     return [[first, min(end, length)] for first, end in spans if first < length]
 
 
+class Branch(NamedTuple):
+    """What a slot holds in the middle of a step, once a piece of its prompt is read, goes to a vacant one."""
+
+    slot: int
+    target: int
+    piece: int  # of those that the step cuts the prompt into, one per segment
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """What the scheduler asks of the workers in one step."""
@@ -117,6 +125,7 @@ class StepMetadata(KVConnectorMetadata):
     saves: list[Transfer] = field(default_factory=list)
     kept: dict[str, int] = field(default_factory=dict)  # slots to copy as they are before this step, by request
     copies: dict[int, int] = field(default_factory=dict)  # likewise, by the slot that they are copied to
+    branches: list[Branch] = field(default_factory=list)
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
     waiting: bool = False  # whether there is nothing to do but to wait for what is being saved or restored

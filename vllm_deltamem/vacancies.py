@@ -26,6 +26,7 @@ class Vacancy(NamedTuple):
 
     span: Span
     kind: Kind
+    shared: bool = False  # a beginning of many prompts: they start from copies, and it stays
 
     def reach(self, prompt: Prompt, kind: Kind) -> int:
         """How many tokens of a prompt need not be computed."""
@@ -40,6 +41,7 @@ class Vacancies:
         self._pool = block_pool
         self._held: dict[int, Vacancy] = {}
         self._chosen: tuple[str, int] | None = None  # for the request that vLLM admits at the moment
+        self._lent: list[KVCacheBlock] = []  # slots that this step copies from, which nobody may claim meanwhile
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._held
@@ -52,22 +54,33 @@ class Vacancies:
         """The slot is claimed, or vLLM resets its prefix cache."""
         self._held.pop(block.block_id, None)
 
-    def choose(self, request_id: str, tokens: Sequence[int], kind: Kind) -> int:
-        """Have a request claim the slot that holds most of its tokens; returns how many these are, perhaps 0.
+    def choose(self, request_id: str, tokens: Sequence[int], kind: Kind) -> tuple[int, int | None]:
+        """How many of a request's tokens a slot holds at most, and that slot if it is to be copied: else it is claimed.
 
         Slots that hold shorter beginnings of them are the next to be claimed by others: a longer one supersedes them.
         """
         self.pass_over()
         if not self._held:
-            return 0
+            return 0, None
         prompt = Prompt(tokens)
         ascending = sorted(self._held, key=lambda slot: self._held[slot].span.closed)  # so that all is hashed once
         reached = {slot: self._held[slot].reach(prompt, kind) for slot in ascending}
-        best = max(reached, key=reached.get)
-        if reached[best]:
-            self._chosen = request_id, best
-            self._first([slot for slot in reached if slot != best and reached[slot] == self._held[slot].span.length])
-        return reached[best]
+        best = max(reached, key=lambda slot: (reached[slot], not self._held[slot].shared))
+        if not reached[best]:
+            return 0, None
+        shorter = [slot for slot in reached if slot != best and reached[slot] == self._held[slot].span.length]
+        self._first([slot for slot in shorter if not self._held[slot].shared])
+        if self._held[best].shared and self._pool.get_num_free_blocks() > 1:
+            self._lent.append(self._pool.blocks[best])
+            self._pool.touch(self._lent[-1:])
+            return reached[best], best
+        self._chosen = request_id, best
+        return reached[best], None
+
+    def give_back(self) -> None:
+        """What was lent has been copied once the step runs; whoever claims it does so in a later one."""
+        self._pool.unpin_blocks(self._lent, self.forget)
+        self._lent = []
 
     def pass_over(self) -> None:
         """Have the request that vLLM admits claim any slot."""
@@ -80,8 +93,8 @@ class Vacancies:
         self.pass_over()
 
     def copy(self, vacancy: Vacancy) -> int | None:
-        """A vacant slot for a copy of what a sequence holds now; None if there is none."""
-        if not self._pool.get_num_free_blocks():
+        """A vacant slot for a copy of what a sequence holds; None if there is none, or if one holds that already."""
+        if vacancy in self._held.values() or not self._pool.get_num_free_blocks():
             return None
         blocks = self._pool.get_new_blocks(1)
         self.note(blocks[0].block_id, vacancy)
