@@ -2,8 +2,9 @@
 
     python -m benchmarks.questions --model DIR
 
-deltamem reads the document once and keeps its memory as a session, from which every question starts; beside it the
-same without sessions, and vLLM's own backend with its prefix caching on and off. The memory is 15% of --context.
+deltamem reads the document once and keeps its memory as a session, from which every question starts; beside it
+unnamed requests ('slots': the second question shows what they share, and reads it again), the same with
+--no-enable-prefix-caching, and vLLM's own backend with its prefix caching on and off. The memory is 15% of --context.
 Metric ttft_s: of the document by itself (question 0), then of each question.
 """
 
@@ -43,7 +44,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     tails = [text[len(document) + i * args.question :][: args.question] for i in range(args.questions)]
     stock = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
     settings = ["--additional-config", json.dumps({"deltamem": {"memory": memory}})]
-    servers = [(OURS, settings, "session"), (OURS, [*settings, "--no-enable-prefix-caching"], "none")]
+    servers = [(OURS, settings, "session"), (OURS, settings, "slots")]
+    servers += [(OURS, [*settings, "--no-enable-prefix-caching"], "none")]
     servers += [(stock, ["--enable-prefix-caching"], "prefix caching"), (stock, ["--no-enable-prefix-caching"], "none")]
     rows = []
     for backend, options, reuse in servers:

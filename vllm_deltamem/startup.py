@@ -43,8 +43,9 @@ def configure(vllm_config) -> None:
     continuing = _continues(vllm_config)
     if vllm_config.cache_config.enable_prefix_caching:
         logger.warning(
-            "deltamem keeps one memory per sequence and shares no prefixes: vLLM's prefix caching is off. A prompt "
-            "that continues an earlier request goes on in its slot (--no-enable-prefix-caching turns that off, too)."
+            "deltamem keeps one memory per sequence, so vLLM's prefix caching is off: a prompt that continues an "
+            "earlier request goes on in its slot, one that begins as others did goes on in a copy of theirs "
+            "(--no-enable-prefix-caching turns that off, too)."
         )
         vllm_config.cache_config.enable_prefix_caching = False
     dtype = vllm_config.model_config.dtype
