@@ -50,6 +50,20 @@ def test_of_prompts_at_once_one_reads_for_all(folder, steps, chunk):
     check(folder, list(zip(prompts, [answer for answer, _ in found], strict=True)), count=30)
 
 
+@STEPS
+def test_beginnings_of_beginnings(folder, steps):
+    """A system prompt, documents below it, questions on each, all at once."""
+    system, documents = tokens(100), [tokens(100, seed=seed) for seed in (1, 2)]
+    prompts = [system + documents[i % 2] + tokens(20 + i, seed=10 + i) for i in range(8)] + [
+        system + tokens(70, seed=3)
+    ]
+    with steps(), serving(folder, slots=30, max_num_seqs=4, max_num_batched_tokens=64) as llm:
+        found = ask(llm, *prompts, count=30)
+    known = [known for _, known in found]
+    assert known[:2] == [0, 96] and known[2:8] == [192] * 6 and known[8] >= 96
+    check(folder, list(zip(prompts, [answer for answer, _ in found], strict=True)), count=30)
+
+
 def test_a_conversation_is_no_beginning(folder):
     """Its turns go on from one another; the beginning that two of them share stays while both go on."""
     system = tokens(150)

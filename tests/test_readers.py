@@ -14,6 +14,7 @@ from test_vacancies import ask, check, serving  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from vllm_deltamem.readers import Readers  # noqa: E402
+from vllm_deltamem.transfers import Prompt  # noqa: E402
 from vllm_deltamem.vacancies import Kind  # noqa: E402
 
 
@@ -122,8 +123,8 @@ def test_only_a_slot_that_can_be_taken_back_is_copied():
 
     readers, kind = Readers(16, chunk=64), Kind([], None)
     first, second = request("first", RequestStatus.RUNNING), request("second")
-    readers.add(first, kind)
-    readers.add(second, kind)
+    for one in (first, second):
+        readers.add(one, Prompt(one.prompt_token_ids), kind)
     for read, expected in (
         (0, ("first", 0)),
         (192, ("first", 0)),

@@ -48,7 +48,7 @@ class ConnectorScheduler:
         self._unnamed = {}  # requests by id that may go on in a slot that others have left, and leave theirs
         self._readers = Readers(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
         self._beginnings = Beginnings(self._segment)  # of their prompts
-        self._parting: dict[str, int] = {}  # tokens after which theirs part from others
+        self._parting: dict[str, set[int]] = {}  # tokens after which theirs part from others
         self._leaders = {}  # who reads so far for a request, and how far
         self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
         self._answers: dict[str, int] = {}  # of both kinds, where the answer's first merge will be
@@ -89,7 +89,6 @@ class ConnectorScheduler:
         answer = (request.num_prompt_tokens // self._segment + 1) * self._segment
         if self._vacancies is not None and not options.keys() & SESSIONS and not untold(request):
             self._unnamed[request.request_id] = request
-            self._readers.add(request, _kind(request))
             self._compare(request)
             self._answers[request.request_id] = answer
         if name is None:
@@ -106,15 +105,21 @@ class ConnectorScheduler:
 
     def _compare(self, request) -> None:
         """With what earlier prompts began with: if it parts from one that is not read yet, that one reads for both."""
-        name = request.request_id
-        if _pins(request.sampling_params):
-            return
-        shared, earlier = self._beginnings.part(Prompt(request.prompt_token_ids), request.cache_salt, name)
-        if shared < beginnings.LEAST:
-            return
-        self._parting[name] = shared
-        leader, _ = self._leaders.get(earlier, (self._unnamed.get(earlier), shared))
-        if leader is not None and self._parting.setdefault(leader.request_id, shared) == shared:
+        name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), _kind(request)
+        if not kind.pins:
+            shared, earlier = self._beginnings.part(prompt, kind.salt, name)
+            if shared >= beginnings.LEAST:
+                self._follow(name, earlier, shared)
+        self._readers.add(request, prompt, kind)
+
+    def _follow(self, name: str, earlier: str, shared: int) -> None:
+        """Have a memory of so many tokens kept by whoever reads them: the earlier request, or whom it follows."""
+        leader, end = self._leaders.get(earlier, (None, 0))
+        if end != shared:
+            leader = self._unnamed.get(earlier)
+        self._parting[name] = {shared}
+        if leader is not None:
+            self._parting.setdefault(leader.request_id, set()).add(shared)
             self._leaders[name] = leader, shared
 
     def match(self, request, computed: int) -> tuple[int | None, bool]:
@@ -182,11 +187,12 @@ class ConnectorScheduler:
             if end == self._answers.get(request_id) and max(end - self._segment, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
-        for request_id, done, end in self._parts(scheduler_output):
-            self._part(request_id, done, end, step)
+        parts = self._parts(scheduler_output)
         if self._vacancies is not None:
+            for part in parts if self._parting else ():
+                self._part(*part, step)
             self._vacancies.give_back()
-        self._count_tokens(scheduler_output)
+        self._count_tokens(parts)
         step.waiting = not scheduler_output.num_scheduled_tokens and bool(self._waits or self._restoring)
         self._waits = False
         return step
@@ -255,8 +261,7 @@ class ConnectorScheduler:
 
     def _continue(self, request) -> int | None:
         """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
-        leader, end = self._leaders.get(request.request_id, (None, 0))
-        if leader is not None and leader.status == RequestStatus.RUNNING and leader.num_computed_tokens < end:
+        if self._awaits(request.request_id):
             return None
         source, length = self._readers.find(request)
         if source is None:
@@ -268,6 +273,13 @@ class ConnectorScheduler:
             return None
         self._sources[request.request_id] = slot
         return length
+
+    def _awaits(self, request_id: str) -> bool:
+        """Whether its leader is about to read what they share."""
+        leader, end = self._leaders.get(request_id, (None, 0))
+        if leader is None or leader.status != RequestStatus.RUNNING:
+            return leader is not None and self._awaits(leader.request_id)
+        return leader.num_computed_tokens < end
 
     def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
@@ -304,17 +316,15 @@ class ConnectorScheduler:
             step.copies[slot] = self._slots[request_id]
 
     def _part(self, request_id: str, done: int, end: int, step: StepMetadata) -> None:
-        """Have a memory kept as it is where the prompt parts from others, if this step reads so far."""
-        parting = self._parting.get(request_id, 0)
-        if not done < parting <= end:
-            return
-        del self._parting[request_id]
+        """Have memories kept as they are where the prompt parts from others, if this step reads so far."""
         if end == done + 1:  # it merges after the step, as decoding does
             return
-        piece = parting // self._segment - done // self._segment - 1
-        slot = self._vacancies.copy(self._vacancy(self._unnamed[request_id], parting, shared=True))
-        if slot is not None:
-            step.branches.append(Branch(self._slots[request_id], slot, piece))
+        for parting in sorted(self._parting.get(request_id, ())):
+            if done < parting <= end:
+                slot = self._vacancies.copy(self._vacancy(self._unnamed[request_id], parting, shared=True))
+                piece = parting // self._segment - done // self._segment - 1
+                if slot is not None:
+                    step.branches.append(Branch(self._slots[request_id], slot, piece))
 
     def _vacancy(self, request, computed: int, shared: bool = False) -> Vacancy:
         return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request), shared)
@@ -327,10 +337,10 @@ class ConnectorScheduler:
         counts = scheduler_output.num_scheduled_tokens
         return [(request_id, done[request_id], done[request_id] + count) for request_id, count in counts.items()]
 
-    def _count_tokens(self, scheduler_output) -> None:
-        """What the step writes, and where it makes room, from positions alone."""
+    def _count_tokens(self, parts: list[tuple[str, int, int]]) -> None:
+        """What a step writes, and where it makes room, from positions alone."""
         layout, longest = self._plan.whole, 0
-        for _, before, after in self._parts(scheduler_output):
+        for _, before, after in parts:
             longest = max(longest, after)
             self._stats.count("tokens_written", after - before)
             for name, amount in layout.placed(before, after).items():

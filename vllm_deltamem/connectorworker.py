@@ -62,6 +62,7 @@ class ConnectorWorker:
         """Merge what is due, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
+            pool.branch([])
             pool.merge_due()
         for turn in step.ended:
             self._store.end(turn.tenant, turn.name, turn.save_id)

@@ -29,13 +29,11 @@ class Readers:
         self._alike: dict[Beginning, dict[str, Request]] = {}
         self._beginnings: dict[str, Beginning] = {}  # by request
 
-    def add(self, request: Request, kind: Kind) -> None:
+    def add(self, request: Request, prompt: Prompt, kind: Kind) -> None:
         """A request arrives that may read for others, or have others read for it."""
-        prompt = request.prompt_token_ids
-        closed = (len(prompt) - 1) // self._segment * self._segment
+        closed = (len(prompt.ids) - 1) // self._segment * self._segment
         if closed:
-            pins = tuple(map(tuple, kind.pins))
-            beginning = Beginning(closed, Prompt(prompt).digest(closed), pins, kind.salt)
+            beginning = Beginning(closed, prompt.digest(closed), tuple(map(tuple, kind.pins)), kind.salt)
             self._beginnings[request.request_id] = beginning
             self._alike.setdefault(beginning, {})[request.request_id] = request
 

@@ -70,9 +70,10 @@ class Vacancies:
             return 0, None
         shorter = [slot for slot in reached if slot != best and reached[slot] == self._held[slot].span.length]
         self._first([slot for slot in shorter if not self._held[slot].shared])
-        if self._held[best].shared and self._pool.get_num_free_blocks() > 1:
-            self._lent.append(self._pool.blocks[best])
-            self._pool.touch(self._lent[-1:])
+        block = self._pool.blocks[best]
+        if self._held[best].shared and (block in self._lent or self._pool.get_num_free_blocks() > 1):
+            self._pool.touch([block])
+            self._lent.append(block)
             return reached[best], best
         self._chosen = request_id, best
         return reached[best], None
