@@ -69,7 +69,7 @@ def test_a_conversation_is_no_beginning(folder):
     system = tokens(150)
     talks = [system + tokens(40, seed=1), system + tokens(50, seed=2)]
     with serving(folder) as llm:
-        vacancies = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler._vacancies
+        vacancies = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler._unnamed._vacancies
         for turn in range(3):
             for i, talk in enumerate(talks):
                 (((answer, _), known),) = ask(llm, talk)

@@ -7,10 +7,8 @@ waits until the copy is written. Of several requests on one session at once each
 admitted, and the last to finish is the one that stays. A turn begins when its request arrives: an erasure that comes
 later is final for it (one in host memory alone, once a step has told the worker).
 
-A request without a session goes on in a slot that another one has left, if one holds the beginning of its prompt
-(vacancies.py), or in a copy of the slot of one that is under way (readers.py), in the step that admits it: there is
-nothing to load. Where it parts from what an earlier prompt began with (beginnings.py), its slot is copied to a vacant
-one while it is read, and prompts that begin so start from copies of that.
+A request without a session goes on in a slot, or in a copy of one, that holds the beginning of its prompt (unnamed.py),
+in the step that admits it: there is nothing to load.
 """
 
 import uuid
@@ -19,17 +17,16 @@ from collections.abc import Iterable
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vllm_deltamem import beginnings, stopstring
-from vllm_deltamem.beginnings import Beginnings
+from vllm_deltamem import stopstring
 from vllm_deltamem.carrier import end
 from vllm_deltamem.metrics import DeltaMemStats
-from vllm_deltamem.options import PINS, SESSION, SESSIONS, SOURCE, TENANT, untold
+from vllm_deltamem.options import SESSION, SESSIONS, SOURCE, TENANT, options_of, pins_of, untold
 from vllm_deltamem.plan import plan_memory
-from vllm_deltamem.readers import Readers
 from vllm_deltamem.saves import Saves
 from vllm_deltamem.sessions import SessionRefused, SessionStore
-from vllm_deltamem.transfers import Branch, Prompt, Reach, Report, Span, StepMetadata, Transfer, Turn
-from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
+from vllm_deltamem.transfers import Reach, Report, StepMetadata, Transfer, Turn
+from vllm_deltamem.unnamed import Unnamed
+from vllm_deltamem.vacancies import Vacancies
 
 logger = init_logger(__name__)
 
@@ -45,12 +42,7 @@ class ConnectorScheduler:
         self._requests = {}  # sampling parameters of running requests
         self._slots: dict[str, int] = {}  # theirs
         self._turns: dict[str, Turn] = {}  # of requests that are not finished
-        self._unnamed = {}  # requests by id that may go on in a slot that others have left, and leave theirs
-        self._readers = Readers(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
-        self._beginnings = Beginnings(self._segment)  # of their prompts
-        self._parting: dict[str, set[int]] = {}  # tokens after which theirs part from others
-        self._leaders = {}  # who reads so far for a request, and how far
-        self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
+        self._unnamed = Unnamed(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
         self._answers: dict[str, int] = {}  # of both kinds, where the answer's first merge will be
         self._kept: dict[str, int] = {}  # tokens of the memories that workers keep from before it
         self._matched: dict[str, tuple[Turn, Reach]] = {}  # what to restore once there is a slot
@@ -61,7 +53,6 @@ class ConnectorScheduler:
         self._waits = False  # whether a request of this step waits for a save
         self._stats = DeltaMemStats()
         self._block_pool = None
-        self._vacancies: Vacancies | None = None  # where prompts may go on in them
         self._say_sizes()
 
     def _say_sizes(self) -> None:
@@ -80,16 +71,14 @@ class ConnectorScheduler:
 
     def bind_vacancies(self, vacancies: Vacancies) -> None:
         """Have prompts go on in slots that others have left."""
-        self._vacancies = vacancies
+        self._unnamed.bind(vacancies)
 
     def arrive(self, request) -> None:
         """A request is there; nothing has been computed of it."""
-        options = _options(request.sampling_params)
+        options = options_of(request.sampling_params)
         name, tenant = options.get(SESSION), options.get(TENANT)
         answer = (request.num_prompt_tokens // self._segment + 1) * self._segment
-        if self._vacancies is not None and not options.keys() & SESSIONS and not untold(request):
-            self._unnamed[request.request_id] = request
-            self._compare(request)
+        if not options.keys() & SESSIONS and not untold(request) and self._unnamed.arrive(request):
             self._answers[request.request_id] = answer
         if name is None:
             return
@@ -103,30 +92,11 @@ class ConnectorScheduler:
         if self._store.directory is None:
             self._step.begun.append(turn)
 
-    def _compare(self, request) -> None:
-        """With what earlier prompts began with: if it parts from one that is not read yet, that one reads for both."""
-        name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), _kind(request)
-        if not kind.pins:
-            shared, earlier = self._beginnings.part(prompt, kind.salt, name)
-            if shared >= beginnings.LEAST:
-                self._follow(name, earlier, shared)
-        self._readers.add(request, prompt, kind)
-
-    def _follow(self, name: str, earlier: str, shared: int) -> None:
-        """Have a memory of so many tokens kept by whoever reads them: the earlier request, or whom it follows."""
-        leader, end = self._leaders.get(earlier, (None, 0))
-        if end != shared:
-            leader = self._unnamed.get(earlier)
-        self._parting[name] = {shared}
-        if leader is not None:
-            self._parting.setdefault(leader.request_id, set()).add(shared)
-            self._leaders[name] = leader, shared
-
     def match(self, request, computed: int) -> tuple[int | None, bool]:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
-            return self._continue(request), False
-        name, tenant = _source(request), _options(request.sampling_params).get(TENANT)
+            return self._unnamed.match(request), False
+        name, tenant = _source(request), options_of(request.sampling_params).get(TENANT)
         refused = self._outcome.get(request.request_id, NEW)["history"] not in ("new", "restored")
         if name is None or computed or refused:
             return 0, False
@@ -159,15 +129,15 @@ class ConnectorScheduler:
     def claim(self, request, blocks, matched_tokens: int) -> None:
         """A request has claimed a slot, and so many of its tokens need not be computed."""
         slot = self._slots[request.request_id] = blocks.get_block_ids()[0][0]
-        if request.request_id in self._unnamed and matched_tokens:
-            self._stats.count("prompts_continued", 1)
+        if request.request_id in self._unnamed:
+            source = self._unnamed.claim(request.request_id, slot)
+            if source is not None and matched_tokens:
+                self._step.copies[slot] = source
+            self._stats.count("prompts_continued", matched_tokens > 0)
             self._stats.count("tokens_continued", matched_tokens)
-        source = self._sources.pop(request.request_id, None)
-        if source is not None and matched_tokens:
-            self._step.copies[slot] = source
         matched = self._matched.pop(request.request_id, None)
         if matched is not None and matched_tokens:
-            pins = _pins(request.sampling_params)
+            pins = pins_of(request.sampling_params)
             turn, reach = matched
             self._step.restores.append(Transfer(request.request_id, slot, turn, reach=reach, pins=pins))
             self._restoring[request.request_id] = matched_tokens
@@ -178,20 +148,17 @@ class ConnectorScheduler:
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
             self._requests[request.req_id] = request.sampling_params
-            pins = step.pins[self._slots[request.req_id]] = _pins(request.sampling_params)
+            pins = step.pins[self._slots[request.req_id]] = pins_of(request.sampling_params)
             self._stats.count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id in cached.resumed_req_ids:
-            step.pins[self._slots[request_id]] = _pins(self._requests[request_id])
+            step.pins[self._slots[request_id]] = pins_of(self._requests[request_id])
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
             if end == self._answers.get(request_id) and max(end - self._segment, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
-        parts = self._parts(scheduler_output)
-        if self._vacancies is not None:
-            for part in parts if self._parting else ():
-                self._part(*part, step)
-            self._vacancies.give_back()
+        parts = _parts(scheduler_output)
+        step.branches = self._unnamed.plan(parts)
         self._count_tokens(parts)
         step.waiting = not scheduler_output.num_scheduled_tokens and bool(self._waits or self._restoring)
         self._waits = False
@@ -207,13 +174,9 @@ class ConnectorScheduler:
         self._restoring.pop(request.request_id, None)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
-        unnamed = self._unnamed.pop(request.request_id, None)
-        self._readers.remove(request.request_id)
-        self._parting.pop(request.request_id, None)
-        self._leaders.pop(request.request_id, None)
-        self._sources.pop(request.request_id, None)
+        unnamed = self._unnamed.finish(request.request_id)
         said = {"name": _source(request), **(outcome or {})}
-        if turn is None and unnamed is None:
+        if turn is None and not unnamed:
             return None, {SESSION: said} if outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
         if not self._complete(request, computed) or not slots or not computed:
@@ -221,7 +184,7 @@ class ConnectorScheduler:
                 self._over(turn)
             return None, None
         if turn is None:
-            self._vacancies.note(slots[0], self._vacancy(request, computed))
+            self._unnamed.leave(request, slots[0], computed)
             return None, None
         tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
         save = Transfer(request.request_id, slots[0], turn, tokens, n_earlier)
@@ -259,28 +222,6 @@ class ConnectorScheduler:
         stats.data |= {"slots_used": self._n_slots - free, "slots_free": free}
         return stats
 
-    def _continue(self, request) -> int | None:
-        """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
-        if self._awaits(request.request_id):
-            return None
-        source, length = self._readers.find(request)
-        if source is None:
-            length, slot = self._vacancies.choose(request.request_id, request.all_token_ids, _kind(request))
-        elif length:
-            self._vacancies.pass_over()
-            slot = self._slots[source]
-        else:
-            return None
-        self._sources[request.request_id] = slot
-        return length
-
-    def _awaits(self, request_id: str) -> bool:
-        """Whether its leader is about to read what they share."""
-        leader, end = self._leaders.get(request_id, (None, 0))
-        if leader is None or leader.status != RequestStatus.RUNNING:
-            return leader is not None and self._awaits(leader.request_id)
-        return leader.num_computed_tokens < end
-
     def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
         if request.status == RequestStatus.FINISHED_ABORTED:
@@ -308,34 +249,9 @@ class ConnectorScheduler:
 
     def _branch(self, request_id: str, done: int, step: StepMetadata) -> None:
         """The same for a request without a session, in a slot that is vacant."""
-        request = self._unnamed[request_id]
-        if request.num_tokens // self._segment < done // self._segment:  # the last token before it is not known yet
-            return
-        slot = self._vacancies.copy(self._vacancy(request, done))
+        slot = self._unnamed.keep(request_id, done)
         if slot is not None:
             step.copies[slot] = self._slots[request_id]
-
-    def _part(self, request_id: str, done: int, end: int, step: StepMetadata) -> None:
-        """Have memories kept as they are where the prompt parts from others, if this step reads so far."""
-        if end == done + 1:  # it merges after the step, as decoding does
-            return
-        for parting in sorted(self._parting.get(request_id, ())):
-            if done < parting <= end:
-                slot = self._vacancies.copy(self._vacancy(self._unnamed[request_id], parting, shared=True))
-                piece = parting // self._segment - done // self._segment - 1
-                if slot is not None:
-                    step.branches.append(Branch(self._slots[request_id], slot, piece))
-
-    def _vacancy(self, request, computed: int, shared: bool = False) -> Vacancy:
-        return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request), shared)
-
-    def _parts(self, scheduler_output) -> list[tuple[str, int, int]]:
-        """Of every request, how much of it has been computed before the step and will be after it."""
-        cached, new = scheduler_output.scheduled_cached_reqs, scheduler_output.scheduled_new_reqs
-        done = {request.req_id: request.num_computed_tokens for request in new}
-        done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        counts = scheduler_output.num_scheduled_tokens
-        return [(request_id, done[request_id], done[request_id] + count) for request_id, count in counts.items()]
 
     def _count_tokens(self, parts: list[tuple[str, int, int]]) -> None:
         """What a step writes, and where it makes room, from positions alone."""
@@ -353,20 +269,16 @@ class ConnectorScheduler:
             }
 
 
-def _options(params) -> dict:
-    """What a request asks of the memory, by the names in options.py; params: vLLM's SamplingParams, or None."""
-    return (params and params.extra_args) or {}
-
-
-def _pins(params) -> list[list[int]]:
-    return _options(params).get(PINS, [])
-
-
-def _kind(request) -> Kind:
-    return Kind(_pins(request.sampling_params), request.cache_salt)
+def _parts(scheduler_output) -> list[tuple[str, int, int]]:
+    """Of every request of a step, how much of it has been computed before and will be after it."""
+    cached, new = scheduler_output.scheduled_cached_reqs, scheduler_output.scheduled_new_reqs
+    done = {request.req_id: request.num_computed_tokens for request in new}
+    done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    counts = scheduler_output.num_scheduled_tokens
+    return [(request_id, done[request_id], done[request_id] + count) for request_id, count in counts.items()]
 
 
 def _source(request) -> str | None:
     """The session that a request starts from."""
-    options = _options(request.sampling_params)
+    options = options_of(request.sampling_params)
     return options.get(SOURCE, options.get(SESSION))

@@ -49,6 +49,16 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     return resolved
 
 
+def options_of(params) -> dict:
+    """What a request asks of the memory, as the engine reads it; params: vLLM's SamplingParams, or None."""
+    return (params and params.extra_args) or {}
+
+
+def pins_of(params) -> list[list[int]]:
+    """The spans [first, end) that a request pins."""
+    return options_of(params).get(PINS, [])
+
+
 def check_session(request, workers: int, directory: str | None) -> None:
     """Raise ValueError for vLLM's request if its session cannot be kept by this server, or not by its tokens alone.
 

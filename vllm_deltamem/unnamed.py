@@ -1,0 +1,135 @@
+"""Requests that name no session: which slots they go on in, or start with copies of, and what they leave to others.
+
+One goes on in a slot that another has left, if that holds the beginning of its prompt (vacancies.py), or in a copy of
+the slot of one that is under way (readers.py). Where it parts from what an earlier prompt began with (beginnings.py),
+its slot is copied to a vacant one while it is read, and prompts that begin so start from copies of that.
+"""
+
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_deltamem import beginnings
+from vllm_deltamem.beginnings import Beginnings
+from vllm_deltamem.options import pins_of
+from vllm_deltamem.readers import Readers
+from vllm_deltamem.transfers import Branch, Prompt, Span
+from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
+
+
+class Unnamed:
+    """chunk: the most tokens of a prompt that a step computes."""
+
+    def __init__(self, segment: int, chunk: int):
+        self._segment = segment
+        self._readers, self._beginnings = Readers(segment, chunk), Beginnings(segment)
+        self._vacancies: Vacancies | None = None  # where `--no-enable-prefix-caching` says so: nobody arrives
+        self._requests: dict[str, Request] = {}  # that are not finished
+        self._slots: dict[str, int] = {}  # theirs
+        self._parting: dict[str, set[int]] = {}  # tokens after which their prompts part from others
+        self._leaders: dict[str, tuple[Request, int]] = {}  # who reads so far for a request, and how far
+        self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def bind(self, vacancies: Vacancies) -> None:
+        """Have prompts go on in slots that others have left."""
+        self._vacancies = vacancies
+
+    def arrive(self, request: Request) -> bool:
+        """Whether a request takes part in this, of which nothing has been computed.
+
+        If its prompt parts from one that is not read yet, that one reads for both.
+        """
+        if self._vacancies is None:
+            return False
+        name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), _kind(request)
+        self._requests[name] = request
+        if not kind.pins:
+            shared, earlier = self._beginnings.part(prompt, kind.salt, name)
+            if shared >= beginnings.LEAST:
+                self._follow(name, earlier, shared)
+        self._readers.add(request, prompt, kind)
+        return True
+
+    def match(self, request: Request) -> int | None:
+        """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
+        name = request.request_id
+        if self._awaits(name):
+            return None
+        source, length = self._readers.find(request)
+        if source is None:
+            length, slot = self._vacancies.choose(name, request.all_token_ids, _kind(request))
+        elif length:
+            self._vacancies.pass_over()
+            slot = self._slots[source]
+        else:
+            return None
+        self._sources[name] = slot
+        return length
+
+    def claim(self, request_id: str, slot: int) -> int | None:
+        """A request has claimed a slot. Returns the one that it starts with a copy of, if it does."""
+        self._slots[request_id] = slot
+        return self._sources.pop(request_id, None)
+
+    def plan(self, parts: list[tuple[str, int, int]]) -> list[Branch]:
+        """Which memories a step keeps as they are where prompts part. parts: of every request, read before and after.
+
+        Nobody claims slots for this step any more: those that it copies from are free again.
+        """
+        if self._vacancies is None:
+            return []
+        branches = [branch for part in parts if part[0] in self._parting for branch in self._part(*part)]
+        self._vacancies.give_back()
+        return branches
+
+    def keep(self, request_id: str, done: int) -> int | None:
+        """A vacant slot for a copy of what a request's holds, which may be told otherwise later; None: none is kept."""
+        request = self._requests[request_id]
+        if request.num_tokens // self._segment < done // self._segment:  # the last token before it is not known yet
+            return None
+        return self._vacancies.copy(self._vacancy(request, done))
+
+    def leave(self, request: Request, slot: int, computed: int) -> None:
+        """A request leaves its slot with what it has computed."""
+        self._vacancies.note(slot, self._vacancy(request, computed))
+
+    def finish(self, request_id: str) -> bool:
+        """Forget a request; whether it took part."""
+        self._readers.remove(request_id)
+        for known in (self._slots, self._parting, self._leaders, self._sources):
+            known.pop(request_id, None)
+        return self._requests.pop(request_id, None) is not None
+
+    def _follow(self, name: str, earlier: str, shared: int) -> None:
+        """Have a memory of so many tokens kept by whoever reads them: the earlier request, or whom it follows."""
+        leader, end = self._leaders.get(earlier, (None, 0))
+        if end != shared:
+            leader = self._requests.get(earlier)
+        self._parting[name] = {shared}
+        if leader is not None:
+            self._parting.setdefault(leader.request_id, set()).add(shared)
+            self._leaders[name] = leader, shared
+
+    def _awaits(self, request_id: str) -> bool:
+        """Whether its leader is about to read what they share."""
+        leader, end = self._leaders.get(request_id, (None, 0))
+        if leader is None or leader.status != RequestStatus.RUNNING:
+            return leader is not None and self._awaits(leader.request_id)
+        return leader.num_computed_tokens < end
+
+    def _part(self, request_id: str, done: int, end: int) -> list[Branch]:
+        found = []
+        for parting in sorted(self._parting[request_id]):
+            if done < parting <= end and end > done + 1:  # a single token merges after the step, as in decoding
+                slot = self._vacancies.copy(self._vacancy(self._requests[request_id], parting, shared=True))
+                piece = parting // self._segment - done // self._segment - 1
+                found += [Branch(self._slots[request_id], slot, piece)] if slot is not None else []
+        return found
+
+    def _vacancy(self, request: Request, computed: int, shared: bool = False) -> Vacancy:
+        return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request), shared)
+
+
+def _kind(request: Request) -> Kind:
+    return Kind(pins_of(request.sampling_params), request.cache_salt)
