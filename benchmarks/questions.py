@@ -3,7 +3,7 @@
     python -m benchmarks.questions --model DIR
 
 deltamem reads the document once and keeps its memory as a session, from which every question starts; beside it
-unnamed requests ('slots': the second question shows what they share, and reads it again), the same with
+unnamed requests ('slots': they go on in slots that others have left, or in copies), the same with
 --no-enable-prefix-caching, and vLLM's own backend with its prefix caching on and off. The memory is 15% of --context.
 Metric ttft_s: of the document by itself (question 0), then of each question.
 """

@@ -22,6 +22,7 @@ TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products
 MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
 AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
 LOG2_E = np.float32(math.log2(math.e))
+AMX = torch.cpu._is_amx_tile_supported()
 AMX_TILE = 32  # bfloat16 in a row
 TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))  # of 2^x about 0
 
@@ -61,13 +62,13 @@ def compile_partial(dtype: torch.dtype) -> None:
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN does so faster than flash attention does, which knows AMX."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported() and not AMX
 
 
 def _flash(q, k, v, mask, scale):
     """With AMX, 64 rows and more go another way than fewer do, which rounds otherwise unless all fill whole tiles."""
     size = q.shape[3]
-    if q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    if AMX and q.dtype == torch.bfloat16:
         columns, keys = -size % AMX_TILE, -k.shape[2] % AMX_TILE
         if columns or keys:
             q, k, v = pad(q, (0, columns)), pad(k, (0, columns, 0, keys)), pad(v, (0, columns, 0, keys))

@@ -44,7 +44,8 @@ class ConnectorWorker:
         if pool is not None:
             for target, slot in step.copies.items():
                 pool.copy(slot, target)
-            pool.branch(step.branches)
+            if step.branches:
+                pool.branch(step.branches)
             pool.pin(step.pins)
             for request_id, slot in step.kept.items():
                 self._earlier[request_id] = self.carrier.copy(pool.slab[slot])
@@ -62,7 +63,7 @@ class ConnectorWorker:
         """Merge what is due, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
-            pool.branch([])
+            pool.branches = []  # a dummy run has none
             pool.merge_due()
         for turn in step.ended:
             self._store.end(turn.tenant, turn.name, turn.save_id)

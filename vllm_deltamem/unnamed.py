@@ -123,8 +123,9 @@ class Unnamed:
         for parting in sorted(self._parting[request_id]):
             if done < parting <= end and end > done + 1:  # a single token merges after the step, as in decoding
                 slot = self._vacancies.copy(self._vacancy(self._requests[request_id], parting, shared=True))
-                piece = parting // self._segment - done // self._segment - 1
-                found += [Branch(self._slots[request_id], slot, piece)] if slot is not None else []
+                if slot is not None:
+                    piece = parting // self._segment - done // self._segment - 1
+                    found.append(Branch(self._slots[request_id], slot, piece))
         return found
 
     def _vacancy(self, request: Request, computed: int, shared: bool = False) -> Vacancy:
