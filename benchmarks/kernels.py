@@ -129,7 +129,9 @@ def check(held: Memory, rows, q, out) -> None:
     queries = q[row].float().unflatten(0, (kv_heads, -1)) * q.shape[2] ** -0.5
     for g in range(kv_heads):
         x, y = (slice(int(start[g]), int(start[g + 1])) for start in (slots.exact_start, slots.coarse_start))
-        coarse_k = decode(slots.coarse_k[slot, y], slots.coarse_k_affine[slot, y], codec.key_bits, dtype)
+        coarse_k = decode(
+            slots.coarse_k[slot, y], slots.coarse_k_affine[slot, y], codec.key_bits, dtype, slots.pairs.of(g)
+        )
         coarse_v = decode(slots.coarse_v[slot, y], slots.coarse_v_affine[slot, y], codec.value_bits, dtype)
         k = torch.cat([slots.exact_k[slot, x], coarse_k, slots.ring_k[slot, g, cells]]).float()
         v = torch.cat([slots.exact_v[slot, x], coarse_v, slots.ring_v[slot, g, cells]]).float()
@@ -252,7 +254,7 @@ def main() -> None:
     scale = TINY if options.interpret else CARD
     meter = Meter(scale, None if options.interpret else options.results)
     for memory in scale.memories:
-        for fidelity, ragged in (("k8v4", True), ("bf16", False)):
+        for fidelity, ragged in (("k8v4", True), ("k3v4", True), ("bf16", False)):
             for batch in scale.batches:
                 held = make_memory(scale, memory, fidelity, ragged, batch)
                 attention(meter, kernels, memory, held, 1)

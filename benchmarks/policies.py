@@ -30,7 +30,8 @@ POLICIES = {
     "no_fidelity": Policy({"fidelity": "bf16"}),
     "k8v4": Policy({"fidelity": "k8v4"}),
     "k8v8": Policy({"fidelity": "k8v8"}),
-    "k4v4": Policy({"fidelity": "k4v4"}),
+    "k5v4": Policy({"fidelity": "k5v4"}),
+    "k3v4": Policy({"fidelity": "k3v4"}),
     "no_pins": Policy({"pinned": 0}),
 }
 

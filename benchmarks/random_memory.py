@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_deltamem.calibration.pairs import fit
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.pairs import Pairs, is_paired
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope, pack_rank, rotate
 from vllm_deltamem.memory import Layout, Shape, plan_layout
 
@@ -72,7 +74,8 @@ def make_memory(scale: Scale, memory: int, fidelity: str, ragged: bool, batch: i
         layout = _with_a_large_head(layout, scale.context - layout.ring)
     copies = max(1, -(-scale.cache // (batch * layout.slot_bytes)))
     slab = torch.zeros(batch * copies, layout.slot_bytes, dtype=torch.uint8, device=scale.device)
-    slots = layout.views(slab, 0)
+    pairs = fit(*torch.rand(2, scale.kv_heads, scale.size // 2))
+    slots = layout.views(slab, 0, Pairs(*(part.to(scale.device) for part in pairs)))
     frequency = 500_000.0 ** -torch.linspace(0, 1, scale.size // 2, device=scale.device)
     angle = torch.arange(2 * scale.context, device=scale.device)[:, None] * frequency
     rope = Rope(angle.cos(), angle.sin(), interleaved=False)
@@ -112,6 +115,9 @@ def _fill(slots: LayerSlots, slot: int, length: int, rope: Rope) -> None:
     for codes, affine, bits in zip(slots[7:9], slots[9:11], slots.codec, strict=True):
         if bits == 16:
             codes[slot].normal_()
+        elif is_paired(bits):
+            codes[slot].random_(0, 256)
+            affine[slot] = 1.0
         else:
             codes[slot].random_(0, 256)
             affine[slot, ..., 0], affine[slot, ..., 1] = 4 / (2**bits - 1), -2.0

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .rows import compiled, encode, load, turn
+from .rows import compiled, encode, encode_pairs, load, turn
 from .slot import EMPTY, MAX_POSITION
 
 
@@ -24,6 +24,9 @@ class Arrays(NamedTuple):
     coarse_v_affine: np.ndarray
     coarse_mass: np.ndarray
     coarse_rank: np.ndarray
+    pair_place: np.ndarray
+    pair_step: np.ndarray
+    wide: int  # pairs with 8 bits
     key_bits: int
     value_bits: int
     k: np.ndarray
@@ -65,9 +68,14 @@ def store(arrays: Arrays, g, places, k, v, mass, rank):
     """Write coarse entries of head g, in the slot and at W places of the readout: k, v [W, D] fp32, mass, rank [W]."""
     first = arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
     key_bits, value_bits, kind = arrays.key_bits, arrays.value_bits, arrays.kind
+    pair_place, pair_step = arrays.pair_place[g], arrays.pair_step[g]
     for i in range(len(places)):
         place, entry = places[i], first + places[i]
-        encode(k[i], key_bits, kind, arrays.coarse_k[entry], arrays.coarse_k_affine[entry], arrays.k[place])
+        codes, affine = arrays.coarse_k[entry], arrays.coarse_k_affine[entry]
+        if key_bits == 5 or key_bits == 3:
+            encode_pairs(k[i], pair_place, pair_step, arrays.wide, kind, codes, affine, arrays.k[place])
+        else:
+            encode(k[i], key_bits, kind, codes, affine, arrays.k[place])
         encode(v[i], value_bits, kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], arrays.v[place])
         arrays.mass[place] = arrays.coarse_mass[entry] = mass[i]
         arrays.rank[place] = arrays.coarse_rank[entry] = rank[i]

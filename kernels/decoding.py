@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, decode, far_limit, halves, left_ring, mate, rank_position, row_at, sizes, turn
+from .tiles import angles, at, decode, far_limit, halves, left_ring, mate, pairs_of, rank_position, row_at, sizes, turn
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
@@ -89,13 +89,14 @@ def attend_token(
     k_affine = at(slots.coarse_k_affine, slot, stride)
     v_affine = at(slots.coarse_v_affine, slot, stride)
     masses = at(slots.coarse_mass, slot, stride)
+    pairs = pairs_of(slots, head, D)
     ranks = at(slots.coarse_rank, slot, stride)
     end = tl.minimum(start + size - RING - exact, held_coarse)
     for at_key in range(tl.maximum(start - RING - exact, 0), end, KEYS):
         inside = at_key + key < end
         entry = coarse_first + at_key + key
-        k_low, k_high = decode(coarse_k, k_affine, entry, inside, D, HALF, KEY_BITS, DTYPE)
-        v_low, v_high = decode(coarse_v, v_affine, entry, inside, D, HALF, VALUE_BITS, DTYPE)
+        k_low, k_high = decode(coarse_k, k_affine, entry, inside, pairs, D, HALF, KEY_BITS, DTYPE)
+        v_low, v_high = decode(coarse_v, v_affine, entry, inside, pairs, D, HALF, VALUE_BITS, DTYPE)
         mass = tl.load(masses + entry, mask=inside, other=0.0)[None, :]
         logits = _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks + entry, inside, limit, TRAINED)
         top, total, low, high = _absorb(logits, v_low, v_high, mass, scale, top, total, low, high)

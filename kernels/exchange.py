@@ -16,6 +16,7 @@ from .tiles import (
     key_position,
     mates,
     outgoing,
+    pairs_of,
     sizes,
     store_encoded,
     store_halves,
@@ -91,13 +92,14 @@ def exchange(
     k_affine = at(slots.coarse_k_affine, slot, stride)
     v_affine = at(slots.coarse_v_affine, slot, stride)
     masses = at(slots.coarse_mass, slot, stride)
+    pairs = pairs_of(slots, head, D)
     coarse_ranks = at(slots.coarse_rank, slot, stride)
     new_k_low, new_k_high = halves(ring_k, cell, live, D, HALF)
     new_v_low, new_v_high = halves(ring_v, cell, live, D, HALF)
     k_low, k_high = halves(exact_k, entry, ousts, D, HALF)
     v_low, v_high = halves(exact_v, entry, ousts, D, HALF)
-    old_k_low, old_k_high = decode(coarse_k, k_affine, target, replaces, D, HALF, KEY_BITS, DTYPE)
-    old_v_low, old_v_high = decode(coarse_v, v_affine, target, replaces, D, HALF, VALUE_BITS, DTYPE)
+    old_k_low, old_k_high = decode(coarse_k, k_affine, target, replaces, pairs, D, HALF, KEY_BITS, DTYPE)
+    old_v_low, old_v_high = decode(coarse_v, v_affine, target, replaces, pairs, D, HALF, VALUE_BITS, DTYPE)
     old_rank = tl.load(coarse_ranks + target, mask=replaces, other=0)
     old_mass = tl.load(masses + target, mask=replaces, other=1.0)
     tl.debug_barrier()
@@ -110,8 +112,12 @@ def exchange(
     k_high = tl.where(ousted, k_high, new_k_high)
     v_low = tl.where(ousted, v_low, new_v_low)
     v_high = tl.where(ousted, v_high, new_v_high)
-    store_encoded(coarse_k, k_affine, target, gets_in, k_low.to(tl.float32), k_high.to(tl.float32), D, HALF, KEY_BITS)
-    store_encoded(coarse_v, v_affine, target, gets_in, v_low.to(tl.float32), v_high.to(tl.float32), D, HALF, VALUE_BITS)
+    store_encoded(
+        coarse_k, k_affine, target, gets_in, k_low.to(tl.float32), k_high.to(tl.float32), pairs, D, HALF, KEY_BITS
+    )
+    store_encoded(
+        coarse_v, v_affine, target, gets_in, v_low.to(tl.float32), v_high.to(tl.float32), pairs, D, HALF, VALUE_BITS
+    )
     tl.store(coarse_ranks + target, rank, mask=gets_in)
     tl.store(masses + target, tl.zeros([CELLS], tl.float32) + 1.0, mask=gets_in)
     replaced = replaces[:, None]
@@ -131,7 +137,7 @@ def exchange(
         low, high = halves(ring_k, cell, loses, D, HALF)
         if ROTARY > 0:
             mate_low, mate_high = mates(
-                ring_k, k_affine, cell, loses, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
+                ring_k, k_affine, cell, loses, low, high, pairs, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
             )
             lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
             cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, loses, D, HALF, ROTARY, INTERLEAVED)

@@ -4,7 +4,19 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, centred_unit, decode, due_tile, far_limit, key_position, mates, pack_rank, sizes
+from .tiles import (
+    angles,
+    at,
+    centred_unit,
+    decode,
+    due_tile,
+    far_limit,
+    key_position,
+    mates,
+    pack_rank,
+    pairs_of,
+    sizes,
+)
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["tiles"])
@@ -35,11 +47,12 @@ def nearest(
     row = coarse_first + entry
     codes = at(slots.coarse_k, slot, stride)
     affine = at(slots.coarse_k_affine, slot, stride)
-    low, high = decode(codes, affine, row, inside, D, HALF, KEY_BITS, DTYPE)
+    pairs = pairs_of(slots, head, D)
+    low, high = decode(codes, affine, row, inside, pairs, D, HALF, KEY_BITS, DTYPE)
     if ROTARY > 0:
         rank = tl.load(at(slots.coarse_rank, slot, stride) + row, mask=inside, other=0)
         mate_low, mate_high = mates(
-            codes, affine, row, inside, low, high, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
+            codes, affine, row, inside, low, high, pairs, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
         )
         lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
         cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, inside, D, HALF, ROTARY, INTERLEAVED)

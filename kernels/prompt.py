@@ -16,6 +16,7 @@ from .tiles import (
     left_ring,
     locate,
     mate,
+    pairs_of,
     rank_position,
     row_at,
     sizes,
@@ -42,10 +43,11 @@ def read_coarse(
     row = coarse_first + entry
     DTYPE: tl.constexpr = read_k.dtype.element_ty
     base = n.to(tl.int64) * coarse_total * D
+    pairs = pairs_of(slots, head, D)
     k_affine, v_affine = at(slots.coarse_k_affine, slot, stride), at(slots.coarse_v_affine, slot, stride)
-    low, high = decode(at(slots.coarse_k, slot, stride), k_affine, row, inside, D, HALF, KEY_BITS, DTYPE)
+    low, high = decode(at(slots.coarse_k, slot, stride), k_affine, row, inside, pairs, D, HALF, KEY_BITS, DTYPE)
     store_halves(read_k + base, row, inside, low, high, D, HALF)
-    low, high = decode(at(slots.coarse_v, slot, stride), v_affine, row, inside, D, HALF, VALUE_BITS, DTYPE)
+    low, high = decode(at(slots.coarse_v, slot, stride), v_affine, row, inside, pairs, D, HALF, VALUE_BITS, DTYPE)
     store_halves(read_v + base, row, inside, low, high, D, HALF)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .arrays import Arrays, read_plain
+from .pairs import pair_counts
 from .rows import KINDS, as_bits
 from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, rank_position, rotate
 
@@ -128,6 +129,9 @@ class Readout:
             coarse_start=slots.coarse_start.numpy(),
             start=np.array(self.start),
             kind=KINDS[self.k.dtype],
+            pair_place=slots.pairs.place.numpy(),
+            pair_step=slots.pairs.step.numpy(),
+            wide=pair_counts(self.k.shape[1], slots.codec.key_bits)[0],
             key_bits=slots.codec.key_bits,
             value_bits=slots.codec.value_bits,
             k=as_bits(self.k),
@@ -155,7 +159,8 @@ class Readout:
         slots.exact_k[slot, (slots.exact_start[head] + column)[exact]] = keys[exact]
         entry = (slots.coarse_start[head] + column - counts[head])[~exact]
         _, bits, codes, affine = self._coded()[0]
-        codes[entry], affine[entry], keys[~exact] = encode_and_read(turned[~exact], bits, keys.dtype)
+        pairs = slots.pairs.of(head[~exact])
+        codes[entry], affine[entry], keys[~exact] = encode_and_read(turned[~exact], bits, keys.dtype, pairs)
         self.k[place] = keys
         if self.arrays is not None:
             self.plain[place] = rotate(keys.float(), torch.zeros_like(place), rope, inverse=True)
@@ -172,7 +177,7 @@ class Readout:
             rows = slice(coarse_start[g], coarse_start[g] + coarse)
             places = slice(first + exact, first + exact + coarse)
             for field, bits, codes, affine in self._coded():
-                field[places] = decode(codes[rows], affine[rows], bits, field.dtype)
+                field[places] = decode(codes[rows], affine[rows], bits, field.dtype, slots.pairs.of(g))
             self.mass[places] = slots.coarse_mass[slot, rows]
             self.rank[places] = slots.coarse_rank[slot, rows]
 

@@ -174,9 +174,7 @@ def _entries(slots: LayerSlots, slot: int, g: int):
     """All entries of one head as attention reads them: k, v [E, D], mass [E], rank [E]."""
     x = slice(slots.exact_start[g], slots.exact_start[g + 1])
     y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
-    dtype, codec = slots.ring_k.dtype, slots.codec
-    coarse_k = decode(slots.coarse_k[slot, y], slots.coarse_k_affine[slot, y], codec.key_bits, dtype)
-    coarse_v = decode(slots.coarse_v[slot, y], slots.coarse_v_affine[slot, y], codec.value_bits, dtype)
+    coarse_k, coarse_v = (part.to(slots.ring_k.dtype) for part in _coarse(slots, slot, g, y))
     mass = torch.cat([torch.ones(x.stop - x.start), slots.coarse_mass[slot, y]])
     rank = torch.cat([slots.exact_rank[slot, x], slots.coarse_rank[slot, y]])
     return torch.cat([slots.exact_k[slot, x], coarse_k]), torch.cat([slots.exact_v[slot, x], coarse_v]), mass, rank
@@ -191,8 +189,8 @@ def _turn_far(slots, slot, g, rope):
     exact_k[entry] = rotate(exact_k[entry].float(), position, rope, inverse=True).to(exact_k.dtype)
     entry, position = _new_far(slots.coarse_rank[slot, y], slots.segment, rope)
     entry = entry + y.start
-    turned = rotate(_coarse(slots, slot, entry)[0], position, rope, inverse=True)
-    codes = encode(turned, slots.codec.key_bits, slots.ring_k.dtype)
+    turned = rotate(_coarse(slots, slot, g, entry)[0], position, rope, inverse=True)
+    codes = encode(turned, slots.codec.key_bits, slots.ring_k.dtype, slots.pairs.of(g))
     slots.coarse_k[slot, entry], slots.coarse_k_affine[slot, entry] = codes
 
 
@@ -232,9 +230,9 @@ def _keep_coarse(slots, slot, g, k, v, rank):
     """Coarse entries take the next best; returns the losers [C, ...] with their masses [C]."""
     y = slice(slots.coarse_start[g], slots.coarse_start[g + 1])
     entry, newcomer = _duels(slots.coarse_rank[slot, y], rank)
-    old = _coarse(slots, slot, y.start + entry)
+    old = _coarse(slots, slot, g, y.start + entry)
     old_rank, old_mass = slots.coarse_rank[slot, y.start + entry], slots.coarse_mass[slot, y.start + entry]
-    _store(slots, slot, y.start + entry, k[newcomer], v[newcomer], torch.ones(len(entry)), rank[newcomer])
+    _store(slots, slot, g, y.start + entry, k[newcomer], v[newcomer], torch.ones(len(entry)), rank[newcomer])
     k, v, rank, mass = k.clone(), v.clone(), rank.clone(), torch.ones(len(k))
     k[newcomer], v[newcomer], rank[newcomer], mass[newcomer] = *old, old_rank, old_mass
     return k, v, rank, mass
@@ -251,7 +249,7 @@ def _merge_rest(slots, slot, g, gone, k, v, rank, mass, mean, rope, gate_weights
     plain = rotate(k, key_position(rank[losers], rope), rope, inverse=True)
     among = torch.cat([torch.arange(r.start, r.stop) for r in candidates(len(held), gone, slots.segment)])
     entries = y.start + among[held[among]]
-    entry_k, entry_v = _coarse(slots, slot, entries)
+    entry_k, entry_v = _coarse(slots, slot, g, entries)
     entry_rank, entry_mass = slots.coarse_rank[slot, entries], slots.coarse_mass[slot, entries]
     entry_plain = rotate(entry_k, key_position(entry_rank, rope), rope, inverse=True)
     cosine, nearest = (unit(plain - mean, dim=-1) @ unit(entry_plain - mean, dim=-1).T).max(-1)
@@ -264,20 +262,21 @@ def _merge_rest(slots, slot, g, gone, k, v, rank, mass, mean, rope, gate_weights
         turned = rotate(plain[mine], key_position(entry_rank[e], rope).expand(len(w)), rope)
         new_k = entry_k[e] + (w[:, None] * (turned - entry_k[e])).sum(0) / total
         new_v = entry_v[e] + (w[:, None] * (v[mine] - entry_v[e])).sum(0) / total
-        _store(slots, slot, entries[e : e + 1], new_k[None], new_v[None], total[None], entry_rank[e : e + 1])
+        _store(slots, slot, g, entries[e : e + 1], new_k[None], new_v[None], total[None], entry_rank[e : e + 1])
 
 
-def _coarse(slots, slot, entries):
-    """Keys and values [E, D] fp32 of coarse entries, as attention reads them."""
-    dtype = slots.ring_k.dtype
-    k = decode(slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries], slots.codec.key_bits, dtype)
-    v = decode(slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries], slots.codec.value_bits, dtype)
+def _coarse(slots, slot, g, entries):
+    """Keys and values [E, D] fp32 of coarse entries of head g, as attention reads them."""
+    dtype, codec, pairs = slots.ring_k.dtype, slots.codec, slots.pairs.of(g)
+    k = decode(slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries], codec.key_bits, dtype, pairs)
+    v = decode(slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries], codec.value_bits, dtype)
     return k.float(), v.float()
 
 
-def _store(slots, slot, entries, k, v, mass, rank):
-    dtype = slots.ring_k.dtype
-    slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries] = encode(k, slots.codec.key_bits, dtype)
-    slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries] = encode(v, slots.codec.value_bits, dtype)
+def _store(slots, slot, g, entries, k, v, mass, rank):
+    dtype, codec = slots.ring_k.dtype, slots.codec
+    key = encode(k, codec.key_bits, dtype, slots.pairs.of(g))
+    slots.coarse_k[slot, entries], slots.coarse_k_affine[slot, entries] = key
+    slots.coarse_v[slot, entries], slots.coarse_v_affine[slot, entries] = encode(v, codec.value_bits, dtype)
     slots.coarse_mass[slot, entries] = mass
     slots.coarse_rank[slot, entries] = rank

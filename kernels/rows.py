@@ -4,22 +4,39 @@ Numba knows neither bfloat16 nor float16, so that a row [D] of the model's dtype
 with a `kind` that says what they mean. Everything here rounds as the functions of slot.py do, to the bit.
 """
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
 
+from .pairs import LARGEST
 from .slot import MAX_POSITION, POSITION_BITS
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by bytes
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+def _cache_folder() -> str:
+    """One for every version of these files: Numba itself asks only whether the function's own file has changed."""
+    folder = Path(__file__).parent
+    version = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))), digest_size=6)
+    return str(Path(config.CACHE_DIR or folder / "__pycache__") / version.hexdigest())
+
+
+CACHE_FOLDER = _cache_folder()
+
+
 def compiled(function, **options):
     """Numba's compiler, whose work stays on disk for the next process, if there is a folder that it may write to."""
+    elsewhere, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
     try:
         return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
     except RuntimeError:
         return njit(nogil=True, error_model="numpy", **options)(function)
+    finally:
+        config.CACHE_DIR = elsewhere
 
 
 def as_bits(x: torch.Tensor) -> np.ndarray:
@@ -137,6 +154,38 @@ def encode(x, width, kind, codes, affine, row):
             scaled = read[d] * scale
             read[d] = scaled + zero
     save(read, kind, row)
+
+
+@compiled
+def encode_pairs(x, place, step, wide, kind, codes, gains, row):
+    """See pairs.encode, of a key fp32 [D] with its head's code [P]; `row` becomes what decoding makes of it."""
+    count, gain = len(place), np.float32(0)
+    for i in range(count):
+        if step[i] > 0:
+            reach = step[i] * np.float32(255 if place[i] < wide else 15)
+            gain = max(gain, max(abs(x[i]), abs(x[i + count])) / reach)
+    gains[0, 0] = half_bits(min(gain, np.float32(LARGEST)))
+    gain = from_half_bits(gains[0, 0])
+    read = np.zeros(2 * count, np.float32)
+    for i in range(count):
+        if step[i] > 0:
+            most, level = np.float32(255 if place[i] < wide else 15), gain * step[i]
+            divisor = level if level > 0 else np.float32(np.inf)
+            low = _level(x[i] / divisor, most)
+            high = _level(x[i + count] / divisor, most)
+            read[i], read[i + count] = (low * np.float32(2) - most) * level, (high * np.float32(2) - most) * level
+            if place[i] < wide:
+                codes[place[i]], codes[wide + place[i]] = np.uint8(low), np.uint8(high)
+            else:
+                codes[wide + place[i]] = np.uint8(low) | np.uint8(np.uint8(high) << np.uint8(4))
+    save(read, kind, row)
+
+
+@compiled
+def _level(levels, most):
+    """The code of a value so many steps from zero, of codes up to `most`."""
+    middle = levels + most
+    return min(max(np.floor(middle * np.float32(0.5) + np.float32(0.5)), np.float32(0)), most)
 
 
 @compiled

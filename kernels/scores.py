@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .duels import NOWHERE, UNBOUND, held_ranks, lowest
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, due_tile, halves, mates, outgoing, pack_rank, rank_position, sizes, unit
+from .tiles import angles, at, due_tile, halves, mates, outgoing, pack_rank, pairs_of, rank_position, sizes, unit
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
@@ -33,8 +33,9 @@ def score(
     low, high = halves(field, cell, live, D, HALF)
     if ROTARY > 0:
         mate_low, mate_high = mates(
-            field, slots.coarse_k_affine, cell, live, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
-        )
+            field, slots.coarse_k_affine, cell, live, low, high, pairs_of(slots, head, D),
+            D, HALF, 16, DTYPE, ROTARY, INTERLEAVED,
+        )  # fmt: skip
         cos_low, sin_low, cos_high, sin_high = angles(cos, sin, position, live, D, HALF, ROTARY, INTERLEAVED)
         low = low * cos_low - mate_low * sin_low
         high = high * cos_high - mate_high * sin_high

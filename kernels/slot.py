@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from . import pairs as pair_codes
+from .pairs import PairCode, is_paired
+
 # Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, or bytes are
 # read otherwise: memories that were saved under another one are then computed anew.
-STATE = 1
+STATE = 2
 
 FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
 KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about
@@ -21,13 +24,13 @@ MAX_POSITION = (1 << POSITION_BITS) - 1
 
 
 class Codec(NamedTuple):
-    """How coarse keys and values are stored: 16 keeps the model's dtype, 8 and 4 are affine codes."""
+    """How coarse keys and values are stored: 16 keeps the model's dtype, 8 and 4 are affine, 5 and 3 pairs.py's."""
 
     key_bits: int
     value_bits: int
 
 
-FIDELITIES = {"bf16": Codec(16, 16), "k8v8": Codec(8, 8), "k8v4": Codec(8, 4), "k4v4": Codec(4, 4)}
+FIDELITIES = {"bf16": Codec(16, 16), "k8v8": Codec(8, 8), "k8v4": Codec(8, 4), "k5v4": Codec(5, 4), "k3v4": Codec(3, 4)}
 
 
 class LayerSlots(NamedTuple):
@@ -46,14 +49,15 @@ class LayerSlots(NamedTuple):
     exact_k: torch.Tensor  # [S, X, D] model dtype, rotated
     exact_v: torch.Tensor  # [S, X, D] model dtype
     exact_rank: torch.Tensor  # [S, X] int64, see pack_rank
-    coarse_k: torch.Tensor  # [S, Y, D * bits / 8] uint8, or [S, Y, D] model dtype
+    coarse_k: torch.Tensor  # [S, Y, bytes] uint8, or [S, Y, D] model dtype
     coarse_v: torch.Tensor  # likewise
-    coarse_k_affine: torch.Tensor  # [S, Y, D / group, 2] fp16 (scale, zero); [S, Y, 0, 2] at 16 bits
+    coarse_k_affine: torch.Tensor  # [S, Y, D / group, 2] fp16 (scale, zero); [S, Y, 1, 1] of pairs, [S, Y, 0, 2] at 16
     coarse_v_affine: torch.Tensor  # likewise
     coarse_mass: torch.Tensor  # [S, Y] fp32, how many tokens the entry stands for
     coarse_rank: torch.Tensor  # [S, Y] int64
     exact_start: torch.Tensor  # [G + 1] int32
     coarse_start: torch.Tensor  # [G + 1] int32
+    pairs: PairCode  # [G, P] of keys in 5 or 3 bits
     codec: Codec
     window: int
     segment: int
@@ -112,10 +116,10 @@ def candidates(coarse: int, gone: int, segment: int) -> list[range]:
 
 
 def group_size(head_size: int, bits: int) -> int:
-    """Values that share one (scale, zero): the whole vector at 8 bits, at most 32 at 4 bits."""
+    """Values that share one (scale, zero): the whole vector at 8 bits, at most 64 at 4 bits."""
     if bits == 8:
         return head_size
-    group = 32
+    group = 64
     while head_size % group:
         group //= 2
     return group
@@ -147,19 +151,25 @@ def key_position(rank: torch.Tensor, rope: Rope | None) -> torch.Tensor:
     return position.masked_fill_(nowhere, 0)
 
 
-def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    x: torch.Tensor, bits: int, dtype: torch.dtype, pairs: PairCode | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] fp32 -> (codes, affine [..., D / group, 2] fp16), so that x ~ zero + scale * code.
 
-    At 4 bits a byte holds element i in its low half and element i + D/2 in its high half.
+    At 4 bits a byte holds element i in its low half and element i + D/2 in its high half. 5 and 3 bits: pairs.encode.
     """
-    return encode_and_read(x, bits, dtype)[:2]
+    return encode_and_read(x, bits, dtype, pairs)[:2]
 
 
-def encode_and_read(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_and_read(
+    x: torch.Tensor, bits: int, dtype: torch.dtype, pairs: PairCode | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The codes and affine of encode, and what decode makes of them, to the bit."""
     if bits == 16:
         x = x.to(dtype)
         return x, x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16), x
+    if is_paired(bits):
+        return pair_codes.encode(x, bits, pairs, dtype)
     grouped = x.unflatten(-1, (-1, group_size(x.shape[-1], bits)))
     zero = grouped.amin(-1, keepdim=True).half().float()
     scale = grouped.amax(-1, keepdim=True).sub_(zero).div_(2**bits - 1).half().float()
@@ -172,10 +182,14 @@ def encode_and_read(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[tor
     return codes, torch.cat([scale, zero], -1).half(), _affine(code, scale, zero, dtype)
 
 
-def decode(codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def decode(
+    codes: torch.Tensor, affine: torch.Tensor, bits: int, dtype: torch.dtype, pairs: PairCode | None = None
+) -> torch.Tensor:
     """Inverse of encode, rounded to the model's dtype: what attention reads. Returns [..., D]."""
     if bits == 16:
         return codes
+    if is_paired(bits):
+        return pair_codes.decode(codes, affine, bits, pairs, dtype)
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)
     grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()

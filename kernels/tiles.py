@@ -7,11 +7,15 @@ A vector of D columns is handled as two halves of HALF >= D / 2 columns, the res
 import triton
 import triton.language as tl
 
+from .pairs import LARGEST, is_paired, pair_counts
 from .slot import MAX_POSITION, POSITION_BITS, group_size
 
 _POSITION_BITS = tl.constexpr(POSITION_BITS)
 _MAX_POSITION = tl.constexpr(MAX_POSITION)
+_LARGEST = tl.constexpr(LARGEST)
 _group_size = triton.constexpr_function(group_size)
+_is_paired = triton.constexpr_function(is_paired)
+_pair_counts = triton.constexpr_function(pair_counts)
 
 
 @triton.jit
@@ -187,7 +191,11 @@ def _group_affine(field, row, inside, first: tl.constexpr, D: tl.constexpr, HALF
     """Scale and zero [B, HALF] fp32 of the columns from `first` on, of 4-bit codes."""
     GROUP: tl.constexpr = _group_size(D, 4)
     B: tl.constexpr = row.shape[0]
-    if (D // 2) % GROUP == 0 and HALF == D // 2:
+    if GROUP == D:
+        scale, zero = _affine(field, row, inside)
+        scale = tl.broadcast_to(scale[:, None], (B, HALF))
+        zero = tl.broadcast_to(zero[:, None], (B, HALF))
+    elif (D // 2) % GROUP == 0 and HALF == D // 2:
         # one load per group, spread over its columns in registers
         GROUPS: tl.constexpr = HALF // GROUP
         cell = row[:, None] * (D // GROUP) + first // GROUP + tl.arange(0, GROUPS)[None, :]
@@ -202,10 +210,52 @@ def _group_affine(field, row, inside, first: tl.constexpr, D: tl.constexpr, HALF
 
 
 @triton.jit
-def decode(codes, affine, row, inside, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows [B] of coded vectors as attention reads them, see slot.decode: two [B, HALF] in the model's dtype."""
+def pairs_of(slots, head, D: tl.constexpr):
+    """Places and steps of a head's pairs, see pairs.py: where they begin."""
+    return slots.pairs.place + head * (D // 2), slots.pairs.step + head * (D // 2)
+
+
+@triton.jit
+def _pair(pairs, pair, mask, D: tl.constexpr, BITS: tl.constexpr):
+    """Of pairs [P] the place, the step, and the highest code."""
+    WIDE: tl.constexpr = _pair_counts(D, BITS)[0]
+    place = tl.load(pairs[0] + pair, mask=mask, other=D)
+    return place, tl.load(pairs[1] + pair, mask=mask, other=0.0), tl.where(place < WIDE, 255, 15)
+
+
+@triton.jit
+def _pair_levels(codes, gains, row, inside, place, step, most, D: tl.constexpr, BITS: tl.constexpr):
+    """Both columns [B, P] fp32 of coded pairs."""
+    WIDE: tl.constexpr = _pair_counts(D, BITS)[0]
+    CODED: tl.constexpr = WIDE + _pair_counts(D, BITS)[1]
+    byte = codes + row[:, None] * (WIDE + CODED) + place[None, :]
+    wide = (place < WIDE)[None, :]
+    first = tl.load(byte, mask=inside[:, None] & wide, other=0).to(tl.int32)
+    second = tl.load(byte + WIDE, mask=inside[:, None] & (place < CODED)[None, :], other=0).to(tl.int32)
+    level = tl.load(gains + row, mask=inside, other=0.0).to(tl.float32)[:, None] * step[None, :]
+    low = (2 * tl.where(wide, first, second & 15) - most[None, :]).to(tl.float32) * level
+    high = (2 * tl.where(wide, second, second >> 4) - most[None, :]).to(tl.float32) * level
+    coded = (step > 0)[None, :]
+    return tl.where(coded, low, 0.0), tl.where(coded, high, 0.0)
+
+
+@triton.jit
+def decode(
+    codes, affine, row, inside, pairs,
+    D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows [B] of coded vectors as attention reads them, see slot.decode: two [B, HALF] in the model's dtype.
+
+    pairs: of the head, see pairs_of.
+    """
     if BITS == 16:
         low, high = halves(codes, row, inside, D, HALF)
+    elif _is_paired(BITS):
+        i = tl.arange(0, HALF)
+        place, step, most = _pair(pairs, i, i < D // 2, D, BITS)
+        low, high = _pair_levels(codes, affine, row, inside, place, step, most, D, BITS)
+        low = low.to(DTYPE)
+        high = high.to(DTYPE)
     elif BITS == 8:
         low, high = halves(codes, row, inside, D, HALF)
         scale, zero = _affine(affine, row, inside)
@@ -223,10 +273,16 @@ def decode(codes, affine, row, inside, D: tl.constexpr, HALF: tl.constexpr, BITS
 
 
 @triton.jit
-def _decode_columns(codes, affine, row, mask, column, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _decode_columns(
+    codes, affine, row, inside, mask, column, pairs, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
     """Any columns [HALF] of coded vectors: [B, HALF] in the model's dtype."""
     if BITS == 16:
         value = tl.load(codes + row[:, None] * D + column[None, :], mask=mask, other=0)
+    elif _is_paired(BITS):
+        place, step, most = _pair(pairs, column % (D // 2), column < D, D, BITS)
+        low, high = _pair_levels(codes, affine, row, inside, place, step, most, D, BITS)
+        value = tl.where((column < D // 2)[None, :], low, high).to(DTYPE)
     else:
         if BITS == 8:
             code = tl.load(codes + row[:, None] * D + column[None, :], mask=mask, other=0).to(tl.int32)
@@ -253,7 +309,7 @@ def mate(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def mates(
-    codes, affine, row, inside, low, high,
+    codes, affine, row, inside, low, high, pairs,
     D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -264,9 +320,9 @@ def mates(
         i = tl.arange(0, HALF)
         mask = inside[:, None] & (i < D // 2)[None, :]
         column = mate(i, ROTARY, INTERLEAVED)
-        mate_low = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
+        mate_low = _decode_columns(codes, affine, row, inside, mask, column, pairs, D, BITS, DTYPE)
         column = mate(i + D // 2, ROTARY, INTERLEAVED)
-        mate_high = _decode_columns(codes, affine, row, mask, column, D, BITS, DTYPE)
+        mate_high = _decode_columns(codes, affine, row, inside, mask, column, pairs, D, BITS, DTYPE)
     return mate_low.to(tl.float32), mate_high.to(tl.float32)
 
 
@@ -322,10 +378,33 @@ def turn(low, high, mate_low, mate_high, here, there):
 
 
 @triton.jit
-def store_encoded(codes, affine, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
-    """Store two [B, HALF] fp32 as coded vectors in rows [B], see slot.encode."""
+def store_encoded(
+    codes, affine, row, inside, low, high, pairs, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr
+):
+    """Store two [B, HALF] fp32 as coded vectors in rows [B], see slot.encode. pairs: of the head, see pairs_of."""
     if BITS == 16:
         store_halves(codes, row, inside, low, high, D, HALF)
+    elif _is_paired(BITS):
+        WIDE: tl.constexpr = _pair_counts(D, BITS)[0]
+        CODED: tl.constexpr = WIDE + _pair_counts(D, BITS)[1]
+        i = tl.arange(0, HALF)
+        place, step, most = _pair(pairs, i, i < D // 2, D, BITS)
+        most = most.to(tl.float32)
+        coded = (step > 0)[None, :]
+        reach = tl.where(coded, (step * most)[None, :], 1.0)
+        farthest = tl.maximum(tl.abs(low), tl.abs(high))
+        gain = tl.max(tl.where(coded, tl.div_rn(farthest, tl.broadcast_to(reach, farthest.shape)), 0.0), 1)
+        gain = tl.minimum(gain, _LARGEST).to(tl.float16)
+        tl.store(affine + row, gain, mask=inside)
+        level = gain.to(tl.float32)[:, None] * step[None, :]
+        level = tl.where(level > 0, level, float("inf"))
+        code_low = _pair_code(low, level, most)
+        code_high = _pair_code(high, level, most)
+        wide = (place < WIDE)[None, :]
+        byte = codes + row[:, None] * (WIDE + CODED) + place[None, :]
+        second = tl.where(wide, code_high, code_low | (code_high << 4))
+        tl.store(byte, code_low.to(tl.uint8), mask=inside[:, None] & wide)
+        tl.store(byte + WIDE, second.to(tl.uint8), mask=inside[:, None] & (place < CODED)[None, :])
     else:
         i = tl.arange(0, HALF)[None, :]
         mask = inside[:, None] & (i < D // 2)
@@ -366,3 +445,9 @@ def store_encoded(codes, affine, row, inside, low, high, D: tl.constexpr, HALF: 
 def _code(x, scale, zero, BITS: tl.constexpr):
     step = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
     return tl.minimum(tl.maximum(tl.floor(step + 0.5), 0.0), 2**BITS - 1).to(tl.int32)
+
+
+@triton.jit
+def _pair_code(x, level, most):
+    code = tl.floor((tl.div_rn(x, level) + most[None, :]) * 0.5 + 0.5)
+    return tl.minimum(tl.maximum(code, 0.0), most[None, :]).to(tl.int32)

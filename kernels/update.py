@@ -15,6 +15,7 @@ from .tiles import (
     key_position,
     mates,
     outgoing,
+    pairs_of,
     rank_position,
     rank_score,
     store_encoded,
@@ -103,6 +104,7 @@ def update(
     affine_v = at(slots.coarse_v_affine, slot, stride)
     ranks = at(slots.coarse_rank, slot, stride) + coarse_first
     limit = far_limit(gone + WINDOW + 1, SEGMENT, TRAINED)
+    pairs = pairs_of(slots, head, D)
     DTYPE: tl.constexpr = slots.ring_k.dtype.element_ty
     sum_low = tl.zeros([ENTRIES, HALF], tl.float32)
     sum_high = tl.zeros([ENTRIES, HALF], tl.float32)
@@ -120,7 +122,7 @@ def update(
             low, high = halves(ring_k, cell, inside, D, HALF)
             if ROTARY > 0:
                 mate_low, mate_high = mates(
-                    ring_k, affine_k, cell, inside, low, high, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
+                    ring_k, affine_k, cell, inside, low, high, pairs, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
                 )
                 lies = key_position(tl.load(work.rank + base + c, mask=inside, other=0), limit)
                 here = angles(cos, sin, lies, inside, D, HALF, ROTARY, INTERLEAVED)
@@ -137,24 +139,24 @@ def update(
         sum_high = tl.dot(weight, high, sum_high, input_precision="ieee")
     if tile % 2 == 0:
         codes = at(slots.coarse_k, slot, stride)
-        _move(codes, affine_k, row, takes, sum_low, sum_high, added, mass, D, HALF, KEY_BITS, DTYPE)
+        _move(codes, affine_k, row, takes, sum_low, sum_high, added, mass, pairs, D, HALF, KEY_BITS, DTYPE)
         tl.store(at(slots.coarse_mass, slot, stride) + row, mass + added, mask=takes)
     else:
         codes = at(slots.coarse_v, slot, stride)
-        _move(codes, affine_v, row, takes, sum_low, sum_high, added, mass, D, HALF, VALUE_BITS, DTYPE)
+        _move(codes, affine_v, row, takes, sum_low, sum_high, added, mass, pairs, D, HALF, VALUE_BITS, DTYPE)
 
 
 @triton.jit
 def _move(
-    codes, affine, row, takes, sum_low, sum_high, added, mass,
+    codes, affine, row, takes, sum_low, sum_high, added, mass, pairs,
     D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Rows [B] of that mass become x + (sum - added * x) / (mass + added); the weights in sum [B, HALF] make added."""
-    low, high = decode(codes, affine, row, takes, D, HALF, BITS, DTYPE)
+    low, high = decode(codes, affine, row, takes, pairs, D, HALF, BITS, DTYPE)
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     mass = (mass + added)[:, None]
     low += (sum_low - added[:, None] * low) / mass
     high += (sum_high - added[:, None] * high) / mass
     tl.debug_barrier()  # all lanes have read the rows
-    store_encoded(codes, affine, row, takes, low, high, D, HALF, BITS)
+    store_encoded(codes, affine, row, takes, low, high, pairs, D, HALF, BITS)

@@ -2,7 +2,9 @@
 
 import torch
 
+from vllm_deltamem.calibration.pairs import fit
 from vllm_deltamem.kernels import reference
+from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import FIDELITIES, LayerSlots, Policy, Rope, decode, rank_position
 from vllm_deltamem.memory import Layout, Shape
 
@@ -17,7 +19,13 @@ def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, se
     layout = Layout(shape, codecs, window, segment, 2, 4, exact=exact, coarse=(coarse, coarse))
     # rows with a gap between them, as vLLM's blocks may have
     slab = torch.zeros(slots, layout.slot_bytes + 64, dtype=torch.uint8)[:, : layout.slot_bytes]
-    return slab, lambda copy: layout.views(copy, 1)
+    pairs = make_pairs(len(coarse), size)
+    return slab, lambda copy: layout.views(copy, 1, Pairs(*(part.to(copy.device) for part in pairs)))
+
+
+def make_pairs(kv_heads=3, size=32) -> Pairs:
+    """Heads that look at other columns each."""
+    return fit(*torch.rand(2, kv_heads, size // 2, generator=torch.Generator().manual_seed(0)))
 
 
 def make_rope(kind, size, trained=0, positions=POSITIONS) -> Rope | None:
@@ -87,7 +95,9 @@ def assert_same_memory(
     differs = (a - e).abs() > tolerance * e
     for part, bits in (("k", expected.codec.key_bits), ("v", expected.codec.value_bits)):
         codes, affines = both(f"coarse_{part}", coarse), list(both(f"coarse_{part}_affine", coarse))
-        a, e = (decode(code, affine, bits, torch.float32) for code, affine in zip(codes, affines, strict=True))
+        heads = (torch.bucketize(entry, expected.coarse_start[1:-1], right=True) for _, entry in coarse)
+        coded = zip(codes, affines, map(expected.pairs.of, heads), strict=True)
+        a, e = (decode(code, affine, bits, torch.float32, pairs) for code, affine, pairs in coded)
         step = 0 if bits == 16 else affines[1][..., 0].float().amax(-1, keepdim=True)
         differs |= ((a.float() - e.float()).abs() > step + tolerance * (1 + e.float().abs())).any(-1)
     assert differs.sum() <= flipped * len(differs)

@@ -21,6 +21,7 @@ from vllm_deltamem.calibration import (
     gates,
     importance,
     influence,
+    pairs,
     prompts,
     simulate,
     tables,
@@ -29,6 +30,7 @@ from vllm_deltamem.calibration import (
 )
 from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.kernels import reference
+from vllm_deltamem.kernels.pairs import pair_code, pair_counts
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import Shape
 
@@ -203,7 +205,7 @@ def test_budgets_go_where_the_loss_falls():
 def test_bytes_go_first_where_entries_are_cheaper():
     loss = ((1 - budgets.GRID) ** 2).expand(2, 2, -1)
     shape = Shape(2, 2, 64, torch.bfloat16, budgets.CONTEXT)
-    small, large = (budgets.allocate(loss, shape, ("bf16", "k4v4"), size) for size in (0.05, 0.5))
+    small, large = (budgets.allocate(loss, shape, ("bf16", "k3v4"), size) for size in (0.05, 0.5))
     assert (small[1] > 4 * small[0]).all()
     assert (large[1] < large[0]).all(), "where the cheap ones all fit, the others are left"
 
@@ -211,20 +213,30 @@ def test_bytes_go_first_where_entries_are_cheaper():
 def test_a_logit_error_is_what_the_codes_of_keys_bring_into_logits():
     torch.manual_seed(5)
     k, q = torch.randn(1, 200, 32), torch.randn(2, 200, 32)
-    k[..., 3] += 100  # a bias: its group is coded in steps of 7
-    four, eight = trials.logit_errors(q, k, 0.25, torch.Generator().manual_seed(0))[0].tolist()
-    assert four == pytest.approx(17 * eight, rel=0.1), "16 levels instead of 256"
-    assert eight == pytest.approx(0.25 * 32**0.5 * 102 / 255 / 12**0.5, rel=0.2), "as evenly spread rounding errors are"
+    k[..., 3] += 100  # a bias: all columns are coded in eight bits in steps of 102 / 255
+    q[..., 8:16] = q[..., 24:] = 0  # columns that no query looks at
+    three, five, eight = trials.logit_errors(q, k, 0.25, torch.Generator().manual_seed(0))[0].tolist()
+    assert eight == pytest.approx(0.25 * 16**0.5 * 102 / 255 / 12**0.5, rel=0.2), "as evenly spread rounding errors are"
+    assert five < three < 1.5 * eight, "the bias has eight bits of its own, and nothing is coded that nobody looks at"
+
+
+def test_keys_are_coded_where_queries_look():
+    keys, queries = torch.tensor([[4.0, 1, 9, 1] * 8]), torch.tensor([[1.0, 0, 1, 5] * 8])
+    made = pairs.fit(keys, queries)
+    assert made.place[0, :4].tolist() == [16, 24, 0, 8] and pair_counts(64, 3) == (2, 20)
+    step = pair_code(made, 3, 1, "cpu").step[0]
+    assert step[1] == 0 and step[0] == pytest.approx(2 / 15) and step[2] == pytest.approx(1.5 * 3 / 255)
 
 
 def test_keys_are_coded_as_coarsely_as_their_layer_stands():
     none = torch.zeros(2, 1, 0)
-    errors = torch.tensor([[[0.01, 0.001], [0.02, 0.001]], [[9.0, 0.01], [0.1, 0.01]], [[9.0, 0.9], [70.0, 4.0]]])
-    seen = influence.Observation(none, none, none, none, none, none, none, errors)
+    fine, coarse = [0.01, 0.005, 0.001], [9.0, 0.02, 0.01]
+    errors = torch.tensor([[fine, fine], [coarse, fine], [[9.0, 9.0, 0.9], [70.0, 9.0, 4.0]]])
+    seen = influence.Observation(none, none, none, none, none, none, none, errors, none, none)
     shape = Shape(4, 2, 64, torch.bfloat16, budgets.CONTEXT, windows=(None, 48, None, None))
     lost = ((1 - budgets.GRID) ** 4).expand(3, 2, -1) / 6
     fidelity, with_codes = codes.choose([seen, seen], lost, shape, 0.3)
-    assert fidelity == ("k4v4", "k8v4", "k8v4", "bf16")
+    assert fidelity == ("k3v4", "k8v4", "k5v4", "bf16")
     torch.testing.assert_close(with_codes[2], lost[2])
     torch.testing.assert_close(with_codes[1, 0], lost[1, 0] + 1e-4 * (1 / 6 - lost[1, 0]))
 
@@ -240,6 +252,7 @@ def test_calibrate_ends_with_a_profile_of_the_model_and_what_it_gains(folder, tm
     profiles.check(read, FrozenModel(folder).config)
     assert torch.equal(read.budgets, made.budgets) and read.meta["gate"].split(";")[0] in ("drop", "fitted")
     assert read.fidelity == made.fidelity and len(read.fidelity[0]) == 2
+    assert all(map(torch.equal, read.pairs, made.pairs))
     assert read.window_share == made.window_share in windowshare.CANDIDATES
     assert "15%, no profile" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors.partial").exists()

@@ -24,7 +24,8 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment, tra
     ("k8v4", 128, 4, "neox", True, 512, 0),
     ("k8v4", 128, 4, "neox", False, 512, 2048),
     ("bf16", 64, 3, "interleaved", False, 64, 0),
-    ("k4v4", 96, 7, "partial", False, 16, 512),
+    ("k3v4", 128, 4, "neox", True, 512, 0),
+    ("k3v4", 96, 7, "partial", False, 16, 512),
 ]
 
 

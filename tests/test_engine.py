@@ -14,6 +14,7 @@ from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, gated, read_answers
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
+from vllm_deltamem.calibration import pairs  # noqa: E402
 
 SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
 
@@ -96,7 +97,8 @@ def save_profile(folder, path):
         sizes=(0.1,),
         budgets=0.5 + torch.rand(1, *heads),
         gate=torch.tensor([-1.0, 3.0, -0.1]).expand(*heads, 3),
-        fidelity=(("k4v4", "k8v4"),),
+        fidelity=(("k3v4", "k8v4"),),
+        pairs=pairs.fit(*torch.rand(2, *heads, size // 2)),
         importance=tuple(torch.randn(*heads, *extent) for extent in extents),
     )
     profiles.save(made, path)

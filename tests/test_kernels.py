@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tests.layers import make_batch, make_layer, make_policy, make_rope, make_tokens
+from tests.layers import make_batch, make_layer, make_pairs, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, cpupartial, reference, slot
+from vllm_deltamem.kernels.pairs import pair_bytes, pair_code
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
@@ -18,7 +19,8 @@ SETTINGS = [  # rope: kind, and tokens that the model was trained on (0: any)
         ("k8v8", 0, ("neox", 0)),
         ("k8v4", 5, ("interleaved", 0)),
         ("k8v4", 5, ("interleaved", 96)),
-        ("k4v4", 2, ("partial", 40)),
+        ("k3v4", 2, ("neox", 0)),
+        ("k5v4", 2, ("partial", 40)),
         ("k8v8", 2, ("none", 0)),
     )
 ]
@@ -35,7 +37,7 @@ def make_slots(settings, dtype=torch.float32, count=4, kv_heads=3, size=32, memo
     budgets = torch.tensor([[0.7, 1.0, 1.5], [0.6, 2.0, 0.9]])[:, :kv_heads]
     layout = plan_layout(shape, config, budgets)
     slab = torch.zeros(count, layout.slot_bytes, dtype=torch.uint8)
-    return layout.views(slab, 1), slab
+    return layout.views(slab, 1, make_pairs(kv_heads, size)), slab
 
 
 def run(module, slots, k, v, q, slot, chunks, rope, policy):
@@ -283,6 +285,23 @@ def test_codes_round_trip(bits, error, size):
     x[0] = 3.0  # a constant vector has no range to scale
     back = decode(*encode(x, bits, torch.float32), bits, torch.float32)
     assert (back - x).abs().max() <= error
+
+
+@pytest.mark.parametrize("size", [16, 32, 80, 128])
+@pytest.mark.parametrize("bits", [3, 5])
+def test_codes_of_pairs(size, bits):
+    """Within half a step of every value that has a code, at the gain that the farthest needs."""
+    pairs, x = pair_code(make_pairs(3, size), bits, 3, "cpu"), 4 * torch.randn(3, 50, size)
+    x[:, 0] = 0
+    pairs = pairs.of((slice(None), None))  # for all rows of a head
+    codes, gain, read = slot.encode_and_read(x, bits, torch.float32, pairs)
+    assert codes.shape[-1] == pair_bytes(size, bits) and torch.equal(
+        read, decode(codes, gain, bits, torch.float32, pairs)
+    )
+    steps = gain[..., 0].float() * pairs.step
+    step = torch.cat([steps, steps], -1)
+    assert ((read - x).abs() <= step * 1.01)[step > 0].all() and (read[(step == 0).expand_as(read)] == 0).all()
+    assert (step > 0).float().mean() >= 0.6 and not read[:, 0].any()
 
 
 @pytest.mark.parametrize("kind", ["neox", "interleaved", "partial"])

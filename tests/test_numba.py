@@ -1,7 +1,11 @@
 """vLLM's CPU worker beside Numba, and Numba without a cache, in processes of their own: this one may be patched."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+from vllm_deltamem.kernels import rows
 
 SCAN = """
 import numba
@@ -24,6 +28,17 @@ def test_a_worker_starts_where_numba_is_loaded():
 
 def test_the_patch_is_still_needed():
     assert "_lib_fn_wrapper" in scan(patched=False).stderr
+
+
+def test_what_another_version_of_any_file_compiled_is_not_used(tmp_path):
+    shutil.copytree(Path(rows.__file__).parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    ask = [sys.executable, "-c", "from kernels import rows; print(rows.half_bits._cache.cache_path)"]
+    folders = []
+    for _ in range(2):
+        folders.append(subprocess.run(ask, capture_output=True, text=True, cwd=tmp_path, check=True).stdout)
+        with open(tmp_path / "kernels" / "pairs.py", "a") as file:
+            file.write("# another version\n")
+    assert len(set(folders)) == 2 and str(tmp_path) in folders[0]
 
 
 def test_without_a_folder_to_write_to_every_process_compiles_anew():

@@ -7,8 +7,10 @@ import torch
 from transformers import LlamaConfig
 
 from vllm_deltamem import profile as profiles
+from vllm_deltamem.calibration import pairs
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import reference
+from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import FIDELITIES
 from vllm_deltamem.memory import Shape
 
@@ -34,7 +36,8 @@ def make_profile(**changes):
         sizes=(0.05, 0.2),
         budgets=torch.rand(2, 2, 3) + 0.5,
         gate=torch.randn(2, 3, 3),
-        fidelity=(("bf16", "k4v4"), ("k8v4", "k8v4")),
+        fidelity=(("bf16", "k3v4"), ("k8v4", "k8v4")),
+        pairs=pairs.fit(*torch.rand(2, 2, 3, 8)),
         window_share=0.125,
         importance=weights,
         meta={"seed": 7},
@@ -50,6 +53,7 @@ def test_saved_profile_loads_as_it_was(tmp_path):
     assert read.window_share == made.window_share
     assert read.meta == made.meta
     assert torch.equal(read.budgets, made.budgets) and torch.equal(read.gate, made.gate)
+    assert all(map(torch.equal, read.pairs, made.pairs))
     for actual, expected in zip(read.importance, made.importance, strict=True):
         torch.testing.assert_close(actual, expected.half())
 
@@ -76,12 +80,12 @@ def test_budgets_interpolate_between_sizes_and_stop_at_the_ends():
 
 def test_fidelity_is_that_of_the_nearest_size():
     made = make_profile()
-    assert made.fidelity_for(90, 1000) == made.fidelity_for(1, 1000) == ("bf16", "k4v4")
+    assert made.fidelity_for(90, 1000) == made.fidelity_for(1, 1000) == ("bf16", "k3v4")
     assert made.fidelity_for(110, 1000) == made.fidelity_for(900, 1000) == ("k8v4", "k8v4")
     assert make_profile(fidelity=None).fidelity_for(90, 1000) is None
     shape = Shape(2, 3, 16, torch.bfloat16, 4096)
     kinds = [profiles.divide(shape, DeltaMemConfig(memory=n), made).codecs for n in (200, 800)]
-    assert kinds == [(FIDELITIES["bf16"], FIDELITIES["k4v4"]), (FIDELITIES["k8v4"],) * 2]
+    assert kinds == [(FIDELITIES["bf16"], FIDELITIES["k3v4"]), (FIDELITIES["k8v4"],) * 2]
     own = profiles.divide(shape, DeltaMemConfig(memory=200, fidelity="k8v8"), made)
     assert own.codecs == (FIDELITIES["k8v8"],) * 2, "settings come first"
 
@@ -101,6 +105,8 @@ def test_policy_of_a_slice_is_the_slice_of_the_policy(learned):
     k, v, mean = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(3, 16)
     whole, part = made.policy(1), made.policy(1, slice(1, 3))
     torch.testing.assert_close(part.gate, whole.gate[1:3])
+    for mine, all_heads in zip(made.pairs_of(1, slice(1, 3)), made.pairs_of(1), strict=True):
+        assert torch.equal(mine, all_heads[1:3])
     torch.testing.assert_close(
         reference.importance(k[1:], v[1:], mean[1:], part.importance),
         reference.importance(k, v, mean, whole.importance)[1:],
@@ -117,6 +123,15 @@ def test_profile_of_another_model_is_refused(tmp_path):
         profiles.choose(path, make_config(num_hidden_layers=3))
 
 
+def test_keys_in_three_bits_take_a_profile_that_says_how():
+    shape, settings = Shape(2, 3, 16, torch.bfloat16, 4096), DeltaMemConfig(memory=400, fidelity="k3v4")
+    assert profiles.divide(shape, settings, make_profile()).codecs == (FIDELITIES["k3v4"],) * 2
+    bare = make_profile(pairs=None, fidelity=None)
+    for lacking in (None, bare):
+        with pytest.raises(ValueError, match="k3v4 takes a profile.*deltamem calibrate"):
+            profiles.divide(shape, settings, lacking)
+
+
 def test_choose_none_and_unknown_models():
     assert profiles.choose("none", make_config()) is None
     assert profiles.choose(None, make_config()) is None
@@ -130,9 +145,15 @@ def test_choose_none_and_unknown_models():
         (dict(sizes=(0.2, 0.05)), "sizes must rise"),
         (dict(window_share=1.5), "window_share must be above 0 and at most 1, is 1.5"),
         (dict(window_share="wide"), "window_share must be"),
-        (dict(fidelity=(("k4v4", "k4v4"),)), "fidelity must be one of bf16, k8v8, k8v4, k4v4 for each size and layer"),
-        (dict(fidelity=(("k4v4",), ("k4v4",))), "fidelity must be one of"),
-        (dict(fidelity=(("k4v4", "k2v2"),) * 2), "fidelity must be one of"),
+        (
+            dict(fidelity=(("k3v4", "k3v4"),)),
+            "fidelity must be one of bf16, k8v8, k8v4, k5v4, k3v4 for each size and layer",
+        ),
+        (dict(fidelity=(("k3v4",), ("k3v4",))), "fidelity must be one of"),
+        (dict(fidelity=(("k3v4", "k2v2"),) * 2), "fidelity must be one of"),
+        (dict(pairs=None), "it lacks the pairs that its fidelities take"),
+        (dict(pairs=pairs.fit(*torch.ones(2, 2, 3, 7))), "pair_place must be finite with shape"),
+        (dict(pairs=Pairs(torch.zeros(2, 3, 8), torch.ones(2, 3, 8))), "pairs must each have a place of their own"),
     ],
 )
 def test_damaged_profile_is_refused(tmp_path, changes, message):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.layers import make_rope
+from tests.layers import make_pairs, make_rope
 from vllm_deltamem.kernels import rows, slot
+from vllm_deltamem.kernels.pairs import pair_code, pair_counts
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -59,4 +60,24 @@ def test_codes(dtype, width, size, spread):
     for row in zip(x.numpy(), *map(rows.as_bits, mine), strict=True):
         rows.encode(row[0], width, rows.KINDS[dtype], *row[1:])
     for actual, expected in zip(mine, (codes, affine, read), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 32, 80, 128])
+@pytest.mark.parametrize("bits", [3, 5])
+@pytest.mark.parametrize("spread", [1e-6, 0.01, 1.0, 300.0])
+def test_codes_of_pairs(dtype, bits, size, spread):
+    torch.manual_seed(0)
+    x, pairs = (
+        torch.randn(50, size) * spread + torch.randn(50, 1) * spread,
+        pair_code(make_pairs(1, size), bits, 1, "cpu").of(0),
+    )
+    x[0], x[1, ::3] = 0, 1e9
+    codes, gain, read = slot.encode_and_read(x, bits, dtype, pairs)
+    mine = torch.zeros_like(codes), torch.zeros_like(gain), torch.zeros_like(read)
+    place, step, wide = pairs.place.numpy(), pairs.step.numpy(), pair_counts(size, bits)[0]
+    for key, *row in zip(x.numpy(), *map(rows.as_bits, mine), strict=True):
+        rows.encode_pairs(key, place, step, wide, rows.KINDS[dtype], *row)
+    for actual, expected in zip(mine, (codes, gain, read), strict=True):
         assert torch.equal(actual, expected)

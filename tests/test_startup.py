@@ -81,7 +81,7 @@ def test_planning_ignores_the_default_device(llama, tmp_path):
         ({"memory_bytes": 1000}, "is too small for"),
         ({"segment": 24}, "'segment' must be a power of two"),
         ({"window": 0}, "'window' must be at least 1"),
-        ({"fidelity": "k2v2"}, "'fidelity' must be one of bf16, k8v8, k8v4, k4v4"),
+        ({"fidelity": "k2v2"}, "'fidelity' must be one of bf16, k8v8, k8v4, k5v4, k3v4"),
         ({"merge": "no"}, "'merge' must be true or false"),
         ({"profile": "missing.safetensors"}, "Cannot read the deltamem profile 'missing.safetensors'"),
         ({"sessions": {"dir": "x"}}, "Unknown deltamem setting 'sessions.dir'"),

@@ -30,11 +30,13 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, dtype, train
     ("bf16", 64, 1, "neox", False, torch.float32, 0),
     ("k8v8", 80, 3, "none", False, torch.float16, 0),
     ("k8v4", 128, 7, "neox", True, torch.float16, 0),
-    ("k4v4", 80, 2, "interleaved", False, torch.float32, 0),
+    ("k3v4", 64, 2, "neox", False, torch.float32, 0),
+    ("k3v4", 80, 2, "interleaved", False, torch.float32, 0),
     ("k8v4", 64, 3, "partial", True, torch.float32, 0),
     ("k8v4", 80, 3, "neox", False, torch.float16, 44),
     ("bf16", 64, 1, "neox", True, torch.float32, 50),
-    ("k4v4", 48, 2, "interleaved", False, torch.float32, 71),
+    ("k3v4", 48, 2, "interleaved", False, torch.float32, 71),
+    ("k5v4", 128, 3, "neox", True, torch.float16, 44),
     ("k8v8", 64, 3, "partial", False, torch.float32, 100),
 ]
 

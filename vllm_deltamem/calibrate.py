@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from vllm_deltamem.calibration import budgets, codes, gates, importance, windowshare
+from vllm_deltamem.calibration import budgets, codes, gates, importance, pairs, windowshare
 from vllm_deltamem.calibration.cases import case_prompt
 from vllm_deltamem.calibration.dialogues import dialogue_prompt
 from vllm_deltamem.calibration.frozen import FrozenModel
@@ -25,6 +25,7 @@ from vllm_deltamem.calibration.influence import Observation, observe
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
 from vllm_deltamem.calibration.simulate import SHARES, Score, memory_attention, score
 from vllm_deltamem.calibration.tables import table_prompt
+from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
 
@@ -99,6 +100,7 @@ def calibrate(
         budgets=torch.stack([_in_all_layers(share, shape, 1.0) for share in shares]),
         gate=torch.tensor(DEFAULT_GATE).expand(shape.layers, shape.kv_heads, 3),
         fidelity=tuple(fidelity),
+        pairs=_pairs(seen, shape),
         importance=tuple(_in_all_layers(weight, shape) for weight in weights),
         meta={"model": Path(model_folder).name, "seed": seed, "prompts": prompts, "length": length},
     )
@@ -147,6 +149,12 @@ def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, l
         exact = (f"{gains[kind][name]['exact']:14.3f}" for kind in columns)
         print(f"{name:24}", *exact, f"{exp(gains['text'][name]['loss']):16.2f}")
     return gains
+
+
+def _pairs(seen: list[Observation], shape: Shape) -> Pairs:
+    """Of the keys in every layer."""
+    keys, queries = (torch.stack([getattr(o, f"{part}_square") for o in seen]).mean(0) for part in ("key", "query"))
+    return pairs.fit(*(_in_all_layers(square, shape, 1.0) for square in (keys, queries)))
 
 
 def _in_all_layers(learned: torch.Tensor, shape: Shape, other: float = 0.0) -> torch.Tensor:

@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.pairs import Pairs, is_paired, pair_bytes, pair_code
 from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
 
 ALIGNMENT = 16  # bytes: the widest load of a kernel
@@ -90,8 +91,8 @@ class Layout:
         for layer, (exact, coarse, codec) in enumerate(zip(self.exact, self.coarse, self.codecs, strict=True)):
             ring = (shape.sliding(layer) or self.window) + self.segment
             x, y, g = sum(exact), sum(coarse), shape.kv_heads
-            k_cells, k_dtype, k_groups = _coded(size, codec.key_bits, dtype)
-            v_cells, v_dtype, v_groups = _coded(size, codec.value_bits, dtype)
+            k_cells, k_dtype, k_affine = _coded(size, codec.key_bits, dtype)
+            v_cells, v_dtype, v_affine = _coded(size, codec.value_bits, dtype)
             fields = {"pins": (0, (MAX_PINS, 2), torch.int32)}
             for name, extent, kind in (
                 ("ring_k", (g, ring, size), dtype),
@@ -102,8 +103,8 @@ class Layout:
                 ("exact_rank", (x,), torch.int64),
                 ("coarse_k", (y, k_cells), k_dtype),
                 ("coarse_v", (y, v_cells), v_dtype),
-                ("coarse_k_affine", (y, k_groups, 2), torch.float16),
-                ("coarse_v_affine", (y, v_groups, 2), torch.float16),
+                ("coarse_k_affine", (y, *k_affine), torch.float16),
+                ("coarse_v_affine", (y, *v_affine), torch.float16),
                 ("coarse_mass", (y,), torch.float32),
                 ("coarse_rank", (y,), torch.int64),
             ):
@@ -173,9 +174,12 @@ class Layout:
         """The same division in larger pages."""
         return replace(self, least_page=page_bytes)
 
-    def views(self, slab: torch.Tensor, layer: int) -> LayerSlots:
-        """Typed views of one layer of `slab` [S, slot_bytes] uint8, whose rows may be strided."""
-        fields = {}
+    def views(self, slab: torch.Tensor, layer: int, pairs: Pairs | None = None) -> LayerSlots:
+        """Typed views of one layer of `slab` [S, slot_bytes] uint8, whose rows may be strided.
+
+        pairs: of the layer's heads, where a profile has them; a fidelity with keys in 5 or 3 bits takes them.
+        """
+        fields, codec = {}, self.codecs[layer]
         for name, (offset, extent, dtype) in self._fields[layer].items():
             count = prod(extent)
             flat = slab[:, offset : offset + count * dtype.itemsize].view(dtype)
@@ -184,7 +188,8 @@ class Layout:
             **fields,
             exact_start=_starts(self.exact[layer], slab.device),
             coarse_start=_starts(self.coarse[layer], slab.device),
-            codec=self.codecs[layer],
+            pairs=pair_code(pairs, codec.key_bits, self.shape.kv_heads, slab.device),
+            codec=codec,
             window=self.shape.sliding(layer) or self.window,
             segment=self.segment,
             sinks=self.sinks,
@@ -290,17 +295,19 @@ def _default_segment(memory: int) -> int:
     return min(max(1 << max(memory // 8, 1).bit_length() - 1, 16), 512)
 
 
-def _coded(size: int, bits: int, dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
-    """Cells, cell dtype and number of (scale, zero) groups of one coded vector."""
+def _coded(size: int, bits: int, dtype: torch.dtype) -> tuple[int, torch.dtype, tuple[int, int]]:
+    """Cells, cell dtype and fp16 numbers (groups, of each) of one coded vector."""
     if bits == 16:
-        return size, dtype, 0
-    return size * bits // 8, torch.uint8, size // group_size(size, bits)
+        return size, dtype, (0, 2)
+    if is_paired(bits):
+        return pair_bytes(size, bits), torch.uint8, (1, 1)
+    return size * bits // 8, torch.uint8, (size // group_size(size, bits), 2)
 
 
 def coarse_entry_bytes(shape: Shape, codec: Codec) -> int:
     """What a coarse entry takes of a slot, mass and rank included."""
     coded = [_coded(shape.head_size, bits, shape.dtype) for bits in codec]
-    return sum(cells * dtype.itemsize + groups * 4 for cells, dtype, groups in coded) + 4 + 8
+    return sum(cells * dtype.itemsize + prod(affine) * 2 for cells, dtype, affine in coded) + 4 + 8
 
 
 def _starts(counts, device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.memory import Layout, Shape, worker_heads
 from vllm_deltamem.windows import find_windows
@@ -41,6 +42,10 @@ class MemoryPlan:
         if not self.merge:
             policy = policy._replace(gate=torch.zeros_like(policy.gate) + torch.tensor([DROP, 0, 0], device=device))
         return policy
+
+    def pairs(self, layer: int, device) -> Pairs | None:
+        """Of one layer's keys, if there is a profile that has them."""
+        return self.profile and self.profile.pairs_of(layer, self.heads, device)
 
 
 def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:

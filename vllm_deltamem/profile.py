@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.pairs import Pairs, is_paired
 from vllm_deltamem.kernels.slot import FIDELITIES, Policy
 from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
-FORMAT = "deltamem-profile-1"
+FORMAT = "deltamem-profile-2"
 WEIGHTS = ("w1", "b1", "w2", "b2")
 DEFAULT_GATE = (-6.2, 5.4, 0.0)  # training-free: the median of what heads of SmolLM2-135M were fitted to
 
@@ -33,6 +34,7 @@ class Profile:
     budgets: torch.Tensor  # [sizes, L, G] fp32, share of a head in the memory, mean 1
     gate: torch.Tensor  # [L, G, 3] fp32, see kernels.reference.gate
     fidelity: tuple[tuple[str, ...], ...] | None = None  # [sizes][L] of coarse entries, slot.FIDELITIES; None: default
+    pairs: Pairs | None = None  # [L, G, D / 2] each; only fidelities with keys in 5 or 3 bits need them
     window_share: float = WINDOW_SHARE  # of a small memory, see memory.plan_layout
     importance: tuple[torch.Tensor, ...] | None = None  # w1 [L, G, 2D, U], b1 [L, G, U], w2 [L, G, U], b2 [L, G]
     meta: dict = field(default_factory=dict)  # training texts, seed and what it gained, for people
@@ -63,7 +65,7 @@ class Profile:
     def digest(self) -> str:
         """Names the learned weights and shares, for what was computed with them."""
         state = hashlib.blake2b(json.dumps([self.fingerprint, self.sizes, self.fidelity]).encode(), digest_size=16)
-        for tensor in (self.budgets, self.gate, *(self.importance or ())):
+        for tensor in (self.budgets, self.gate, *(self.pairs or ()), *(self.importance or ())):
             state.update(tensor.float().numpy().tobytes())
         return state.hexdigest()
 
@@ -72,6 +74,10 @@ class Profile:
         weights = self.importance and tuple(w[layer, heads].float().to(device) for w in self.importance)
         return Policy(weights, self.gate[layer, heads].float().to(device))
 
+    def pairs_of(self, layer: int, heads: slice = slice(None), device: torch.device | str = "cpu") -> Pairs | None:
+        """The pairs of one layer, for the kv heads of one tensor-parallel worker."""
+        return self.pairs and Pairs(*(part[layer, heads].to(device) for part in self.pairs))
+
 
 def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
     """The policy of a model that has no profile: KeyDiff scores and the default gate."""
@@ -79,7 +85,16 @@ def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
 
 
 def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> Layout:
-    """The layout of all kv heads, by the profile's budgets if there is one. Raises ValueError as plan_layout does."""
+    """The layout of all kv heads, by the profile's budgets if there is one.
+
+    Raises ValueError as plan_layout does, and when the fidelity takes a profile that is not there.
+    """
+    paired = settings.fidelity is not None and is_paired(FIDELITIES[settings.fidelity].key_bits)
+    if paired and not (profile and profile.pairs):
+        raise ValueError(
+            f"deltamem setting 'fidelity': {settings.fidelity} takes a profile, which says how keys are coded. "
+            "Make one with `deltamem calibrate MODEL -o PROFILE`, or choose another fidelity."
+        )
     if profile is None:
         return plan_layout(shape, settings)
     size = plan_layout(shape, settings, window_share=profile.window_share).memory_tokens, shape.max_model_len
@@ -134,13 +149,17 @@ def load(path: str | Path) -> Profile:
         raise ValueError(f"Cannot read the deltamem profile {str(path)!r}: {error}") from error
     header = json.loads(header) if header else {}
     if header.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is not a deltamem profile of format {FORMAT}.")
+        raise ValueError(
+            f"{str(path)!r} is not a deltamem profile of format {FORMAT}. One that an earlier version made has to be "
+            "made again: `deltamem calibrate MODEL -o PROFILE`."
+        )
     profile = Profile(
         fingerprint=header["fingerprint"],
         sizes=tuple(header["sizes"]),
         budgets=tensors["budgets"].float(),
         gate=tensors["gate"].float(),
         fidelity=tuple(map(tuple, header.get("fidelity") or ())) or None,
+        pairs=Pairs(tensors["pair_place"].int(), tensors["pair_reach"].float()) if "pair_place" in tensors else None,
         window_share=header.get("window_share", WINDOW_SHARE),
         importance=tuple(tensors[name] for name in WEIGHTS) if "w1" in tensors else None,
         meta=header["meta"],
@@ -154,6 +173,8 @@ def save(profile: Profile, path: str | Path) -> None:
     tensors = {"budgets": profile.budgets.float(), "gate": profile.gate.float()}
     if profile.importance is not None:
         tensors |= {name: w.half() for name, w in zip(WEIGHTS, profile.importance, strict=True)}
+    if profile.pairs is not None:
+        tensors |= {"pair_place": profile.pairs.place.short(), "pair_reach": profile.pairs.reach.float()}
     header = {
         "format": FORMAT,
         "fingerprint": profile.fingerprint,
@@ -202,6 +223,10 @@ def _check_tensors(profile: Profile, path) -> None:
         extents = (2 * shape["head_size"], units), (units,), (units,), ()
         expected |= {name: heads + extent for name, extent in zip(WEIGHTS, extents, strict=True)}
         actual |= dict(zip(WEIGHTS, profile.importance, strict=True))
+    if profile.pairs is not None:
+        columns = (*heads, shape["head_size"] // 2)
+        expected |= {"pair_place": columns, "pair_reach": columns}
+        actual |= {"pair_place": profile.pairs.place, "pair_reach": profile.pairs.reach}
     for name, extent in expected.items():
         if tuple(actual[name].shape) != extent or not actual[name].isfinite().all():
             raise ValueError(
@@ -217,6 +242,11 @@ def _check_tensors(profile: Profile, path) -> None:
             f"The deltamem profile {str(path)!r} is damaged: fidelity must be one of {', '.join(FIDELITIES)} for each "
             f"size and layer, is {fidelity!r:.200}."
         )
+    if profile.pairs is None and any({"k5v4", "k3v4"} & set(row) for row in fidelity or ()):
+        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: it lacks the pairs that its fidelities take.")
+    places = profile.pairs and profile.pairs.place.sort(-1).values
+    if profile.pairs and ((places != torch.arange(places.shape[-1])).any() or (profile.pairs.reach <= 0).any()):
+        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: pairs must each have a place of their own.")
     share = profile.window_share
     if not isinstance(share, float) or not 0 < share <= 1:
         raise ValueError(

@@ -18,13 +18,14 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, sizes, train
     ("bf16", 64, 1, "neox", False, RAGGED, 0),
     ("k8v8", 80, 3, "none", False, RAGGED, 0),
     ("k8v4", 128, 7, "neox", True, RAGGED, 0),
-    ("k4v4", 96, 2, "interleaved", False, RAGGED, 0),
+    ("k3v4", 128, 4, "neox", False, RAGGED, 0),
+    ("k3v4", 96, 2, "interleaved", False, RAGGED, 0),
     ("k8v4", 64, 3, "partial", True, RAGGED, 0),
     ("k8v4", 128, 4, "neox", False, WIDE, 0),
     ("bf16", 128, 8, "neox", True, WIDE, 0),
-    ("k4v4", 256, 16, "neox", False, RAGGED, 0),
+    ("k3v4", 256, 16, "neox", False, RAGGED, 0),
     ("k8v4", 64, 3, "neox", True, RAGGED, 50),
-    ("k4v4", 96, 2, "interleaved", False, RAGGED, 71),
+    ("k3v4", 96, 2, "interleaved", False, RAGGED, 71),
     ("k8v4", 128, 4, "partial", False, WIDE, 1500),
 ]
 SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segment=64, sliding=300), 0)

@@ -1,7 +1,8 @@
 """Fidelity: in which codes a layer's entries lose least for the bytes they take.
 
-The influence of a token is the derivative by the logarithm of its weight. So an error of e nats in its logit costs e
-times what dropping it costs, and what is lost by coding adds up with what is lost by having fewer entries.
+The influence of a token is the derivative by the logarithm of its weight. So an error of e nats in its logit costs as
+dropping it does, times e and a factor below 1: errors have either sign, and what is dropped is gone together with what
+stood for the same. What is lost by coding adds up with what is lost by having fewer entries.
 """
 
 import torch
@@ -10,7 +11,13 @@ from vllm_deltamem.calibration import budgets
 from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.memory import DEFAULT_FIDELITY, Shape
 
-CHOICES = ("k4v4", "k8v4", "bf16")  # by the keys' codes; values stand four bits everywhere (benchmarks/NOTES.md)
+CHOICES = (
+    "k3v4",
+    "k5v4",
+    "k8v4",
+    "bf16",
+)  # by the keys' codes; values stand four bits everywhere (benchmarks/NOTES.md)
+SIGNED = 0.25  # of the square of what is lost: benchmarks/NOTES.md, "Keys where queries look"
 HALVINGS = 40  # of the interval, in powers of two, that the price of bytes is searched in
 DEAREST = 20.0
 
@@ -24,7 +31,7 @@ def choose(
     every head the entries that come cheapest; the price is that at which they fill a memory of `size` of the context.
     """
     squares = torch.stack([o.logit_error.square() for o in observations]).mean(0)  # [F, G, CODED], in order of CHOICES
-    squares = torch.nn.functional.pad(squares, (0, 1)).clamp(max=1)
+    squares = torch.nn.functional.pad(SIGNED * squares, (0, 1)).clamp(max=1)
     with_codes = lost[..., None] + squares[:, :, None] * (lost[..., :1] - lost)[..., None]  # [F, G, 65, CHOICES]
     bytes_ = budgets.GRID[:, None] * torch.tensor([budgets.entry_cost(shape, name) for name in CHOICES])
     room = budgets.room(shape, size) / budgets.CONTEXT

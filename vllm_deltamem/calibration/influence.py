@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from vllm_deltamem.calibration.frozen import FrozenModel
+from vllm_deltamem.calibration.pairs import squares
 from vllm_deltamem.calibration.prompts import Prompt
-from vllm_deltamem.calibration.trials import logit_errors, trial_merges
+from vllm_deltamem.calibration.trials import SINKS, logit_errors, trial_merges
 from vllm_deltamem.kernels.slot import rotate
 from vllm_deltamem.memory import NEAR
 
@@ -30,6 +31,8 @@ class Observation(NamedTuple):
     given_back: torch.Tensor
     size: torch.Tensor
     logit_error: torch.Tensor  # [L, G, CODED] fp32, see trials.logit_errors
+    key_square: torch.Tensor  # [L, G, D / 2] fp32, see pairs.squares; of keys after RoPE
+    query_square: torch.Tensor  # likewise, of the group's queries times the scale of logits
 
 
 class _Recording:
@@ -39,6 +42,7 @@ class _Recording:
         self.rope, self.tokens = model.rope(tokens), tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
+        self.key_square, self.query_square = {}, {}
 
     def __call__(self, layer, q, k, v, scale):
         unit = torch.nn.functional.normalize
@@ -55,6 +59,8 @@ class _Recording:
         query = q.detach().float()
         self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
         self.errors[layer] = logit_errors(query, rotated, scale, self.generator)
+        self.key_square[layer] = squares(rotated[:, SINKS:]).cpu()
+        self.query_square[layer] = squares((query * scale).unflatten(0, (len(k), -1)).flatten(1, 2)).cpu()
         return _Attention.apply(q, k, v, scale, self.influence, layer)
 
     def observation(self) -> Observation:
@@ -63,7 +69,7 @@ class _Recording:
 
         tokens = slice(0, self.tokens - NEAR)
         influence = stacked(self.influence)[:, :, tokens].contiguous()
-        influence[:, :, :4] = 0  # sinks are kept whatever they score
+        influence[:, :, :SINKS] = 0  # kept whatever they score
         return Observation(
             key=stacked(self.key)[:, :, tokens].contiguous(),
             value=stacked(self.value)[:, :, tokens].contiguous(),
@@ -73,6 +79,8 @@ class _Recording:
             given_back=stacked({i: t.given_back for i, t in self.trials.items()}),
             size=stacked({i: t.size for i, t in self.trials.items()}),
             logit_error=stacked(self.errors),
+            key_square=stacked(self.key_square),
+            query_square=stacked(self.query_square),
         )
 
 

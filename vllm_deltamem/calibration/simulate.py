@@ -8,6 +8,7 @@ import torch
 from vllm_deltamem.calibration.frozen import Attention, FrozenModel, full_attention
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.memory import Layout
 from vllm_deltamem.profile import Profile, divide, training_free
@@ -28,10 +29,10 @@ class Score:
 class MemoryAttention:
     """Attention of every layer with full attention through a slot of the memory. Every call starts an empty one."""
 
-    def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy]):
+    def __init__(self, model: FrozenModel, layout: Layout, policies: list[Policy], pairs: list[Pairs | None]):
         self.model, self.policies = model, policies
         self.slab = torch.zeros(1, layout.slot_bytes, dtype=torch.uint8, device=model.device)
-        self.slots = [layout.views(self.slab, layer) for layer in range(layout.shape.layers)]
+        self.slots = [layout.views(self.slab, layer, of_layer) for layer, of_layer in enumerate(pairs)]
         on_cpu = torch.device(model.device).type == "cpu"
         self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if on_cpu else "cuda"))
         self.keeps_readouts = on_cpu
@@ -60,7 +61,8 @@ def memory_attention(
     layout = divide(shape, DeltaMemConfig(memory=memory, **settings), profile)
     device, layers = model.device, range(shape.layers)
     policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]
-    return MemoryAttention(model, layout, policies)
+    pairs = [profile and profile.pairs_of(i, device=device) for i in layers]
+    return MemoryAttention(model, layout, policies, pairs)
 
 
 def score(model: FrozenModel, prompts: list[Prompt], attention: Attention = full_attention) -> Score:

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_deltamem.calibration.pairs import fit, squares
+from vllm_deltamem.kernels.pairs import pair_code
 from vllm_deltamem.kernels.slot import Rope, decode, encode, rotate
 
 LOSERS = 64  # dropped tokens tried per head and prompt
 QUERIES = 32  # later tokens whose queries are asked, per query head
-CODED = (4, 8)  # bits that keys are coded in
+CODED = (3, 5, 8)  # bits that keys are coded in
+SINKS = 4  # first tokens of a prompt, which no code holds
 KEPT = 0.3  # of the tokens, those of highest KeyDiff score, are entries
 
 
@@ -68,15 +71,18 @@ def trial_merges(q, k, v, plain, score, rope: Rope, scale: float, generator: tor
 def logit_errors(q, k, scale: float, generator: torch.Generator) -> torch.Tensor:
     """Errors [G, CODED] in nats that codes of keys bring into logits: rms, weighted by the attention they get.
 
-    What all logits of a query have in common changes nothing and does not count.
+    What all logits of a query have in common changes nothing and does not count; sinks are never coded.
     q [H, T, D], k [G, T, D] rotated fp32. Queries of the second half of a prompt are asked about keys of the first.
     """
     half, group, asked = k.shape[1] // 2, len(q) // len(k), _asked(k, generator)
     query = q[:, asked].unflatten(0, (len(k), group)).flatten(1, 2)  # [G, R Q, D]
     weight = (query @ k[:, :half].mT * scale).softmax(-1)
-    errors = []
+    coded, errors = k[:, SINKS:half], []
+    pairs = fit(squares(coded), squares(query * scale))
     for bits in CODED:
-        wrong = decode(*encode(k[:, :half], bits, torch.float32), bits, torch.float32) - k[:, :half]
+        how = pair_code(pairs, bits, len(k), k.device).of((slice(None), None))  # for all tokens of a head
+        wrong = decode(*encode(coded, bits, torch.float32, how), bits, torch.float32, how) - coded
+        wrong = torch.nn.functional.pad(wrong, (0, 0, SINKS, 0))
         error = query @ wrong.mT * scale
         error = error - (weight * error).sum(-1, keepdim=True)
         errors.append((weight * error.square()).sum(-1).mean(-1).sqrt())
