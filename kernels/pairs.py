@@ -50,8 +50,8 @@ def pair_code(pairs: Pairs | None, bits: int, kv_heads: int, device: torch.devic
         nothing = torch.empty(kv_heads, 0, device=device)
         return PairCode(nothing.int(), nothing)
     wide, narrow = pair_counts(2 * pairs.place.shape[-1], bits)
-    reach = pairs.reach * torch.where(pairs.place < wide, WIDER, 1.0)
-    step = torch.where(pairs.place < wide + narrow, reach / _most(pairs.place, wide), 0.0)
+    reach = torch.where(pairs.place < wide, WIDER * pairs.reach, pairs.reach)
+    step = (reach / _most(pairs.place, wide)).masked_fill(pairs.place >= wide + narrow, 0)
     return PairCode(*(part.contiguous().to(device) for part in (pairs.place, step)))
 
 
@@ -66,10 +66,10 @@ def encode(
     wide, narrow = pair_counts(x.shape[-1], bits)
     low, high = x.chunk(2, -1)
     coded, most = pairs.step > 0, _most(pairs.place, wide)
-    reach = torch.where(coded, pairs.step * most, torch.inf)
+    reach = (pairs.step * most).masked_fill(~coded, torch.inf)
     gain = torch.maximum(low.abs(), high.abs()).div_(reach).amax(-1, keepdim=True).clamp_(max=LARGEST).half()
     step = gain.float() * pairs.step
-    level = torch.where(step > 0, step, torch.inf)
+    level = step.masked_fill(step == 0, torch.inf)
     low, high = (((half / level + most) * 0.5 + 0.5).floor_().clamp_(min=0).minimum(most) for half in (low, high))
     order = pairs.place.argsort(-1).expand(low.shape)
     first, second = (code.gather(-1, order).to(torch.uint8) for code in (low, high))
@@ -94,9 +94,9 @@ def decode(codes: torch.Tensor, gain: torch.Tensor, bits: int, pairs: PairCode, 
 
 def _most(place: torch.Tensor, wide: int) -> torch.Tensor:
     """The highest code of each pair."""
-    return torch.where(place < wide, 255.0, 15.0)
+    return 15.0 + 240.0 * (place < wide)
 
 
 def _values(low, high, most, step, coded, dtype):
-    halves = (torch.where(coded, (2 * code - most) * step, 0.0) for code in (low, high))  # one rounding on every path
+    halves = (((2 * code - most) * step).masked_fill_(~coded, 0) for code in (low, high))  # one rounding on every path
     return torch.cat(list(halves), -1).to(dtype)

@@ -245,7 +245,9 @@ def _check_tensors(profile: Profile, path) -> None:
     if profile.pairs is None and any({"k5v4", "k3v4"} & set(row) for row in fidelity or ()):
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: it lacks the pairs that its fidelities take.")
     places = profile.pairs and profile.pairs.place.sort(-1).values
-    if profile.pairs and ((places != torch.arange(places.shape[-1])).any() or (profile.pairs.reach <= 0).any()):
+    if profile.pairs and (
+        (places != torch.arange(places.shape[-1], device="cpu")).any() or (profile.pairs.reach <= 0).any()
+    ):
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: pairs must each have a place of their own.")
     share = profile.window_share
     if not isinstance(share, float) or not 0 < share <= 1:
