@@ -47,7 +47,8 @@ def _fidelity(layout: Layout) -> str:
     names = {codec: name for name, codec in FIDELITIES.items()}
     if len(layers) == 1:
         return names[next(iter(layers))]
-    return ", ".join(f"{names[codec]} in {count} layers" for codec, count in layers.most_common()) + ","
+    counted = ((names[codec], f"{count} layer{'s' * (count > 1)}") for codec, count in layers.most_common())
+    return ", ".join(f"{name} in {count}" for name, count in counted) + ","
 
 
 def _table(plan: MemoryPlan) -> Iterator[str]:
