@@ -6,7 +6,7 @@ import torch
 
 from vllm_deltamem.calibration.pairs import fit
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels.pairs import Pairs, is_paired
+from vllm_deltamem.kernels.pairs import is_paired
 from vllm_deltamem.kernels.slot import LayerSlots, Policy, Rope, pack_rank, rotate
 from vllm_deltamem.memory import Layout, Shape, plan_layout
 
@@ -74,8 +74,7 @@ def make_memory(scale: Scale, memory: int, fidelity: str, ragged: bool, batch: i
         layout = _with_a_large_head(layout, scale.context - layout.ring)
     copies = max(1, -(-scale.cache // (batch * layout.slot_bytes)))
     slab = torch.zeros(batch * copies, layout.slot_bytes, dtype=torch.uint8, device=scale.device)
-    pairs = fit(*torch.rand(2, scale.kv_heads, scale.size // 2))
-    slots = layout.views(slab, 0, Pairs(*(part.to(scale.device) for part in pairs)))
+    slots = layout.views(slab, 0, fit(*torch.rand(2, scale.kv_heads, scale.size // 2)))
     frequency = 500_000.0 ** -torch.linspace(0, 1, scale.size // 2, device=scale.device)
     angle = torch.arange(2 * scale.context, device=scale.device)[:, None] * frequency
     rope = Rope(angle.cos(), angle.sin(), interleaved=False)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .pairs import is_paired
 from .rows import compiled, encode, encode_pairs, load, turn
 from .slot import EMPTY, MAX_POSITION
 
@@ -40,6 +41,8 @@ class Arrays(NamedTuple):
     limit: int
 
 
+paired = compiled(is_paired)
+
 # A call with a tuple of arrays costs as much as coding a row does: these take many rows at a time, or no tuple.
 
 
@@ -72,7 +75,7 @@ def store(arrays: Arrays, g, places, k, v, mass, rank):
     for i in range(len(places)):
         place, entry = places[i], first + places[i]
         codes, affine = arrays.coarse_k[entry], arrays.coarse_k_affine[entry]
-        if key_bits == 5 or key_bits == 3:
+        if paired(key_bits):
             encode_pairs(k[i], pair_place, pair_step, arrays.wide, kind, codes, affine, arrays.k[place])
         else:
             encode(k[i], key_bits, kind, codes, affine, arrays.k[place])

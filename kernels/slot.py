@@ -31,6 +31,7 @@ class Codec(NamedTuple):
 
 
 FIDELITIES = {"bf16": Codec(16, 16), "k8v8": Codec(8, 8), "k8v4": Codec(8, 4), "k5v4": Codec(5, 4), "k3v4": Codec(3, 4)}
+PAIRED = {name for name, codec in FIDELITIES.items() if is_paired(codec.key_bits)}  # which take a profile's pairs
 
 
 class LayerSlots(NamedTuple):

@@ -20,7 +20,7 @@ def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, se
     # rows with a gap between them, as vLLM's blocks may have
     slab = torch.zeros(slots, layout.slot_bytes + 64, dtype=torch.uint8)[:, : layout.slot_bytes]
     pairs = make_pairs(len(coarse), size)
-    return slab, lambda copy: layout.views(copy, 1, Pairs(*(part.to(copy.device) for part in pairs)))
+    return slab, lambda copy: layout.views(copy, 1, pairs)
 
 
 def make_pairs(kv_heads=3, size=32) -> Pairs:

@@ -69,10 +69,8 @@ def test_codes(dtype, width, size, spread):
 @pytest.mark.parametrize("spread", [1e-6, 0.01, 1.0, 300.0])
 def test_codes_of_pairs(dtype, bits, size, spread):
     torch.manual_seed(0)
-    x, pairs = (
-        torch.randn(50, size) * spread + torch.randn(50, 1) * spread,
-        pair_code(make_pairs(1, size), bits, 1, "cpu").of(0),
-    )
+    x = torch.randn(50, size) * spread + torch.randn(50, 1) * spread
+    pairs = pair_code(make_pairs(1, size), bits, 1, "cpu").of(0)
     x[0], x[1, ::3] = 0, 1e9
     codes, gain, read = slot.encode_and_read(x, bits, dtype, pairs)
     mine = torch.zeros_like(codes), torch.zeros_like(gain), torch.zeros_like(read)

@@ -43,9 +43,9 @@ class MemoryPlan:
             policy = policy._replace(gate=torch.zeros_like(policy.gate) + torch.tensor([DROP, 0, 0], device=device))
         return policy
 
-    def pairs(self, layer: int, device) -> Pairs | None:
+    def pairs(self, layer: int) -> Pairs | None:
         """Of one layer's keys, if there is a profile that has them."""
-        return self.profile and self.profile.pairs_of(layer, self.heads, device)
+        return self.profile and self.profile.pairs_of(layer, self.heads)
 
 
 def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:

@@ -183,7 +183,7 @@ class SlotPool:
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device, others = slab.device, torch.get_num_threads() - 1
         rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
-        layers = [layout.views(slab, i, plan.pairs(i, device)) for i in range(layout.shape.layers)]
+        layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes half a minute the first time.")
             compile_combine(layout.shape.dtype)

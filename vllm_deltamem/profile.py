@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels.pairs import Pairs, is_paired
-from vllm_deltamem.kernels.slot import FIDELITIES, Policy
+from vllm_deltamem.kernels.pairs import Pairs
+from vllm_deltamem.kernels.slot import FIDELITIES, PAIRED, Policy
 from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -74,9 +74,9 @@ class Profile:
         weights = self.importance and tuple(w[layer, heads].float().to(device) for w in self.importance)
         return Policy(weights, self.gate[layer, heads].float().to(device))
 
-    def pairs_of(self, layer: int, heads: slice = slice(None), device: torch.device | str = "cpu") -> Pairs | None:
+    def pairs_of(self, layer: int, heads: slice = slice(None)) -> Pairs | None:
         """The pairs of one layer, for the kv heads of one tensor-parallel worker."""
-        return self.pairs and Pairs(*(part[layer, heads].to(device) for part in self.pairs))
+        return self.pairs and Pairs(*(part[layer, heads] for part in self.pairs))
 
 
 def training_free(kv_heads: int, device: torch.device | str = "cpu") -> Policy:
@@ -89,8 +89,7 @@ def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> L
 
     Raises ValueError as plan_layout does, and when the fidelity takes a profile that is not there.
     """
-    paired = settings.fidelity is not None and is_paired(FIDELITIES[settings.fidelity].key_bits)
-    if paired and not (profile and profile.pairs):
+    if settings.fidelity in PAIRED and not (profile and profile.pairs):
         raise ValueError(
             f"deltamem setting 'fidelity': {settings.fidelity} takes a profile, which says how keys are coded. "
             "Make one with `deltamem calibrate MODEL -o PROFILE`, or choose another fidelity."
@@ -242,13 +241,16 @@ def _check_tensors(profile: Profile, path) -> None:
             f"The deltamem profile {str(path)!r} is damaged: fidelity must be one of {', '.join(FIDELITIES)} for each "
             f"size and layer, is {fidelity!r:.200}."
         )
-    if profile.pairs is None and any({"k5v4", "k3v4"} & set(row) for row in fidelity or ()):
+    if profile.pairs is None and any(PAIRED & set(row) for row in fidelity or ()):
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: it lacks the pairs that its fidelities take.")
-    places = profile.pairs and profile.pairs.place.sort(-1).values
-    if profile.pairs and (
-        (places != torch.arange(places.shape[-1], device="cpu")).any() or (profile.pairs.reach <= 0).any()
-    ):
-        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: pairs must each have a place of their own.")
+    if profile.pairs is not None:
+        places = profile.pairs.place.sort(-1).values
+        ordered = torch.arange(places.shape[-1], dtype=places.dtype, device="cpu").expand(places.shape)
+        if not places.equal(ordered) or (profile.pairs.reach <= 0).any():
+            raise ValueError(
+                f"The deltamem profile {str(path)!r} is damaged: pairs must each have a place of their own and a reach "
+                "above 0."
+            )
     share = profile.window_share
     if not isinstance(share, float) or not 0 < share <= 1:
         raise ValueError(

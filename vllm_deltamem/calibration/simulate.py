@@ -61,7 +61,7 @@ def memory_attention(
     layout = divide(shape, DeltaMemConfig(memory=memory, **settings), profile)
     device, layers = model.device, range(shape.layers)
     policies = [profile.policy(i, device=device) if profile else training_free(shape.kv_heads, device) for i in layers]
-    pairs = [profile and profile.pairs_of(i, device=device) for i in layers]
+    pairs = [profile and profile.pairs_of(i) for i in layers]
     return MemoryAttention(model, layout, policies, pairs)
 
 
