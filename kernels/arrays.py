@@ -1,12 +1,14 @@
 """A slot and its readout as the compiled functions of merging see them; floats of the model's dtype as their bits."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from .pairs import is_paired
 from .rows import compiled, encode, encode_pairs, load, turn
-from .slot import EMPTY, MAX_POSITION
+from .slot import EMPTY, MAX_POSITION, Policy
 
 
 class Arrays(NamedTuple):
@@ -16,6 +18,10 @@ class Arrays(NamedTuple):
     exact_start: np.ndarray
     coarse_start: np.ndarray
     start: np.ndarray
+    ring_k: np.ndarray
+    ring_v: np.ndarray
+    key_sum: np.ndarray
+    pins: np.ndarray
     exact_k: np.ndarray
     exact_v: np.ndarray
     exact_rank: np.ndarray
@@ -33,6 +39,7 @@ class Arrays(NamedTuple):
     k: np.ndarray
     v: np.ndarray
     plain: np.ndarray
+    bias: np.ndarray
     mass: np.ndarray
     rank: np.ndarray
     cos: np.ndarray  # [P, 0] where the model has no rotary embedding
@@ -40,6 +47,24 @@ class Arrays(NamedTuple):
     interleaved: bool
     limit: int
 
+
+class Weights(NamedTuple):
+    """A policy as arrays; w1 has no units where scores are training-free."""
+
+    w1: np.ndarray  # [G, 2D, U] fp32
+    b1: np.ndarray  # [G, U] fp32
+    w2: np.ndarray  # [G, U] fp32
+    b2: np.ndarray  # [G] fp32
+    gate: np.ndarray  # [G, 3] fp32
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Weights":
+        heads = len(policy.gate)
+        nothing = (torch.empty(heads, *extent) for extent in ((0, 0), (0,), (0,), ()))
+        return cls(*(w.contiguous().numpy() for w in (*(policy.importance or nothing), policy.gate)))
+
+
+MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
 
 paired = compiled(is_paired)
 
@@ -54,32 +79,81 @@ def key_position(rank, limit):
 
 
 @compiled
+def weigh(mass, rank, places, bias):
+    """The bias of the entries at these places: the log of their mass, of exact ones 0, MASKED where there is none."""
+    for place in places:
+        bias[place] = math.log(mass[place]) if mass[place] > 0 else np.float32(0)
+        if rank[place] == EMPTY:
+            bias[place] = MASKED
+
+
+@compiled
 def read_plain(arrays: Arrays, places):
     """The keys at these places of the readout as they were before RoPE, into `plain`; 0 where there is no entry."""
-    key = np.empty(arrays.k.shape[1], np.float32)
-    for place in places:
-        if arrays.rank[place] == EMPTY:
-            arrays.plain[place] = 0
-            continue
-        position = key_position(arrays.rank[place], arrays.limit)
-        load(arrays.k[place], arrays.kind, key)
-        turn(key, arrays.cos[position], arrays.sin[position], arrays.interleaved, True, arrays.plain[place])
+    shape = len(places), arrays.k.shape[1]
+    bits, key, plain = np.empty(shape, arrays.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    position = np.empty(len(places), np.int64)
+    for i in range(len(places)):
+        position[i] = key_position(arrays.rank[places[i]], arrays.limit)
+    gather(arrays.k, places, bits)
+    load(bits.reshape(-1), arrays.kind, key.reshape(-1))
+    turn(key, position, arrays.cos, arrays.sin, arrays.interleaved, True, plain)
+    for i in range(len(places)):
+        if arrays.rank[places[i]] == EMPTY:
+            for d in range(plain.shape[1]):
+                plain[i, d] = 0
+    _scatter(plain, places, arrays.plain)
 
 
 @compiled
 def store(arrays: Arrays, g, places, k, v, mass, rank):
     """Write coarse entries of head g, in the slot and at W places of the readout: k, v [W, D] fp32, mass, rank [W]."""
-    first = arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g])
-    key_bits, value_bits, kind = arrays.key_bits, arrays.value_bits, arrays.kind
-    pair_place, pair_step = arrays.pair_place[g], arrays.pair_step[g]
+    kind, key_bits = arrays.kind, arrays.key_bits
+    entries = places + (arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g]))
+    read = np.empty(k.shape, arrays.k.dtype)
+    codes, affine = _rows_like(arrays.coarse_k, len(k)), _rows_like(arrays.coarse_k_affine, len(k))
+    if paired(key_bits):
+        place, step = arrays.pair_place[g], arrays.pair_step[g]
+        encode_pairs(k, place, step, arrays.wide, kind, codes, affine, read)
+    else:
+        encode(k, key_bits, kind, codes, affine, read)
+    _scatter(codes, entries, arrays.coarse_k)
+    _scatter_groups(affine, entries, arrays.coarse_k_affine)
+    _scatter(read, places, arrays.k)
+    codes, affine = _rows_like(arrays.coarse_v, len(v)), _rows_like(arrays.coarse_v_affine, len(v))
+    encode(v, arrays.value_bits, kind, codes, affine, read)
+    _scatter(codes, entries, arrays.coarse_v)
+    _scatter_groups(affine, entries, arrays.coarse_v_affine)
+    _scatter(read, places, arrays.v)
     for i in range(len(places)):
-        place, entry = places[i], first + places[i]
-        codes, affine = arrays.coarse_k[entry], arrays.coarse_k_affine[entry]
-        if paired(key_bits):
-            encode_pairs(k[i], pair_place, pair_step, arrays.wide, kind, codes, affine, arrays.k[place])
-        else:
-            encode(k[i], key_bits, kind, codes, affine, arrays.k[place])
-        encode(v[i], value_bits, kind, arrays.coarse_v[entry], arrays.coarse_v_affine[entry], arrays.v[place])
-        arrays.mass[place] = arrays.coarse_mass[entry] = mass[i]
-        arrays.rank[place] = arrays.coarse_rank[entry] = rank[i]
+        arrays.mass[places[i]] = arrays.coarse_mass[entries[i]] = mass[i]
+        arrays.rank[places[i]] = arrays.coarse_rank[entries[i]] = rank[i]
+    weigh(arrays.mass, arrays.rank, places, arrays.bias)
     read_plain(arrays, places)
+
+
+@compiled
+def gather(x, places, rows):
+    for i in range(len(places)):
+        for d in range(x.shape[1]):
+            rows[i, d] = x[places[i], d]
+
+
+@compiled
+def _scatter(rows, places, x):
+    for i in range(len(places)):
+        for d in range(x.shape[1]):
+            x[places[i], d] = rows[i, d]
+
+
+@compiled
+def _scatter_groups(rows, places, x):
+    for i in range(len(places)):
+        for g in range(x.shape[1]):
+            for j in range(x.shape[2]):
+                x[places[i], g, j] = rows[i, g, j]
+
+
+@compiled
+def _rows_like(x, count):
+    return np.empty((count, *x.shape[1:]), x.dtype)

@@ -11,10 +11,10 @@ from math import lcm
 
 import torch
 
+from .arrays import MASKED
 from .cpucombine import combine
 from .cpumerge import merge_slot
 from .cpupartial import one_thread, partial_attention, row_block
-from .readout import MASKED
 from .readouts import Readouts
 from .reference import _rows, far_limit, far_query, left_ring
 from .slot import LayerSlots, Policy, Rope
@@ -72,11 +72,10 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
             continue
         first = max(gone - slots.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
         with one_thread():
-            runs = [cells for cells, _ in _cells(first, gone - first, slots.ring_k.shape[2])]
-            k, v = (torch.cat([x[slot, :, cells] for cells in runs], 1) for x in (slots.ring_k, slots.ring_v))
             readout = readouts.of(slot, gone)
-            readout.prepare_merge(rope and rope._replace(limit=far_limit(seq_len + 1, slots, rope)))
-            merge_slot(slots, slot, gone, k, v, policy, readout)
+            limit = far_limit(seq_len + 1, slots, rope)
+            readout.prepare_merge(rope._replace(limit=limit) if limit else rope, policy)
+            merge_slot(slots, first, gone, policy, readout)
 
 
 def _cells(first, count, ring):

@@ -1,180 +1,280 @@
-"""Merging on the CPU, see reference.merge: products are PyTorch's, what lies between them is compiled.
+"""Merging on the CPU, see reference.merge: compiled, but for the products that find the nearest entries.
 
 A head's newcomers are the segment that leaves its ring, one row each. Where one takes an entry its row becomes what was
 there, so that in the end the rows are the losers, EMPTY where nobody lost.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .arrays import Arrays, key_position, store
+from .arrays import Arrays, gather, key_position, store
 from .readout import Readout
 from .readouts import Readouts
-from .reference import freshness, importance
-from .rows import as_bits, compiled, load, pack_rank, turn
-from .slot import EMPTY, LayerSlots, Policy, Rope, candidates
+from .rows import compiled, exponentiate, highest, load, pack_rank, turn
+from .slot import EMPTY, LayerSlots, Policy, Rope, forgetting
 
 CLOSED = np.float32(0.01)  # see reference.gate
+GELU = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
+FARTHEST = np.float32(80)  # of an exponent: e to it is an fp32
+
+# Where the order of a sum may be the compiler's, which is the same for every row of a call.
+summed = functools.partial(compiled, fastmath={"reassoc", "contract"})
 
 
-def merge_slot(slots: LayerSlots, slot: int, gone: int, k, v, policy: Policy, readout: Readout) -> None:
-    """Move the tokens k, v [G, C, D] at positions up to `gone` from the ring of one slot into its memory.
+class Newcomers(NamedTuple):
+    """Rows [G, C, ...] of every head, newcomers at first, see above."""
 
-    k, v: contiguous copies, which are written over. readout: of that slot, prepared for merging.
+    k: np.ndarray  # [G, C, D] bits
+    v: np.ndarray  # [G, C, D] bits
+    plain: np.ndarray  # [G, C, D] fp32, keys before RoPE
+    values: np.ndarray  # [G, C, D] fp32
+    rank: np.ndarray  # [G, C] int64
+    mass: np.ndarray  # [G, C] fp32
+
+    @classmethod
+    def of(cls, heads: int, count: int, like: np.ndarray) -> "Newcomers":
+        """Room for C rows as wide as `like` [..., D] and with bits as wide as its."""
+        shape = heads, count, like.shape[-1]
+        bits, plain = (np.empty((2, *shape), dtype) for dtype in (like.dtype, np.float32))
+        return cls(*bits, *plain, np.empty(shape[:2], np.int64), np.ones(shape[:2], np.float32))
+
+
+def merge_slot(slots: LayerSlots, first: int, gone: int, policy: Policy, readout: Readout) -> None:
+    """Move the tokens at positions first..gone - 1 of the slot with that readout, prepared for merging, from its ring
+    into its memory.
     """
-    first, arrays = gone - k.shape[1], readout.arrays
-    k, v = as_bits(k), as_bits(v)
-    plain, values, centred = (torch.empty(k.shape) for _ in range(3))
-    _read(arrays, k, v, first, plain.numpy(), values.numpy())
-    mean = slots.key_sum[slot].add_(plain.sum(1)) / gone
-    score = importance(plain, values, mean, policy.importance)
-    score += freshness(torch.arange(first, gone), readout.rope, policy)
-    rank, gates = np.empty(score.shape, np.int64), policy.gate.contiguous().numpy()
-    _rank(score.numpy(), first, slots.sinks, slots.pins[slot].numpy(), rank)
-    losers = plain.numpy(), values.numpy(), rank, np.ones(rank.shape, np.float32)
-    searching, written = _exchange(arrays, k, v, *losers, gates, mean.numpy(), centred.numpy())
-    if searching.any():
-        written = [written]
-        for g in searching.nonzero()[0].tolist():
-            first, coarse = readout.start[g] + readout.exact_count[g], readout.coarse_count[g]
-            among = [range(first + r.start, first + r.stop) for r in candidates(coarse, gone, slots.segment) if r]
-            cosine = _cosines(centred[g], readout.plain, among, mean[g])
-            places = among[0].start, len(among[0]), among[-1].start
-            mine = (field[g] for field in (*losers, gates))
-            written.append(_merge_rest(arrays, g, cosine.numpy(), cosine.amax(-1).numpy(), places, *mine))
-        written = np.concatenate(written)
-    readout.weigh(torch.from_numpy(written))
+    arrays, weights, rope, count = readout.arrays, readout.weights, readout.rope, gone - first
+    rows = Newcomers.of(len(weights.gate), count, arrays.k)
+    places, counts, begin = readout.looked_at(gone)
+    centred, unit = (torch.empty(n, arrays.k.shape[1]) for n in (len(counts) * count, sum(counts)))
+    fresh = rope.trained if rope is not None else 0, forgetting(rope, policy)
+    searching = _exchange(
+        arrays, rows, weights, first, slots.sinks, *fresh, places, begin, centred.numpy(), unit.numpy()
+    ).tolist()
+    if any(searching):
+        losers, keys, cosine = centred.split(count), unit.split(counts), torch.empty(count * len(unit))
+        found = cosine.split([count * n for n in counts])
+        for g in (g for g, due in enumerate(searching) if due):
+            torch.mm(losers[g], keys[g].T, out=found[g].view(count, -1))
+        _merge_rest(arrays, rows, weights.gate, np.array(searching), places, begin, cosine.numpy())
 
 
 def compile_merge(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what merges of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
-    readout, (kv_heads, _, size) = Readouts(slots).of(0, 1), slots.ring_k.shape[1:]
-    readout.prepare_merge(rope)
-    arrays, nobody = readout.arrays, np.zeros((kv_heads, 1, size), np.float32)
-    k = as_bits(torch.zeros(nobody.shape, dtype=slots.ring_k.dtype))
-    score, rank, gates = nobody[..., 0].copy(), np.full((kv_heads, 1), EMPTY), np.zeros((kv_heads, 3), np.float32)
-    _read(arrays, k, k, 0, nobody, nobody)
-    _rank(score, 0, slots.sinks, slots.pins[0].numpy(), rank.copy())
-    _exchange(arrays, k, k, nobody, nobody, rank, score, gates, nobody[:, 0].copy(), nobody)
-    _merge_rest(arrays, 0, score, score[0], (0, 1, 0), nobody[0], nobody[0], rank[0], score[0], gates[0])
-
-
-def _cosines(centred, entries, among, mean):
-    """Cosines [C, K] of losers' centred unit keys [C, D] to those of the entries [N, D] at K places."""
-    parts = []
-    for places in among:
-        unit = entries[places.start : places.stop] - mean
-        unit.mul_(unit.square().sum(-1, keepdim=True).clamp_(min=1e-24).rsqrt_())
-        parts.append(centred @ unit.T)
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    readout = Readouts(slots).of(0, 1)
+    readout.prepare_merge(rope, Policy(None, torch.zeros(slots.ring_k.shape[1], 3)))
+    arrays, weights, (places, counts, begin) = readout.arrays, readout.weights, readout.looked_at(1)
+    rows, unit = Newcomers.of(len(weights.gate), 0, arrays.k), np.empty((sum(counts), arrays.k.shape[1]), np.float32)
+    searching = _exchange(arrays, rows, weights, 0, slots.sinks, 0, 0.0, places, begin, unit[:0], unit)
+    _merge_rest(arrays, rows, weights.gate, searching, places, begin, unit[:0].reshape(-1))
 
 
 @compiled
-def _read(arrays: Arrays, k, v, first, plain, values):
-    """Newcomers from position `first` on as plain keys and values fp32 [G, C, D]."""
-    key = np.empty(k.shape[2], np.float32)
-    for g in range(k.shape[0]):
-        for c in range(k.shape[1]):
-            load(k[g, c], arrays.kind, key)
-            turn(key, arrays.cos[first + c], arrays.sin[first + c], arrays.interleaved, True, plain[g, c])
-            load(v[g, c], arrays.kind, values[g, c])
+def _exchange(arrays: Arrays, rows, weights, first, sinks, trained, rate, places, begin, centred, unit):
+    """Exact entries take the best newcomers, coarse ones the next best; rows become what they drove out.
+
+    places, begin: see Readout.looked_at. Returns which heads [G] have losers that their gate may let in. Of these,
+    `centred` [G * C, D] becomes the unit keys about the mean of all keys, and `unit` [K, D] those of the entries at
+    `places`.
+    """
+    kv_heads, count, size = rows.plain.shape
+    mean, score = np.empty(size, np.float32), np.empty(count, np.float32)
+    searching = np.zeros(kv_heads, np.bool_)
+    for g in range(kv_heads):
+        _read(arrays, g, first, rows)
+        _add(rows.plain[g], arrays.key_sum[g])
+        for d in range(size):
+            mean[d] = arrays.key_sum[g, d] / np.float32(first + count)
+        _score(rows.plain[g], rows.values[g], mean, weights, g, score)
+        for c in range(count):
+            position = first + c
+            fresh = score[c] + np.float32(max(position - trained, 0)) * np.float32(rate)
+            pinned = _is_pinned(position, sinks, arrays.pins)
+            rows.rank[g, c] = pack_rank(np.float32(np.inf) if pinned else fresh, position)
+        _keep_exact(arrays, g, rows)
+        _keep_coarse(arrays, g, rows)
+        gate = weights.gate[g]
+        heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
+        closest = np.float32(1) if gate[1] > 0 else np.float32(-1)
+        searching[g] = begin[g + 1] > begin[g] and (rows.rank[g] != EMPTY).any() and _gate(closest, heaviest, gate) > 0
+        if searching[g]:
+            _centre(rows.plain[g], mean, 0, count, centred[g * count : (g + 1) * count])
+            n = begin[g]
+            for i in range(2):
+                start, end = places[g, i, 0], places[g, i, 1]
+                _centre(arrays.plain, mean, start, end, unit[n : n + end - start])
+                n += end - start
+    return searching
 
 
 @compiled
-def _rank(score, first, sinks, pins, rank):
-    """See slot.pack_rank and reference.is_pinned: ranks [G, C] of newcomers at positions from `first` on."""
-    for c in range(score.shape[1]):
-        position = first + c
-        pinned = position < sinks
-        for i in range(len(pins)):
-            pinned |= pins[i, 0] <= position < pins[i, 1]
-        for g in range(score.shape[0]):
-            rank[g, c] = pack_rank(np.float32(np.inf) if pinned else score[g, c], position)
+def _read(arrays, g, first, rows):
+    """The newcomers of head g, from position `first` on, out of its ring."""
+    count, size = rows.plain.shape[1:]
+    cells, key = np.empty(count, np.int64), np.empty((count, size), np.float32)
+    for c in range(count):
+        cells[c] = (first + c) % arrays.ring_k.shape[1]
+    gather(arrays.ring_k[g], cells, rows.k[g])
+    gather(arrays.ring_v[g], cells, rows.v[g])
+    load(rows.k[g].reshape(-1), arrays.kind, key.reshape(-1))
+    load(rows.v[g].reshape(-1), arrays.kind, rows.values[g].reshape(-1))
+    turn(key, np.arange(first, first + count), arrays.cos, arrays.sin, arrays.interleaved, True, rows.plain[g])
+
+
+@compiled
+def _add(x, total):
+    for c in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            total[d] += x[c, d]
+
+
+@compiled
+def _is_pinned(position, sinks, pins):
+    """See reference.is_pinned."""
+    pinned = position < sinks
+    for i in range(len(pins)):
+        pinned |= pins[i, 0] <= position < pins[i, 1]
+    return pinned
+
+
+@summed
+def _score(plain, values, mean, weights, g, score):
+    """See reference.importance, of the rows [C, D] of head g."""
+    (count, size), units = plain.shape, weights.w1.shape[2]
+    unit, nowhere = np.empty((count, size), np.float32), np.zeros(size, np.float32)
+    _centre(plain, nowhere, 0, count, unit)
+    if not units:
+        direction = np.empty((1, size), np.float32)
+        _centre(mean.reshape(1, -1), nowhere, 0, 1, direction)
+        for c in range(count):
+            cosine = np.float32(0)
+            for d in range(size):
+                cosine += unit[c, d] * direction[0, d]
+            score[c] = -cosine
+        return
+    hidden = np.empty((count, units), np.float32)
+    for c in range(count):
+        for u in range(units):
+            hidden[c, u] = weights.b1[g, u]
+    _multiply(unit, weights.w1[g, :size], hidden)
+    _centre(values, nowhere, 0, count, unit)
+    _multiply(unit, weights.w1[g, size:], hidden)
+    _gelu(hidden.reshape(-1))
+    for c in range(count):
+        score[c] = weights.b2[g]
+        for u in range(units):
+            score[c] += hidden[c, u] * weights.w2[g, u]
+
+
+@summed
+def _multiply(x, w, out):
+    """out [C, U] += x [C, D] w [D, U], D a multiple of four."""
+    for c in range(x.shape[0]):
+        for d in range(0, x.shape[1], 4):
+            a, b, e, f = x[c, d], x[c, d + 1], x[c, d + 2], x[c, d + 3]
+            for u in range(w.shape[1]):
+                out[c, u] += a * w[d, u] + b * w[d + 1, u] + e * w[d + 2, u] + f * w[d + 3, u]
+
+
+@compiled
+def _gelu(x):
+    """By tanh, written as x times a sigmoid."""
+    share = np.empty_like(x)
+    for i in range(len(x)):
+        exponent = GELU[0] * (x[i] + GELU[1] * x[i] * x[i] * x[i])
+        share[i] = min(max(exponent, -FARTHEST), FARTHEST)
+    exponentiate(share, np.float32(0))
+    for i in range(len(x)):
+        x[i] /= np.float32(1) + share[i]
+
+
+@summed
+def _centre(keys, mean, first, end, unit):
+    """Keys [N, D] from the first to the end, less their mean [D], of unit length."""
+    for i in range(end - first):
+        square = np.float32(0)
+        for d in range(len(mean)):
+            x = keys[first + i, d] - mean[d]
+            unit[i, d] = x
+            square += x * x
+        scale = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
+        for d in range(len(mean)):
+            unit[i, d] *= scale
 
 
 @compiled
 def _duels(entries, newcomers):
     """See reference._duels: (entry [W], newcomer [W]) of the winners, from ranks [E] and [C]."""
-    order = np.where(entries == EMPTY, np.arange(len(entries)) - len(entries), entries)
-    best = np.argsort(-newcomers)
-    pairs = min(len(order), len(best))
-    worst = np.nonzero(order <= np.partition(order, pairs - 1)[pairs - 1])[0]
-    worst = worst[np.argsort(order[worst])]
-    won = 0
+    pairs = min(len(entries), len(newcomers))
+    order, won = np.empty_like(entries), 0
+    for e in range(len(entries)):
+        order[e] = entries[e] if entries[e] != EMPTY else e - len(entries)
+    best, worst = _lowest(-newcomers, pairs), _lowest(order, pairs)
     while won < pairs and newcomers[best[won]] > entries[worst[won]]:
         won += 1
     return worst[:won], best[:won]
 
 
 @compiled
-def _exchange(arrays: Arrays, k, v, plain, values, rank, mass, gates, mean, centred):
-    """Exact entries take the best newcomers, coarse ones the next best; rows become what they drove out.
-
-    Returns which heads [G] have losers that their gate may let in, and the places that were written. `centred` becomes
-    the unit keys of those losers about `mean` [G, D].
-    """
-    kv_heads, count, size = plain.shape
-    kind = arrays.kind
-    searching, written, n = np.zeros(kv_heads, np.bool_), np.empty(2 * kv_heads * count, np.int64), 0
-    taken_k, taken_v = np.empty((count, size), np.float32), np.empty((count, size), np.float32)
-    taken, ones = np.empty(count, np.int64), np.ones(count, np.float32)
-    for g in range(kv_heads):
-        first, exact = arrays.exact_start[g], arrays.exact_start[g + 1] - arrays.exact_start[g]
-        start, stop = arrays.start[g], arrays.start[g + 1]
-        last = min(start + exact + arrays.coarse_start[g + 1] - arrays.coarse_start[g], stop)
-        if exact:
-            entries, newcomers = _duels(arrays.rank[start : min(start + exact, stop)], rank[g])
-            for i in range(len(entries)):
-                entry, place, c = first + entries[i], start + entries[i], newcomers[i]
-                arrays.exact_k[entry], arrays.exact_v[entry] = k[g, c], v[g, c]
-                arrays.exact_rank[entry] = rank[g, c]
-                _swap(arrays.k[place], k[g, c])
-                _swap(arrays.v[place], v[g, c])
-                _swap(arrays.plain[place], plain[g, c])
-                arrays.rank[place], rank[g, c] = rank[g, c], arrays.rank[place]
-                load(v[g, c], kind, values[g, c])
-                written[n] = place
-                n += 1
-        if last > start + exact:
-            entries, newcomers = _duels(arrays.rank[start + exact : last], rank[g])
-            places = start + exact + entries
-            won = len(places)
-            for i in range(won):
-                place, c = places[i], newcomers[i]
-                load(k[g, c], kind, taken_k[i])
-                taken_v[i] = values[g, c]
-                load(arrays.v[place], kind, values[g, c])
-                plain[g, c], mass[g, c] = arrays.plain[place], arrays.mass[place]
-                taken[i], rank[g, c] = rank[g, c], arrays.rank[place]
-            store(arrays, g, places, taken_k, taken_v, ones, taken)
-            written[n : n + won] = places
-            n += won
-            heaviest = arrays.mass[start:stop].max() if gates[g, 2] > 0 else np.float32(1)
-            closest = np.float32(1) if gates[g, 1] > 0 else np.float32(-1)
-            searching[g] = (rank[g] != EMPTY).any() and _gate(closest, heaviest, gates[g]) > 0
-        if searching[g]:
-            for c in range(count):
-                _centre(plain[g, c], mean[g], centred[g, c])
-    return searching, written[:n]
+def _lowest(numbers, count):
+    """Where the lowest `count` of them are, the lowest first."""
+    found, held = np.empty(count, np.int64), np.empty(count, np.int64)
+    for e in range(len(numbers) if count else 0):
+        i = min(e, count - 1)
+        if e >= count and numbers[e] >= held[i]:
+            continue
+        while i > 0 and held[i - 1] > numbers[e]:
+            found[i], held[i] = found[i - 1], held[i - 1]
+            i -= 1
+        found[i], held[i] = e, numbers[e]
+    return found
 
 
 @compiled
-def _centre(key, mean, unit):
-    square = np.float32(0)
-    for d in range(len(key)):
-        unit[d] = key[d] - mean[d]
-        square += unit[d] * unit[d]
-    scale = np.float32(1) / max(math.sqrt(square), np.float32(1e-12))
-    for d in range(len(key)):
-        unit[d] *= scale
+def _keep_exact(arrays, g, rows):
+    """See reference._keep_exact."""
+    start, exact = arrays.start[g], arrays.exact_start[g + 1] - arrays.exact_start[g]
+    entries, newcomers = _duels(arrays.rank[start : min(start + exact, arrays.start[g + 1])], rows.rank[g])
+    places = start + entries
+    for i in range(len(entries)):
+        entry, place, c = arrays.exact_start[g] + entries[i], places[i], newcomers[i]
+        for d in range(rows.k.shape[2]):
+            arrays.exact_k[entry, d], arrays.exact_v[entry, d] = rows.k[g, c, d], rows.v[g, c, d]
+            arrays.k[place, d], rows.k[g, c, d] = rows.k[g, c, d], arrays.k[place, d]
+            arrays.v[place, d], rows.v[g, c, d] = rows.v[g, c, d], arrays.v[place, d]
+            arrays.plain[place, d], rows.plain[g, c, d] = rows.plain[g, c, d], arrays.plain[place, d]
+        arrays.exact_rank[entry] = rows.rank[g, c]
+        arrays.bias[place] = 0
+        arrays.rank[place], rows.rank[g, c] = rows.rank[g, c], arrays.rank[place]
+        load(rows.v[g, c], arrays.kind, rows.values[g, c])
 
 
 @compiled
-def _swap(a, b):
-    for d in range(len(a)):
-        a[d], b[d] = b[d], a[d]
+def _keep_coarse(arrays, g, rows):
+    """See reference._keep_coarse."""
+    first = arrays.start[g] + arrays.exact_start[g + 1] - arrays.exact_start[g]
+    last = min(first + arrays.coarse_start[g + 1] - arrays.coarse_start[g], arrays.start[g + 1])
+    if last <= first:
+        return
+    entries, newcomers = _duels(arrays.rank[first:last], rows.rank[g])
+    places, shape = first + entries, (len(entries), rows.plain.shape[2])
+    bits, k, v = np.empty(shape, rows.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    rank, mass = np.empty(len(entries), np.int64), np.ones(len(entries), np.float32)
+    gather(rows.k[g], newcomers, bits)
+    load(bits.reshape(-1), arrays.kind, k.reshape(-1))
+    gather(rows.values[g], newcomers, v)
+    for i in range(len(places)):
+        place, c = places[i], newcomers[i]
+        load(arrays.v[place], arrays.kind, rows.values[g, c])
+        for d in range(rows.plain.shape[2]):
+            rows.plain[g, c, d] = arrays.plain[place, d]
+        rows.mass[g, c] = arrays.mass[place]
+        rank[i], rows.rank[g, c] = rows.rank[g, c], arrays.rank[place]
+    store(arrays, g, places, k, v, mass, rank)
 
 
 @compiled
@@ -186,50 +286,71 @@ def _gate(cosine, mass, weights):
 
 
 @compiled
-def _merge_rest(arrays: Arrays, g, cosine, best, places, plain, values, rank, mass, gate):
-    """Every loser of head g into the coarse entry nearest to it, as far as the gate lets it; returns places written.
+def _merge_rest(arrays: Arrays, rows, gates, searching, places, begin, cosine):
+    """Every loser of the heads [G] that are searching into the coarse entry nearest to it, as far as the gate lets it.
 
-    cosine [C, K], best [C] its maxima; places: where the first of the K lie, how many lie there, where the others do.
+    cosine: of these heads, each where it begins, [C, K], losers' to the entries at `places`.
     """
-    count, size = plain.shape
+    count = rows.rank.shape[1]
+    for g in np.nonzero(searching)[0]:
+        near = cosine[count * begin[g] : count * begin[g + 1]].reshape(count, -1)
+        target, group, weight = _nearest(arrays, g, rows, gates[g], places[g], near)
+        if len(target):
+            _join(arrays, g, rows, target, group, weight)
+
+
+@compiled
+def _nearest(arrays, g, rows, gate, places, cosine):
+    """The places that take something up; of every row [C] which of them takes it, or -1, and with what weight."""
+    count, groups = len(cosine), 0
     heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
-    group, weight = np.full(count, -1), np.zeros(count, np.float32)
-    target, groups = np.empty(count, np.int64), 0
+    group, weight, target = np.full(count, -1), np.zeros(count, np.float32), np.empty(count, np.int64)
     for c in range(count):
-        # which entry it is costs most: only for losers that some mass would let in
-        if rank[c] == EMPTY or _gate(best[c], heaviest, gate) == 0:
+        if rows.rank[g, c] == EMPTY:
+            continue
+        best = highest(cosine[c])
+        if _gate(best, heaviest, gate) == 0:  # no entry of any mass would let it in: no need to know which it is
             continue
         i = 0
-        while cosine[c, i] != best[c]:
+        while cosine[c, i] != best:
             i += 1
-        place = places[0] + i if i < places[1] else places[2] + i - places[1]
-        weight[c] = mass[c] * _gate(best[c], arrays.mass[place], gate)
+        front = places[0, 1] - places[0, 0]
+        place = places[0, 0] + i if i < front else places[1, 0] + i - front
+        weight[c] = rows.mass[g, c] * _gate(best, arrays.mass[place], gate)
         if weight[c] > 0:
             same = 0
             while same < groups and target[same] != place:
                 same += 1
             target[same], group[c] = place, same
             groups = max(groups, same + 1)
-    k, v = np.empty((groups, size), np.float32), np.empty((groups, size), np.float32)
-    total, delta_k, delta_v = np.empty(groups, np.float32), np.zeros_like(k), np.zeros_like(v)
-    turned = np.empty(size, np.float32)
-    for i in range(groups):
-        load(arrays.k[target[i]], arrays.kind, k[i])
-        load(arrays.v[target[i]], arrays.kind, v[i])
-        total[i] = arrays.mass[target[i]]
+    return target[:groups], group, weight
+
+
+@compiled
+def _join(arrays, g, rows, target, group, weight):
+    """entry += weight * delta / (sum of masses), see reference._merge_rest."""
+    count, size = rows.plain.shape[1:]
+    shape = len(target), size
+    bits, k, v = np.empty(shape, arrays.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    gather(arrays.k, target, bits)
+    load(bits.reshape(-1), arrays.kind, k.reshape(-1))
+    gather(arrays.v, target, bits)
+    load(bits.reshape(-1), arrays.kind, v.reshape(-1))
+    delta_k, delta_v, total = np.zeros(shape, np.float32), np.zeros(shape, np.float32), arrays.mass[target]
+    position, turned = np.zeros(count, np.int64), np.empty((count, size), np.float32)
+    for c in range(count):
+        if group[c] >= 0:
+            position[c] = key_position(arrays.rank[target[group[c]]], arrays.limit)
+    turn(rows.plain[g], position, arrays.cos, arrays.sin, arrays.interleaved, False, turned)
     for c in range(count):
         i = group[c]
         if i >= 0:
-            position = key_position(arrays.rank[target[i]], arrays.limit)
-            turn(plain[c], arrays.cos[position], arrays.sin[position], arrays.interleaved, False, turned)
             total[i] += weight[c]
             for d in range(size):
-                delta_k[i, d] += weight[c] * (turned[d] - k[i, d])
-                delta_v[i, d] += weight[c] * (values[c, d] - v[i, d])
-    for i in range(groups):
+                delta_k[i, d] += weight[c] * (turned[c, d] - k[i, d])
+                delta_v[i, d] += weight[c] * (rows.values[g, c, d] - v[i, d])
+    for i in range(len(target)):
         for d in range(size):
             k[i, d] += delta_k[i, d] / total[i]
             v[i, d] += delta_v[i, d] / total[i]
-    target = target[:groups]
     store(arrays, g, target, k, v, total, arrays.rank[target])
-    return target

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from .rows import KINDS, as_bits, compiled, load, save
+from .rows import KINDS, as_bits, compiled, exponentiate, highest, load, save
 
 BFLOAT16 = KINDS[torch.bfloat16]
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
@@ -21,10 +21,8 @@ FEW_ROWS = 8  # of a head: keys are read as fast by one thread as by two, which 
 TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
 MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
 AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
-LOG2_E = np.float32(math.log2(math.e))
 AMX = torch.cpu._is_amx_tile_supported()
 AMX_TILE = 32  # bfloat16 in a row
-TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))  # of 2^x about 0
 
 
 def partial_attention(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,8 +122,8 @@ def _softmax(high, low, mask, first, scale, lse):
         load(high[t], BFLOAT16, logits)
         load(low[t], BFLOAT16, rest)
         _join(logits, rest, scale, mask[(first + t) % len(mask)])
-        top = _highest(logits)
-        _exponentiate(logits, top)
+        top = highest(logits)
+        exponentiate(logits, top)
         total = _total(logits)
         _multiply(logits, np.float32(1) / total)
         save(logits, BFLOAT16, high[t])
@@ -139,36 +137,6 @@ def _softmax(high, low, mask, first, scale, lse):
 def _join(logits, rest, scale, mask):
     for i in range(len(logits)):
         logits[i] = (logits[i] + rest[i]) * scale + mask[i]
-
-
-@compiled
-def _highest(x):
-    """As whole numbers, which are in order once the bits of negative ones are turned."""
-    bits, top = x.view(np.int32), np.int32(-(1 << 31))
-    for i in range(len(bits)):
-        top = max(top, _turned(bits[i]))
-    return np.int32(_turned(top)).view(np.float32)
-
-
-@compiled
-def _turned(bits):
-    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
-@compiled
-def _exponentiate(x, top):
-    """e^(x - top), to the last bit but one: 2^n by its bits, the rest by TAYLOR."""
-    for i in range(len(x)):
-        power = max((x[i] - top) * LOG2_E, np.float32(-127))
-        whole = np.floor(power + np.float32(0.5))
-        rest, found = power - whole, TAYLOR[6]
-        found = found * rest + TAYLOR[5]
-        found = found * rest + TAYLOR[4]
-        found = found * rest + TAYLOR[3]
-        found = found * rest + TAYLOR[2]
-        found = found * rest + TAYLOR[1]
-        found = found * rest + TAYLOR[0]
-        x[i] = found * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @functools.partial(compiled, fastmath={"reassoc"})

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import Arrays, read_plain
+from .arrays import MASKED, Arrays, Weights, read_plain, weigh
 from .pairs import pair_counts
 from .rows import KINDS, as_bits
-from .slot import EMPTY, LayerSlots, Rope, decode, encode_and_read, rank_position, rotate
+from .slot import EMPTY, LayerSlots, Policy, Rope, candidates, decode, encode_and_read, rank_position, rotate
 
 LEAST_ROOM = 512  # entries per head that the shortest sequence gets, so that it is not read anew at every other merge
 KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
-MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
+ALWAYS = -1  # in place of tokens gone: an answer that does not depend on them
 
 
 class Storage(NamedTuple):
@@ -63,9 +63,9 @@ class Readout:
         for field in (self.k, self.v, self.mass, self.rank):
             field.zero_()
         self._read(gone)
-        self.bias.copy_(torch.where(self.mass > 0, self.mass.log(), 0.0))
-        self.bias.masked_fill_(self.rank == EMPTY, MASKED)
+        weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
         self.arrays: Arrays | None = None
+        self._looked_at: tuple[int, tuple] = 0, ()  # what looked_at() last answered for, and the answer
         self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
         self._runs: tuple[int, list] = 0, []  # likewise of runs()
 
@@ -101,26 +101,38 @@ class Readout:
             self._far = limit, (self.rank != EMPTY) & (rank_position(self.rank) < limit)
         return self._far[1]
 
-    def prepare_merge(self, rope: Rope | None) -> None:
-        """Turn keys that become far, and make what only merging needs: plain keys [N, D] fp32, and `arrays`."""
+    def looked_at(self, gone: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """The places [G, 2, 2] where the coarse entries begin and end that a merge looks among, see slot.candidates, in
+        one run or two; how many they are in every head; and in all heads before it and it [G + 1].
+        """
+        if self._looked_at[0] not in (gone, ALWAYS):
+            places = np.zeros((len(self.coarse_count), 2, 2), np.int64)
+            for g, (room, exact, coarse) in enumerate(
+                zip(self.rooms, self.exact_count, self.coarse_count, strict=True)
+            ):
+                for i, run in enumerate(candidates(min(coarse, max(room - exact, 0)), gone, self.slots.segment)):
+                    places[g, i] = run.start, run.stop
+                places[g] += self.start[g] + exact
+            sizes = places[..., 1] - places[..., 0]
+            counts, wanders = sizes.sum(1).tolist(), sizes[:, 1].any()
+            self._looked_at = gone if wanders else ALWAYS, (places, counts, np.array([0, *accumulate(counts)]))
+        return self._looked_at[1]
+
+    def prepare_merge(self, rope: Rope | None, policy: Policy) -> None:
+        """Turn keys that become far, and make what only merging needs: plain keys, `arrays` and `weights`."""
         self.rope, limit = rope, rope.limit if rope is not None else 0
         if limit:
             self._turn_far()
         if self.arrays is None:
-            self.arrays = self._as_arrays(limit)
+            self.arrays, self.weights = self._as_arrays(limit), Weights.of(policy)
             read_plain(self.arrays, np.arange(len(self.rank)))
         elif self.arrays.limit != limit:
             self.arrays = self.arrays._replace(limit=limit)
 
-    def weigh(self, place: torch.Tensor) -> None:
-        """Renew the bias of entries that were written, at places [W]."""
-        mass = self.mass.index_select(0, place)
-        self.bias.index_copy_(0, place, torch.where(mass > 0, mass.log(), 0.0))
-
     def _as_arrays(self, limit: int) -> Arrays:
         slots, rope = self.slots, self.rope
-        coded = "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
-        plain = "exact_rank", "coarse_mass", "coarse_rank"
+        coded = "ring_k", "ring_v", "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
+        plain = "key_sum", "pins", "exact_rank", "coarse_mass", "coarse_rank"
         cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
         return Arrays(
             **{name: as_bits(getattr(slots, name)[self.slot]) for name in coded},
@@ -137,6 +149,7 @@ class Readout:
             k=as_bits(self.k),
             v=as_bits(self.v),
             plain=self.plain.numpy(),
+            bias=self.bias.numpy(),
             mass=self.mass.numpy(),
             rank=self.rank.numpy(),
             cos=cos.contiguous().numpy(),

@@ -5,6 +5,7 @@ with a `kind` that says what they mean. Everything here rounds as the functions 
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from .slot import MAX_POSITION, POSITION_BITS
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by bytes
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+LOG2_E = np.float32(math.log2(math.e))
+TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))  # of 2^x about 0
 
 
 def _cache_folder() -> str:
@@ -77,6 +80,37 @@ def from_half_bits(half):
 
 
 @compiled
+def ordered(bits):
+    """The bits of an fp32, int32, to whole numbers in the same order, and back: these are compared many at a time."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled
+def highest(x):
+    """The maximum of a row fp32."""
+    bits, top = x.view(np.int32), np.int32(-0x80000000)
+    for i in range(len(bits)):
+        top = max(top, ordered(bits[i]))
+    return np.int32(ordered(top)).view(np.float32)
+
+
+@compiled
+def exponentiate(x, top):
+    """A row fp32 to e^(x - top), to the last bit but one: 2^n by its bits, the rest by TAYLOR."""
+    for i in range(len(x)):
+        power = max((x[i] - top) * LOG2_E, np.float32(-127))
+        whole = np.floor(power + np.float32(0.5))
+        rest, found = power - whole, TAYLOR[6]
+        found = found * rest + TAYLOR[5]
+        found = found * rest + TAYLOR[4]
+        found = found * rest + TAYLOR[3]
+        found = found * rest + TAYLOR[2]
+        found = found * rest + TAYLOR[1]
+        found = found * rest + TAYLOR[0]
+        x[i] = found * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
 def load(row, kind, out):
     """A row of the model's dtype as fp32."""
     if kind == 0:
@@ -105,87 +139,148 @@ def save(x, kind, row):
             row[d] = to_bits(x[d])
 
 
+# Blocks of rows go by their indices: a row cut out of one costs as much as the work on it.
+
+
 @compiled
-def turn(x, cos, sin, interleaved, back, out):
-    """Rotate a row fp32 by the angles [R / 2] of a position, or back; see slot.rotate."""
-    half = len(cos)
-    step, second = (2, 1) if interleaved else (1, half)
+def turn(x, position, cos, sin, interleaved, back, out):
+    """Rotate rows fp32 [N, D] to their positions [N], or back, by the angles [P, R / 2]; see slot.rotate."""
+    half = cos.shape[1]
     sign = np.float32(-1.0) if back else np.float32(1.0)
-    for i in range(half):
-        a, b, s = x[i * step], x[i * step + second], sign * sin[i]
-        out[i * step] = a * cos[i] - b * s
-        out[i * step + second] = b * cos[i] + a * s
-    for i in range(2 * half, len(x)):
-        out[i] = x[i]
+    for j in range(len(x)):
+        p = position[j]
+        if interleaved:
+            for i in range(half):
+                a, b, c, s = x[j, 2 * i], x[j, 2 * i + 1], cos[p, i], sign * sin[p, i]
+                out[j, 2 * i] = a * c - b * s
+                out[j, 2 * i + 1] = b * c + a * s
+        else:
+            for i in range(half):
+                a, b, c, s = x[j, i], x[j, half + i], cos[p, i], sign * sin[p, i]
+                out[j, i] = a * c - b * s
+                out[j, half + i] = b * c + a * s
+        for i in range(2 * half, x.shape[1]):
+            out[j, i] = x[j, i]
 
 
 @compiled
-def encode(x, width, kind, codes, affine, row):
-    """Code a row fp32 in `width` bits per value, see slot.encode; `row` becomes what decoding makes of it."""
-    size = len(x)
+def encode(x, width, kind, codes, affine, read):
+    """Code rows fp32 [N, D] in `width` bits per value, see slot.encode; `read` becomes what decoding makes of them."""
     if width == 16:
-        save(x, kind, row)
-        codes[:] = row
+        save(x.reshape(-1), kind, read.reshape(-1))
+        for j in range(len(x)):
+            for d in range(x.shape[1]):
+                codes[j, d] = read[j, d]
         return
-    groups, most = len(affine), np.float32((1 << width) - 1)
-    length = size // groups
-    read = np.empty(size, np.float32)
-    for g in range(groups):
-        low, high = x[g * length], x[g * length]
-        for d in range(g * length, (g + 1) * length):
-            low, high = min(low, x[d]), max(high, x[d])
-        affine[g, 1] = half_bits(low)
-        zero = from_half_bits(affine[g, 1])
-        affine[g, 0] = half_bits((high - zero) / most)
-        scale = from_half_bits(affine[g, 0])
-        step = scale if scale > 0 else np.float32(np.inf)  # every code of a group without spread is 0
-        for d in range(g * length, (g + 1) * length):
-            code = np.floor(min(max((x[d] - zero) / step + np.float32(0.5), np.float32(0)), most))
-            read[d] = code
-    if width == 8:
-        for d in range(size):
-            codes[d] = np.uint8(read[d])
-    else:
-        for d in range(size // 2):
-            codes[d] = np.uint8(read[d]) | np.uint8(np.uint8(read[d + size // 2]) << np.uint8(4))
-    for g in range(groups):
-        scale, zero = from_half_bits(affine[g, 0]), from_half_bits(affine[g, 1])
-        for d in range(g * length, (g + 1) * length):
-            scaled = read[d] * scale
-            read[d] = scaled + zero
-    save(read, kind, row)
+    most, shape = np.float32((1 << width) - 1), (len(x), affine.shape[1], x.shape[1] // affine.shape[1])
+    code, value = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
+    _fit(x.reshape(shape), most, affine)
+    _quantise(x.reshape(shape), affine, most, code.reshape(shape))
+    _pack(code, width, codes)
+    _dequantise(code.reshape(shape), affine, value.reshape(shape))
+    save(value.reshape(-1), kind, read.reshape(-1))
 
 
 @compiled
-def encode_pairs(x, place, step, wide, kind, codes, gains, row):
-    """See pairs.encode, of a key fp32 [D] with its head's code [P]; `row` becomes what decoding makes of it."""
-    count, gain = len(place), np.float32(0)
-    for i in range(count):
-        if step[i] > 0:
-            reach = step[i] * np.float32(255 if place[i] < wide else 15)
-            gain = max(gain, max(abs(x[i]), abs(x[i + count])) / reach)
-    gains[0, 0] = half_bits(min(gain, np.float32(LARGEST)))
-    gain = from_half_bits(gains[0, 0])
-    read = np.zeros(2 * count, np.float32)
-    for i in range(count):
-        if step[i] > 0:
-            most, level = np.float32(255 if place[i] < wide else 15), gain * step[i]
-            divisor = level if level > 0 else np.float32(np.inf)
-            low = _level(x[i] / divisor, most)
-            high = _level(x[i + count] / divisor, most)
-            read[i], read[i + count] = (low * np.float32(2) - most) * level, (high * np.float32(2) - most) * level
-            if place[i] < wide:
-                codes[place[i]], codes[wide + place[i]] = np.uint8(low), np.uint8(high)
-            else:
-                codes[wide + place[i]] = np.uint8(low) | np.uint8(np.uint8(high) << np.uint8(4))
-    save(read, kind, row)
+def _fit(x, most, affine):
+    """The (scale, zero) of every group of values [N, groups, D / groups]."""
+    bits = x.view(np.int32)
+    for j in range(x.shape[0]):
+        for g in range(x.shape[1]):
+            low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+            for d in range(x.shape[2]):
+                order = ordered(bits[j, g, d])
+                low, high = min(low, order), max(high, order)
+            affine[j, g, 1] = half_bits(np.int32(ordered(low)).view(np.float32))
+            zero = from_half_bits(affine[j, g, 1])
+            affine[j, g, 0] = half_bits((np.int32(ordered(high)).view(np.float32) - zero) / most)
 
 
 @compiled
-def _level(levels, most):
-    """The code of a value so many steps from zero, of codes up to `most`."""
-    middle = levels + most
-    return min(max(np.floor(middle * np.float32(0.5) + np.float32(0.5)), np.float32(0)), most)
+def _quantise(x, affine, most, code):
+    for j in range(x.shape[0]):
+        for g in range(x.shape[1]):
+            scale, zero = from_half_bits(affine[j, g, 0]), from_half_bits(affine[j, g, 1])
+            step = scale if scale > 0 else np.float32(np.inf)  # every code of a group without spread is 0
+            for d in range(x.shape[2]):
+                level = (x[j, g, d] - zero) / step + np.float32(0.5)
+                code[j, g, d] = np.floor(min(max(level, np.float32(0)), most))
+
+
+@compiled
+def _pack(code, width, codes):
+    half = code.shape[1] // 2
+    for j in range(len(code)):
+        if width == 8:
+            for d in range(code.shape[1]):
+                codes[j, d] = np.uint8(np.int32(code[j, d]))
+        else:
+            for d in range(half):
+                codes[j, d] = np.uint8(np.int32(code[j, d]) | np.int32(code[j, half + d]) << 4)
+
+
+@compiled
+def _dequantise(code, affine, value):
+    for j in range(code.shape[0]):
+        for g in range(code.shape[1]):
+            scale, zero = from_half_bits(affine[j, g, 0]), from_half_bits(affine[j, g, 1])
+            for d in range(code.shape[2]):
+                scaled = code[j, g, d] * scale
+                value[j, g, d] = scaled + zero
+
+
+@compiled
+def encode_pairs(x, place, step, wide, kind, codes, gains, read):
+    """See pairs.encode, of keys fp32 [N, D] with their head's code [P]; `read` becomes what decoding makes of them."""
+    shape, most, reach = (len(x), 2, len(place)), np.empty_like(step), np.empty_like(step)
+    code, value = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for i in range(len(place)):
+        most[i] = np.float32(255 if place[i] < wide else 15)
+        reach[i] = step[i] * most[i] if step[i] > 0 else np.float32(np.inf)
+    _fit_pairs(x.reshape(shape), reach, gains)
+    _quantise_pairs(x.reshape(shape), gains, step, most, code, value)
+    _pack_pairs(code, place, wide, codes)
+    save(value.reshape(-1), kind, read.reshape(-1))
+
+
+@compiled
+def _fit_pairs(x, reach, gains):
+    """The gain of every row of pairs [N, 2, P]."""
+    share = np.empty_like(reach)
+    for j in range(len(x)):
+        for i in range(len(reach)):
+            share[i] = max(abs(x[j, 0, i]), abs(x[j, 1, i])) / reach[i]
+        gains[j, 0, 0] = half_bits(min(highest(share), np.float32(LARGEST)))
+
+
+@compiled
+def _quantise_pairs(x, gains, step, most, code, value):
+    """Their codes, and what they are read as."""
+    level, divisor = np.empty_like(step), np.empty_like(step)
+    for j in range(len(x)):
+        gain = from_half_bits(gains[j, 0, 0])
+        for i in range(len(step)):
+            level[i] = gain * step[i]
+            divisor[i] = level[i] if level[i] > 0 else np.float32(np.inf)
+        for half in range(2):
+            for i in range(len(step)):
+                middle = (x[j, half, i] / divisor[i] + most[i]) * np.float32(0.5)
+                code[j, half, i] = min(max(np.floor(middle + np.float32(0.5)), np.float32(0)), most[i])
+                value[j, half, i] = (code[j, half, i] * np.float32(2) - most[i]) * level[i]
+
+
+@compiled
+def _pack_pairs(code, place, wide, codes):
+    count = len(place)
+    low, high = np.empty(count, np.uint8), np.empty(count, np.uint8)
+    for j in range(len(code)):
+        for i in range(count):
+            low[place[i]] = np.uint8(np.int32(code[j, 0, i]))
+            high[place[i]] = np.uint8(np.int32(code[j, 1, i]))
+        for i in range(wide):
+            codes[j, i], codes[j, wide + i] = low[i], high[i]
+        for i in range(codes.shape[1] - 2 * wide):
+            codes[j, 2 * wide + i] = np.uint8(np.int32(low[wide + i]) | np.int32(high[wide + i]) << 4)
 
 
 @compiled

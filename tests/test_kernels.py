@@ -65,7 +65,7 @@ def test_cpu_path_matches_reference(settings, rope, learned):
     expected = run(reference, expected_slots, k, v, q, 2, [173], rope, policy)
     actual = run(cpu, actual_slots, k, v, q, 2, [173], rope, policy)
     torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
-    assert torch.equal(actual_slots.exact_rank, expected_slots.exact_rank)
+    assert torch.equal(rank_position(actual_slots.exact_rank), rank_position(expected_slots.exact_rank))
     torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
     assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
 
@@ -75,7 +75,7 @@ def test_cpu_path_matches_reference(settings, rope, learned):
 def test_nothing_is_left_to_compile(settings, rope, dtype):
     k, v, q = make_tokens(173, dtype=dtype)
     rope, policy, (slots, slab) = make_rope(rope[0], 32, rope[1]), make_policy(), make_slots(settings, dtype)
-    functions = cpumerge._read, cpumerge._rank, cpumerge._exchange, cpumerge._merge_rest, cpucombine._combine
+    functions = cpumerge._exchange, cpumerge._merge_rest, cpucombine._combine
     cpumerge.compile_merge(slots, rope)
     cpucombine.compile_combine(dtype)
     compiled = [len(f.signatures) for f in functions]

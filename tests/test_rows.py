@@ -42,8 +42,8 @@ def test_rows_are_rounded_as_pytorch_does(dtype):
 def test_turning(kind, back):
     x, rope, position = torch.randn(40, 32), make_rope(kind, 32), torch.arange(40) * 50
     out = torch.empty_like(x)
-    for i, p in enumerate(position.tolist()):
-        rows.turn(x[i].numpy(), rope.cos[p].numpy(), rope.sin[p].numpy(), rope.interleaved, back, out[i].numpy())
+    angles = (rope.cos.contiguous().numpy(), rope.sin.contiguous().numpy())
+    rows.turn(x.numpy(), position.numpy(), *angles, rope.interleaved, back, out.numpy())
     assert torch.equal(out, slot.rotate(x, position, rope, inverse=back))
 
 
@@ -57,8 +57,7 @@ def test_codes(dtype, width, size, spread):
     x[0] = 3.0  # a constant vector has no range to scale
     codes, affine, read = slot.encode_and_read(x, width, dtype)
     mine = torch.zeros_like(codes), torch.zeros_like(affine), torch.zeros_like(read)
-    for row in zip(x.numpy(), *map(rows.as_bits, mine), strict=True):
-        rows.encode(row[0], width, rows.KINDS[dtype], *row[1:])
+    rows.encode(x.numpy(), width, rows.KINDS[dtype], *map(rows.as_bits, mine))
     for actual, expected in zip(mine, (codes, affine, read), strict=True):
         assert torch.equal(actual, expected)
 
@@ -75,7 +74,6 @@ def test_codes_of_pairs(dtype, bits, size, spread):
     codes, gain, read = slot.encode_and_read(x, bits, dtype, pairs)
     mine = torch.zeros_like(codes), torch.zeros_like(gain), torch.zeros_like(read)
     place, step, wide = pairs.place.numpy(), pairs.step.numpy(), pair_counts(size, bits)[0]
-    for key, *row in zip(x.numpy(), *map(rows.as_bits, mine), strict=True):
-        rows.encode_pairs(key, place, step, wide, rows.KINDS[dtype], *row)
+    rows.encode_pairs(x.numpy(), place, step, wide, rows.KINDS[dtype], *map(rows.as_bits, mine))
     for actual, expected in zip(mine, (codes, gain, read), strict=True):
         assert torch.equal(actual, expected)
