@@ -6,6 +6,7 @@ import torch
 from tests.layers import make_batch, make_layer, make_pairs, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, cpupartial, reference, slot
+from vllm_deltamem.kernels.arrays import Weights
 from vllm_deltamem.kernels.pairs import pair_bytes, pair_code
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
@@ -68,6 +69,17 @@ def test_cpu_path_matches_reference(settings, rope, learned):
     assert torch.equal(rank_position(actual_slots.exact_rank), rank_position(expected_slots.exact_rank))
     torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
     assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_importance_matches_reference(learned):
+    plain, values, mean, policy = *torch.randn(2, 3, 20, 32), torch.randn(3, 32), make_policy(learned=learned)
+    plain[0, 0], values[1, 1] = 0, 1e4 * values[1, 1]
+    expected, score = reference.importance(plain, values, mean, policy.importance), torch.empty(3, 20)
+    weights = Weights.of(policy)
+    for g in range(3):
+        cpumerge._score(*(x[g].numpy() for x in (plain, values, mean)), weights, g, score[g].numpy())
+    torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
