@@ -11,8 +11,8 @@ import torch
 from . import pairs as pair_codes
 from .pairs import PairCode, is_paired
 
-# Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, rounding apart, or
-# bytes are read otherwise: memories that were saved under another one are then computed anew.
+# Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, rounding apart,
+# or bytes are read otherwise: memories that were saved under another one are then computed anew.
 STATE = 2
 
 FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
