@@ -5,10 +5,9 @@ import torch
 
 from tests.layers import make_batch, make_layer, make_pairs, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, cpupartial, reference, slot
+from vllm_deltamem.kernels import cpu, cpucombine, cpumerge, cpupartial, readout, reference, slot
 from vllm_deltamem.kernels.arrays import Weights
 from vllm_deltamem.kernels.pairs import pair_bytes, pair_code
-from vllm_deltamem.kernels.readout import LEAST_ROOM
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
 from vllm_deltamem.memory import Shape, plan_layout
@@ -127,13 +126,14 @@ def test_a_bounded_search_matches_reference(settings, rope, bound, monkeypatch):
     assert not torch.allclose(expected, reference_out, atol=5e-3), "the bound must matter"
 
 
-def test_more_exact_entries_than_a_short_sequence_has_room_for():
-    k, v, q = make_tokens(120)
+def test_more_exact_entries_than_a_short_sequence_has_room_for(monkeypatch):
+    monkeypatch.setattr(readout, "LEAST_ROOM", 64)
+    k, v, q = make_tokens(60)
     rope, policy = make_rope("neox", 32), make_policy()
-    (expected_slots, _), (actual_slots, _) = (make_slots(dict(pinned=1200), memory=2000) for _ in range(2))
-    assert expected_slots.exact_start.diff().min() > LEAST_ROOM
-    expected = run(reference, expected_slots, k, v, q, 0, [120], rope, policy)
-    torch.testing.assert_close(run(cpu, actual_slots, k, v, q, 0, [120], rope, policy), expected, atol=2e-3, rtol=2e-3)
+    (expected_slots, _), (actual_slots, _) = (make_slots(dict(pinned=150), memory=300) for _ in range(2))
+    assert expected_slots.exact_start.diff().min() > 64
+    expected = run(reference, expected_slots, k, v, q, 0, [60], rope, policy)
+    torch.testing.assert_close(run(cpu, actual_slots, k, v, q, 0, [60], rope, policy), expected, atol=2e-3, rtol=2e-3)
     assert torch.equal(rank_position(actual_slots.exact_rank), rank_position(expected_slots.exact_rank))
 
 
