@@ -91,12 +91,11 @@ def weigh(mass, rank, places, bias):
 def read_plain(arrays: Arrays, places):
     """The keys at these places of the readout as they were before RoPE, into `plain`; 0 where there is no entry."""
     shape = len(places), arrays.k.shape[1]
-    bits, key, plain = np.empty(shape, arrays.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    key, plain = np.empty(shape, np.float32), np.empty(shape, np.float32)
     position = np.empty(len(places), np.int64)
     for i in range(len(places)):
         position[i] = key_position(arrays.rank[places[i]], arrays.limit)
-    gather(arrays.k, places, bits)
-    load(bits.reshape(-1), arrays.kind, key.reshape(-1))
+    load_rows(arrays.k, places, arrays.kind, key)
     turn(key, position, arrays.cos, arrays.sin, arrays.interleaved, True, plain)
     for i in range(len(places)):
         if arrays.rank[places[i]] == EMPTY:
@@ -137,6 +136,14 @@ def gather(x, places, rows):
     for i in range(len(places)):
         for d in range(x.shape[1]):
             rows[i, d] = x[places[i], d]
+
+
+@compiled
+def load_rows(x, places, kind, out):
+    """Rows of the model's dtype at these places as fp32 [W, D]."""
+    bits = np.empty(out.shape, x.dtype)
+    gather(x, places, bits)
+    load(bits.reshape(-1), kind, out.reshape(-1))
 
 
 @compiled

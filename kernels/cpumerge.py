@@ -4,25 +4,21 @@ A head's newcomers are the segment that leaves its ring, one row each. Where one
 there, so that in the end the rows are the losers, EMPTY where nobody lost.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .arrays import Arrays, gather, key_position, store
+from .arrays import Arrays, gather, key_position, load_rows, store
 from .readout import Readout
 from .readouts import Readouts
-from .rows import compiled, exponentiate, highest, load, pack_rank, turn
+from .rows import compiled, exponentiate, highest, load, pack_rank, summed, turn
 from .slot import EMPTY, LayerSlots, Policy, Rope, forgetting
 
 CLOSED = np.float32(0.01)  # see reference.gate
 GELU = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 FARTHEST = np.float32(80)  # of an exponent: e to it is an fp32
-
-# Where the order of a sum may be the compiler's, which is the same for every row of a call.
-summed = functools.partial(compiled, fastmath={"reassoc", "contract"})
 
 
 class Newcomers(NamedTuple):
@@ -262,10 +258,9 @@ def _keep_coarse(arrays, g, rows):
         return
     entries, newcomers = _duels(arrays.rank[first:last], rows.rank[g])
     places, shape = first + entries, (len(entries), rows.plain.shape[2])
-    bits, k, v = np.empty(shape, rows.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rank, mass = np.empty(len(entries), np.int64), np.ones(len(entries), np.float32)
-    gather(rows.k[g], newcomers, bits)
-    load(bits.reshape(-1), arrays.kind, k.reshape(-1))
+    load_rows(rows.k[g], newcomers, arrays.kind, k)
     gather(rows.values[g], newcomers, v)
     for i in range(len(places)):
         place, c = places[i], newcomers[i]
@@ -331,11 +326,9 @@ def _join(arrays, g, rows, target, group, weight):
     """entry += weight * delta / (sum of masses), see reference._merge_rest."""
     count, size = rows.plain.shape[1:]
     shape = len(target), size
-    bits, k, v = np.empty(shape, arrays.k.dtype), np.empty(shape, np.float32), np.empty(shape, np.float32)
-    gather(arrays.k, target, bits)
-    load(bits.reshape(-1), arrays.kind, k.reshape(-1))
-    gather(arrays.v, target, bits)
-    load(bits.reshape(-1), arrays.kind, v.reshape(-1))
+    k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    load_rows(arrays.k, target, arrays.kind, k)
+    load_rows(arrays.v, target, arrays.kind, v)
     delta_k, delta_v, total = np.zeros(shape, np.float32), np.zeros(shape, np.float32), arrays.mass[target]
     position, turned = np.zeros(count, np.int64), np.empty((count, size), np.float32)
     for c in range(count):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from .rows import KINDS, as_bits, compiled, exponentiate, highest, load, save
+from .rows import KINDS, as_bits, compiled, exponentiate, highest, load, save, summed
 
 BFLOAT16 = KINDS[torch.bfloat16]
 SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
@@ -139,7 +139,7 @@ def _join(logits, rest, scale, mask):
         logits[i] = (logits[i] + rest[i]) * scale + mask[i]
 
 
-@functools.partial(compiled, fastmath={"reassoc"})
+@summed
 def _total(x):
     """In an order that only the length decides."""
     total = np.float32(0)

@@ -4,6 +4,7 @@ Numba knows neither bfloat16 nor float16, so that a row [D] of the model's dtype
 with a `kind` that says what they mean. Everything here rounds as the functions of slot.py do, to the bit.
 """
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -40,6 +41,10 @@ def compiled(function, **options):
         return njit(nogil=True, error_model="numpy", **options)(function)
     finally:
         config.CACHE_DIR = elsewhere
+
+
+# Where the order of a sum may be the compiler's, which only the extents of a call decide.
+summed = functools.partial(compiled, fastmath={"reassoc", "contract"})
 
 
 def as_bits(x: torch.Tensor) -> np.ndarray:
