@@ -185,7 +185,7 @@ class SlotPool:
         rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
-            logger.info("deltamem compiles its CPU kernels, which takes half a minute the first time.")
+            logger.info("deltamem compiles its CPU kernels, which takes a minute the first time.")
             compile_combine(layout.shape.dtype)
             compile_partial(layout.shape.dtype)
             for slots in (layers[i] for i in layout.shape.full_layers):
