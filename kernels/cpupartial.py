@@ -1,117 +1,99 @@
-"""Partial attention on the CPU: what queries see of some entries, and its log-sum-exp.
+"""Partial attention on the CPU, compiled: what queries of one kv head see of some entries, and its log-sum-exp.
 
 By PyTorch's flash attention; of many entries in bfloat16, which that does not multiply with AVX512_BF16, by oneDNN's
-products, with a softmax between them that is compiled. Either way a row rounds alike however many rows share the call,
-in whole multiples of row_block: how many keys there are decides which way it goes.
+products, with a softmax between them. Either way a row rounds alike however many rows share the call, in whole
+multiples of row_block: how many keys there are decides which way it goes.
 """
 
-import functools
 import math
-from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
-from .rows import KINDS, as_bits, compiled, exponentiate, highest, load, save, summed
+from .aten import flash, product, product_less
+from .rows import KINDS, compiled, exponentiate, highest, load, save, summed
 
 BFLOAT16 = KINDS[torch.bfloat16]
-SMALL = 1 << 10  # logits of a call that one thread has done before another one is awake
-FEW_ROWS = 8  # of a head: keys are read as fast by one thread as by two, which wait for one another
-TASK_ROWS = 32  # so many rows of a head are one task to PyTorch, whose products may then start threads of their own
 MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
 AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
 AMX = torch.cpu._is_amx_tile_supported()
 AMX_TILE = 32  # bfloat16 in a row
 
 
-def partial_attention(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what queries see [B, P, T, D], in their dtype, and its log-sum-exp [B, P, T] fp32.
+class Way(NamedTuple):
+    """How a CPU multiplies a dtype."""
 
-    q [B, P, T, D], T a multiple of row_block; k and v [B, P, K, D]; mask fp32, broadcast to [B, P, T, K], finite.
-    """
-    by_products = k.shape[2] >= MANY and q.dtype == torch.bfloat16 and multiplies_bfloat16()
-    if q.shape[:3].numel() * k.shape[2] < SMALL or (by_products and q.shape[2] <= FEW_ROWS):
-        threads = one_thread()
-    elif q.shape[2] <= TASK_ROWS and (by_products or q.shape[:2].numel() == 1):
-        threads = at_most(2)  # three and more round a product otherwise than one does, two as one
-    else:
-        threads = nullcontext()
-    with threads:
-        if by_products:
-            return _by_products(q, k, v, mask, scale)
-        return _flash(q, k, v, mask, scale)
+    kind: int  # see rows.KINDS
+    block: int  # the rows of a call are a multiple of so many
+    by_products: bool  # of many entries
+    in_tiles: bool  # keys and columns are filled up to whole tiles
 
 
-def row_block(q) -> int:
-    """The rows of a call are a multiple of so many, for queries [..., D]: fewer may be multiplied otherwise.
+def way_of(dtype: torch.dtype, size: int) -> Way:
+    """For rows of `size` columns."""
+    bfloat16 = dtype == torch.bfloat16
+    return Way(KINDS[dtype], row_block(dtype, size), bfloat16 and multiplies_bfloat16(), bfloat16 and AMX)
+
+
+def row_block(dtype: torch.dtype, size: int) -> int:
+    """The rows of a call are a multiple of so many, as fewer may be multiplied otherwise.
 
     Those of MKL's fp32 products are, of long rows on a CPU of Intel's.
     """
-    return 4 if q.dtype == torch.bfloat16 or q.shape[-1] <= 64 else 16
+    return 4 if dtype == torch.bfloat16 or size <= 64 else 16
 
 
-def compile_partial(dtype: torch.dtype) -> None:
-    """Compile what this needs for a dtype, or load it from Numba's cache."""
-    keys = torch.zeros(1, 1, MANY, 16, dtype=dtype)
-    partial_attention(keys[:, :, : row_block(keys)], keys, keys, torch.zeros(1, 1, 1, MANY), 1.0)
-
-
-@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN does so faster than flash attention does, which knows AMX."""
     return torch.cpu._is_avx512_bf16_supported() and not AMX
 
 
-def _flash(q, k, v, mask, scale):
-    """With AMX, 64 rows and more go another way than fewer do, which rounds otherwise unless all fill whole tiles."""
-    size = q.shape[3]
-    if AMX and q.dtype == torch.bfloat16:
-        columns, keys = -size % AMX_TILE, -k.shape[2] % AMX_TILE
-        if columns or keys:
-            q, k, v = pad(q, (0, columns)), pad(k, (0, columns, 0, keys)), pad(v, (0, columns, 0, keys))
-            mask = pad(mask, (0, keys), value=-math.inf)
-    seen, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    return seen[..., :size], lse
+@compiled
+def partial_attention(way, q, k, v, mask, scale, seen, lse):
+    """Write what queries see [T, D], and its log-sum-exp [T] fp32.
+
+    q [T, D], T a multiple of way.block; k and v [K, D]: bits; mask: [1 or T, K] fp32, finite.
+    """
+    if way.by_products and len(k) >= MANY:
+        _by_products(q, k, v, mask, np.float32(scale), seen, lse)
+        return
+    columns, keys = (-q.shape[1] % AMX_TILE, -len(k) % AMX_TILE) if way.in_tiles else (0, 0)
+    if not columns and not keys:
+        flash(way.kind, q, k, v, mask, scale, seen, lse)
+        return
+    # 64 rows and more go another way than fewer do, which rounds otherwise unless all fill whole tiles
+    none, wide = np.uint16(0), np.empty((len(q), q.shape[1] + columns), seen.dtype)
+    k, v = _padded(k, keys, columns, none), _padded(v, keys, columns, none)
+    flash(way.kind, _padded(q, 0, columns, none), k, v, _padded(mask, 0, keys, np.float32(-np.inf)), scale, wide, lse)
+    for t in range(len(q)):
+        for d in range(q.shape[1]):
+            seen[t, d] = wide[t, d]
 
 
-def one_thread():
-    """For many small operations: to wake other threads for one takes longer than the operation."""
-    return at_most(1)
+@compiled
+def _padded(x, rows, columns, value):
+    found = np.empty((x.shape[0] + rows, x.shape[1] + columns), x.dtype)
+    found[:] = value
+    for i in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            found[i, d] = x[i, d]
+    return found
 
 
-@contextmanager
-def at_most(most):
-    """With no more of PyTorch's threads."""
-    threads = torch.get_num_threads()
-    # vLLM replaces torch.set_num_threads, as it binds threads to cores: they stay so
-    torch._C.set_num_threads(min(most, threads))
-    try:
-        yield
-    finally:
-        torch._C.set_num_threads(threads)
-
-
-def _by_products(q, k, v, mask, scale):
-    """One head at a time, in few operations of PyTorch's, views included: a decoded token waits for each of them."""
-    rows, keys = q.shape[2], k.shape[2]
-    step = min(max(AT_ONCE // keys // row_block(q), 1) * row_block(q), rows)
-    seen, high, low = q.new_empty(q.shape), *(q.new_empty(step, keys) for _ in range(2))
-    lse, masks = np.empty(q.shape[:3], np.float32), mask.expand(*q.shape[:2], -1, -1).numpy()
-    parts, scale = (high, low, as_bits(high), as_bits(low)), np.float32(scale)
-    for b in range(len(q)):
-        heads = (x.unbind() for x in (q[b], k[b].mT, v[b], seen[b]))
-        for query, turned, value, out, found, bias in zip(*heads, lse[b], masks[b], strict=True):
-            bias = np.ascontiguousarray(bias)
-            for first in range(0, rows, step):
-                some = slice(first, first + step)
-                high, low, *bits = parts if first + step <= rows else [x[: rows - first] for x in parts]
-                # A product rounds to bfloat16. The next one is what it leaves out: together, 16 bits of a logit.
-                torch.mm(query[some], turned, out=high)
-                torch.addmm(high, query[some], turned, beta=-1, out=low)
-                _softmax(*bits, bias, first, scale, found[some])
-                torch.mm(high, value, out=out[some])
-    return seen, torch.from_numpy(lse)
+@compiled
+def _by_products(q, k, v, mask, scale, seen, lse):
+    rows, keys = len(q), len(k)
+    step = min(max(AT_ONCE // keys // 4, 1) * 4, rows)
+    parts = np.empty((2, step, keys), q.dtype)
+    for first in range(0, rows, step):
+        some = q[first : first + step]
+        high, low = parts[0, : len(some)], parts[1, : len(some)]
+        # A product rounds to bfloat16. The next one is what it leaves out: together, 16 bits of a logit.
+        product(BFLOAT16, some, k, True, high)
+        product_less(BFLOAT16, high, some, k, True, low)
+        _softmax(high, low, mask, first, scale, lse[first : first + step])
+        product(BFLOAT16, high, v, False, seen[first : first + step])
 
 
 @compiled

@@ -1,6 +1,6 @@
 """The memory of one slot in one layer as attention and merging read it, dequantised, for the CPU path."""
 
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +65,8 @@ class Readout:
         self._read(gone)
         weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
         self.arrays: Arrays | None = None
-        self._looked_at: tuple[int, tuple] = 0, ()  # what looked_at() last answered for, and the answer
-        self._far = 0, self.rank == EMPTY  # the limit that far() last answered for, and the answer
-        self._runs: tuple[int, list] = 0, []  # likewise of runs()
+        self._looked_at: tuple[int, np.ndarray | None] = 0, None  # what looked_at() last answered for, and the answer
+        self._places: tuple[int, tuple] = 0, ()  # likewise of places()
 
     def widths(self, gone: int) -> list[int]:
         return widths(self.capacities, gone)
@@ -75,35 +74,21 @@ class Readout:
     def has_room(self, gone: int) -> bool:
         return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
 
-    def runs(self, gone: int, unseen: torch.Tensor | None = None) -> list[tuple[torch.Tensor, ...]]:
-        """(k, v [1, P, E, D], bias [1, P, 1, E]) of every P heads end to end that hold as many entries, as their
-        queries see them: views, since a head may hold eight times the mean. Places `unseen` [N] are masked.
-        """
-        if unseen is not None:
-            return self._cut(gone, self.bias.masked_fill(unseen, MASKED))
-        if self._runs[0] != gone:
-            self._runs = gone, self._cut(gone, self.bias)
-        return self._runs[1]
+    def places(self, gone: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the entries of every head begin, and how many there may be [G]."""
+        if self._places[0] != gone:
+            self._places = gone, (np.array(self.start[:-1]), np.array(self.widths(gone)))
+        return self._places[1]
 
-    def _cut(self, gone, bias):
-        first, found = 0, []
-        for (width, room), run in groupby(zip(self.widths(gone), self.rooms, strict=True)):
-            heads = len(list(run))
-            places = slice(first, first + heads * room)
-            k, v = (x[places].view(1, heads, room, -1)[:, :, :width] for x in (self.k, self.v))
-            found.append((k, v, bias[places].view(1, heads, 1, room)[..., :width]))
-            first = places.stop
-        return found
+    def far(self, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As Readouts.entries, of this one alone, with far entries (see reference.far_limit) in a second pass."""
+        far = (self.rank != EMPTY) & (rank_position(self.rank) < limit)
+        bias = torch.stack([self.bias.masked_fill(unseen, MASKED) for unseen in (far, ~far)])
+        return as_bits(self.k)[None], as_bits(self.v)[None], bias[:, None].numpy()
 
-    def far(self, limit: int) -> torch.Tensor:
-        """Places [N] that hold far entries, see reference.far_limit: merges, which change them, raise it."""
-        if self._far[0] != limit:
-            self._far = limit, (self.rank != EMPTY) & (rank_position(self.rank) < limit)
-        return self._far[1]
-
-    def looked_at(self, gone: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+    def looked_at(self, gone: int) -> np.ndarray:
         """The places [G, 2, 2] where the coarse entries begin and end that a merge looks among, see slot.candidates, in
-        one run or two; how many they are in every head; and in all heads before it and it [G + 1].
+        one run or two.
         """
         if self._looked_at[0] not in (gone, ALWAYS):
             places = np.zeros((len(self.coarse_count), 2, 2), np.int64)
@@ -113,9 +98,8 @@ class Readout:
                 for i, run in enumerate(candidates(min(coarse, max(room - exact, 0)), gone, self.slots.segment)):
                     places[g, i] = run.start, run.stop
                 places[g] += self.start[g] + exact
-            sizes = places[..., 1] - places[..., 0]
-            counts, wanders = sizes.sum(1).tolist(), sizes[:, 1].any()
-            self._looked_at = gone if wanders else ALWAYS, (places, counts, np.array([0, *accumulate(counts)]))
+            wanders = (places[:, 1, 0] < places[:, 1, 1]).any()
+            self._looked_at = gone if wanders else ALWAYS, places
         return self._looked_at[1]
 
     def prepare_merge(self, rope: Rope | None, policy: Policy) -> None:

@@ -279,8 +279,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots = pool.layers[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
-        helpers = pool.helpers if len(attn_metadata.steps) > 1 else None  # one step goes to all cores as it is
-        read = {"readouts": pool.readouts[self.position], "helpers": helpers} if ON_CPU else {}
+        read = {"readouts": pool.readouts[self.position]} if ON_CPU else {}
         for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
             known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
@@ -288,6 +287,4 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
             kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known)
             pool.merge(self.position, step.due)
             pool.copy_branches(self.position, piece)
-        if helpers:
-            helpers.finish()
         return output

@@ -8,15 +8,16 @@ written. What a step applies or reports is what is done by then. Only the worker
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from vllm.utils.platform_utils import is_pin_memory_available
 
-from vllm_deltamem.kernels.helpers import settle
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 from vllm_deltamem.transfers import Transfer, Turn
 
@@ -138,8 +139,8 @@ class Carrier:
 
     def __init__(self, store: SessionStore, most_bytes: int):
         self._store, self._most_bytes = store, most_bytes
-        self._writer = ThreadPoolExecutor(1, "deltamem-write", settle)
-        self._reader = ThreadPoolExecutor(1, "deltamem-read", settle)
+        self._writer = ThreadPoolExecutor(1, "deltamem-write", _settle)
+        self._reader = ThreadPoolExecutor(1, "deltamem-read", _settle)
         self._writes: dict[Future, Write] = {}  # not reported yet, in order
         self._reads: dict[Future, Read] = {}
         self._spare: list[torch.Tensor] = []  # zeroed copies: fresh memory takes many times as long to write to
@@ -209,3 +210,13 @@ def _done(futures: dict[Future, Write] | dict[Future, Read]) -> list:
     for future in done:
         future.result()  # raises what it raised
     return [futures.pop(future) for future in done]
+
+
+def _settle() -> None:
+    """One thread of PyTorch's for each of ours, on the cores of all threads here: vLLM may bind the caller's to one."""
+    torch._C.set_num_threads(1)
+    cores = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended since
+            cores |= os.sched_getaffinity(int(thread))
+    os.sched_setaffinity(0, cores)

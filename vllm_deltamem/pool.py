@@ -17,10 +17,8 @@ USUAL_ROWS = 256  # of a step
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
-    from vllm_deltamem.kernels.cpucombine import compile_combine
+    from vllm_deltamem.kernels.cpuattention import compile_attention
     from vllm_deltamem.kernels.cpumerge import compile_merge
-    from vllm_deltamem.kernels.cpupartial import compile_partial
-    from vllm_deltamem.kernels.helpers import Helpers
     from vllm_deltamem.kernels.readouts import Readouts
 else:
     from vllm_deltamem.kernels import cuda as kernels
@@ -49,7 +47,6 @@ class SlotPool:
     policies: list[Policy]
     rope: Rope | None
     readouts: "list[Readouts]"  # per layer, on a CPU
-    helpers: "Helpers | None" = None  # on a CPU of several cores
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     branches: list[Branch] = field(default_factory=list)  # of the step under way
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
@@ -181,13 +178,12 @@ class SlotPool:
                 "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
-        device, others = slab.device, torch.get_num_threads() - 1
+        device = slab.device
         rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes a minute the first time.")
-            compile_combine(layout.shape.dtype)
-            compile_partial(layout.shape.dtype)
+            compile_attention(layout.shape.dtype)
             for slots in (layers[i] for i in layout.shape.full_layers):
                 compile_merge(slots, rope)
         return cls(
@@ -196,7 +192,6 @@ class SlotPool:
             extents=[layout.extent(i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=Readouts.of_layers(layers) if ON_CPU else [],
-            helpers=Helpers(others) if ON_CPU and others else None,
             rope=rope,
         )
 

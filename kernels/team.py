@@ -1,0 +1,81 @@
+"""PyTorch's threads for compiled functions: OpenMP's, which are awake while a model computes."""
+
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_INT, _BYTE = ir.IntType(32), ir.IntType(8).as_pointer()
+_LONG = ir.IntType(64)
+
+
+def _load() -> None:
+    """The library that PyTorch brings with it, if it does."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        llvm.load_library_permanently(str(path))
+
+
+_load()
+
+
+@intrinsic
+def each(typingctx, task, count, given):
+    """Call the compiled task(i, given) for every i < count, each by a thread that is free; returns how many failed.
+
+    given: a tuple.
+    """
+    wanted = task.get_call_type(typingctx, (types.int64, given), {})
+
+    def codegen(context, builder, signature, values):
+        overload = task.dispatcher.overloads[wanted.args]
+        context.active_code_library.add_linking_library(overload.library)
+        kind = context.get_value_type(given)
+        shared = cgutils.alloca_once(builder, ir.LiteralStructType([kind, _LONG]))
+        builder.store(values[2], cgutils.gep_inbounds(builder, shared, 0, 0))
+        builder.store(_LONG(0), cgutils.gep_inbounds(builder, shared, 0, 1))
+        body = _body(context, builder.module, overload.fndesc, wanted, kind)
+        start = _declared(
+            builder.module, "GOMP_parallel_loop_dynamic", ir.VoidType(),
+            [body.type, _BYTE, _INT, _LONG, _LONG, _LONG, _LONG, _INT],
+        )  # fmt: skip
+        data = builder.bitcast(shared, _BYTE)
+        builder.call(start, [body, data, _INT(0), _LONG(0), values[1], _LONG(1), _LONG(1), _INT(0)])
+        return builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
+
+    return types.int64(task, types.int64, given), codegen
+
+
+def _body(context, module, fndesc, wanted, kind):
+    """What every thread does: take the next numbers, as long as there are any."""
+    name = f"each_{fndesc.mangled_name}"
+    body = ir.Function(module, ir.FunctionType(ir.VoidType(), [_BYTE]), name)
+    body.linkage = "internal"
+    builder = ir.IRBuilder(body.append_basic_block())
+    shared = builder.bitcast(body.args[0], ir.LiteralStructType([kind, _LONG]).as_pointer())
+    given = builder.load(cgutils.gep_inbounds(builder, shared, 0, 0))
+    first, last = (cgutils.alloca_once(builder, _LONG) for _ in range(2))
+    take = _declared(module, "GOMP_loop_dynamic_next", ir.IntType(8), [_LONG.as_pointer()] * 2)
+    function = context.declare_function(module, fndesc)
+    again, work, done = (body.append_basic_block() for _ in range(3))
+    builder.branch(again)
+    builder.position_at_end(again)
+    more = builder.icmp_unsigned("!=", builder.call(take, [first, last]), ir.IntType(8)(0))
+    builder.cbranch(more, work, done)
+    builder.position_at_end(work)
+    numbers = [builder.load(first), given]
+    status, _ = context.call_conv.call_function(builder, function, wanted.return_type, wanted.args, numbers)
+    with builder.if_then(status.is_error):
+        builder.atomic_rmw("add", cgutils.gep_inbounds(builder, shared, 0, 1), _LONG(1), "monotonic")
+    builder.branch(again)
+    builder.position_at_end(done)
+    builder.call(_declared(module, "GOMP_loop_end_nowait", ir.VoidType(), []), [])
+    builder.ret_void()
+    return body
+
+
+def _declared(module, name, result, arguments):
+    return cgutils.get_or_insert_function(module, ir.FunctionType(result, arguments), name)

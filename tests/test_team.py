@@ -1,0 +1,57 @@
+"""PyTorch's threads for compiled functions: every task is done once, by whom it may be, and failures are told."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_deltamem.kernels.cpuattention import compile_attention
+from vllm_deltamem.kernels.rows import compiled
+from vllm_deltamem.kernels.team import each
+
+ALONE = """
+import torch
+from vllm_deltamem.kernels.cpuattention import attention, compile_attention
+torch.set_num_threads(2)
+compile_attention(torch.float32)
+assert attention.stats.cache_hits and not attention.stats.cache_misses
+"""
+
+
+@compiled
+def task(i, given):
+    done, failing = given
+    done[i] += 1
+    if i == failing:
+        raise ValueError("as it was told to")
+
+
+@compiled
+def run(done, failing):
+    return each(task, len(done), (done, failing))
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    most = torch.get_num_threads()
+    torch._C.set_num_threads(request.param)  # vLLM replaces torch.set_num_threads
+    yield
+    torch._C.set_num_threads(most)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000])
+def test_every_task_is_done_once(threads, count):
+    done = np.zeros(count, np.int64)
+    assert run(done, -1) == 0 and (done == 1).all()
+
+
+def test_a_failure_is_told_and_stops_no_other_task(threads):
+    done = np.zeros(100, np.int64)
+    assert run(done, 40) == 1 and (done == 1).all()
+
+
+def test_another_process_takes_it_from_numbas_cache():
+    compile_attention(torch.float32)
+    subprocess.run([sys.executable, "-c", ALONE], check=True)
