@@ -5,8 +5,6 @@ row's own position, and how many rows does not matter to it (see cpupartial.py, 
 `readouts`, one per layer, keep what steps before have read of the slots.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 
@@ -30,14 +28,9 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
 
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
-    ring, rows = slots.ring_k.shape[2], tuple(_rows(slot_indices, cu_seqlens, seq_lens))
-    if rows and all(end - begin == 1 for _, begin, end, _ in rows):
-        tokens, held, cells = _single_cells(rows, ring)
-        slots.ring_k[held, :, cells], slots.ring_v[held, :, cells] = k[tokens], v[tokens]
-        return
-    for slot, begin, end, seq_len in rows:
-        for x, cells in ((k, slots.ring_k), (v, slots.ring_v)):
-            put(as_bits(x[begin:end].contiguous()), as_bits(cells[slot]), seq_len - (end - begin))
+    rows = list(_rows(slot_indices, cu_seqlens, seq_lens))
+    if rows:
+        put(_packed(k, rows), _packed(v, rows), _sequences(rows), as_bits(slots.ring_k), as_bits(slots.ring_v))
 
 
 def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None):
@@ -73,24 +66,20 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
         merge_slot(slots, first, gone, policy, readout)
 
 
-@lru_cache(maxsize=4)
-def _single_cells(rows, ring):
-    """Rows of k and v, slots and ring cells of single tokens."""
-    slots, tokens, _, seq_lens = zip(*rows, strict=True)
-    return _index(tokens), torch.tensor(slots), (torch.tensor(seq_lens) - 1) % ring
+def _sequences(rows) -> np.ndarray:
+    """[B, 4]: slot, first row of the batch, tokens, and the position of the first."""
+    return np.array([(slot, begin, end - begin, seq_len - (end - begin)) for slot, begin, end, seq_len in rows])
 
 
-def _index(places: tuple[int, ...]) -> slice | torch.Tensor:
-    """A slice where places follow one another, as most do while sequences decode: a view instead of a copy."""
-    run = range(places[0], places[0] + len(places))
-    return slice(run.start, run.stop) if places == tuple(run) else torch.tensor(places)
+def _packed(x, rows) -> np.ndarray:
+    """The bits of what x holds of these rows, one sequence after another."""
+    bits = as_bits(x)
+    return np.concatenate([bits[begin:end] for _, begin, end, _ in rows])
 
 
 def _attend(q, slots, rows, scale, out, rope, readouts, limit=0):
     """Rows of the batch, no more than there are readouts for. limit: of far entries, which a single row may see."""
-    query, seen = as_bits(q), as_bits(out)
-    sequences = np.array([(slot, begin, end - begin, seq_len - (end - begin)) for slot, begin, end, seq_len in rows])
-    passes = np.concatenate([query[begin:end] for _, begin, end, _ in rows])[None]
+    sequences, passes = _sequences(rows), _packed(q, rows)[None]
     places = readouts.places([(slot, left_ring(seq_len, slots)) for slot, *_, seq_len in rows])
     entries = readouts.entries
     if limit:
@@ -100,4 +89,4 @@ def _attend(q, slots, rows, scale, out, rope, readouts, limit=0):
         places.row[0], entries = 0, readouts.of(slot, left_ring(seq_len, slots)).far(limit)
     ring, way = Ring(slots.window, slots.segment, slots.sliding), way_of(q.dtype, q.shape[2])
     threads = torch.get_num_threads()
-    attention(way, threads, passes, ring, sequences, *readouts.ring, places, *entries, scale, seen)
+    attention(way, threads, passes, ring, sequences, *readouts.ring, places, *entries, scale, as_bits(out))

@@ -34,21 +34,25 @@ def compile_attention(dtype: torch.dtype) -> None:
     """Compile this for a dtype, or load it from Numba's cache."""
     ring, out = as_bits(torch.zeros(2, 1, 128, 4, dtype=dtype)[..., :2]), as_bits(torch.zeros(1, 1, 2, dtype=dtype))
     places, kept = Places(np.zeros(1, np.int64), *np.zeros((2, 1, 1), np.int64)), out[:, :0]
-    put(out, as_bits(torch.zeros(1, 128, 2, dtype=dtype)), 0)
     bias, sequences = np.zeros((1, 1, 0), np.float32), np.array([[0, 0, 1, 0]])
+    put(out, out, sequences, ring, ring)
     attention(
         way_of(dtype, 2), 1, out[None], Ring(64, 64, False), sequences, ring, ring, places, kept, kept, bias, 1.0, out
     )
 
 
 @compiled
-def put(x, cells, first):
-    """Keys or values of tokens [T, G, D], from position `first` on, into their ring cells [G, L, D]."""
-    for t in range(len(x)):
-        cell = (first + t) % cells.shape[1]
-        for g in range(len(cells)):
-            for d in range(cells.shape[2]):
-                cells[g, cell, d] = x[t, g, d]
+def put(k, v, sequences, ring_k, ring_v):
+    """Keys and values of the tokens of B sequences [T, G, D] into their ring cells; see attention."""
+    n = 0
+    for i in range(len(sequences)):
+        slot, _, tokens, first = sequences[i]
+        for t in range(tokens):
+            cell = (first + t) % ring_k.shape[2]
+            for g in range(k.shape[1]):
+                for d in range(k.shape[2]):
+                    ring_k[slot, g, cell, d], ring_v[slot, g, cell, d] = k[n, g, d], v[n, g, d]
+            n += 1
 
 
 @compiled

@@ -49,10 +49,12 @@ class Readout:
     merge_slot, which changes both. What only merging reads is made by its first merge.
 
     gone: tokens that the memory has seen, or is about to; row: where it lies in the storage of its layer; storage: that
-    row.
+    row; outgrown: the readout that this one takes the place of.
     """
 
-    def __init__(self, slots: LayerSlots, slot: int, gone: int, row: int, storage: Storage):
+    def __init__(
+        self, slots: LayerSlots, slot: int, gone: int, row: int, storage: Storage, outgrown: "Readout | None" = None
+    ):
         self.slots, self.slot, self.row = slots, slot, row
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
         self.capacities = capacities(slots)
@@ -62,8 +64,12 @@ class Readout:
         self.k, self.v, self.plain, self.bias, self.mass, self.rank = (x[:places] for x in storage)
         for field in (self.k, self.v, self.mass, self.rank):
             field.zero_()
-        self._read(gone)
-        weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
+        if outgrown is not None:
+            self._take(outgrown)
+        else:
+            self._read(gone)
+            weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
+        self._has_plain = outgrown is not None and outgrown.arrays is not None
         self.arrays: Arrays | None = None
         self._looked_at: tuple[int, np.ndarray | None] = 0, None  # what looked_at() last answered for, and the answer
         self._places: tuple[int, tuple] = 0, ()  # likewise of places()
@@ -109,7 +115,8 @@ class Readout:
             self._turn_far()
         if self.arrays is None:
             self.arrays, self.weights = self._as_arrays(limit), Weights.of(policy)
-            read_plain(self.arrays, np.arange(len(self.rank)))
+            if not self._has_plain:
+                read_plain(self.arrays, np.arange(len(self.rank)))
         elif self.arrays.limit != limit:
             self.arrays = self.arrays._replace(limit=limit)
 
@@ -161,6 +168,14 @@ class Readout:
         self.k[place] = keys
         if self.arrays is not None:
             self.plain[place] = rotate(keys.float(), torch.zeros_like(place), rope, inverse=True)
+
+    def _take(self, outgrown):
+        """What that one holds, head by head. Other places have nothing: `plain` is 0 there, too."""
+        self.plain.zero_()
+        self.bias.fill_(MASKED)
+        for here, there, room in zip(self.start, outgrown.start, outgrown.rooms, strict=False):
+            for field in ("k", "v", "plain", "bias", "mass", "rank"):
+                getattr(self, field)[here : here + room] = getattr(outgrown, field)[there : there + room]
 
     def _read(self, gone):
         slots, slot = self.slots, self.slot

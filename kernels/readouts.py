@@ -34,14 +34,25 @@ class Readouts:
 
     def of(self, slot: int, gone: int) -> Readout:
         """The readout of one slot whose memory has seen `gone` tokens: as it was left, else read anew."""
-        readout = self._held.get(slot)
+        readout = self._held.pop(slot, None)
         if readout is None or not readout.has_room(gone):
-            self.forget(slot)
-            self.make_room(gone)
-            row = self._free.pop() if self._free else self._held.pop(next(iter(self._held))).row
-            readout = Readout(self.slots, slot, gone, row, self._storage.row(row))
-        self._held.pop(slot, None)
+            readout = self._make(slot, gone, readout)
         self._held[slot] = readout
+        return readout
+
+    def _make(self, slot: int, gone: int, outgrown: Readout | None) -> Readout:
+        """outgrown: what was held of it, which is not read again unless there is no other row."""
+        before = self._storage
+        self.make_room(gone)
+        if self._free:
+            row = self._free.pop()
+        elif self._held:
+            row = self._held.pop(next(iter(self._held))).row
+        else:
+            row, outgrown = outgrown.row, None
+        readout = Readout(self.slots, slot, gone, row, self._storage.row(row), outgrown)
+        if outgrown is not None and before is self._storage:
+            self._free.append(outgrown.row)
         return readout
 
     def places(self, wanted: list[tuple[int, int]]) -> Places:
