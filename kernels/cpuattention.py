@@ -12,6 +12,7 @@ from .rows import as_bits, compiled, load, save
 from .team import each
 
 LEAST_ROWS = 64  # of a call: fewer take longer each
+UNEVEN = 1.2  # times its share that a thread may have to do before heads are divided
 
 
 class Ring(NamedTuple):
@@ -63,30 +64,35 @@ def attention(way, threads, q, ring, sequences, ring_k, ring_v, places, k, v, bi
     row of the first token in `out` [all, H, D], tokens, position of the first. ring_k, ring_v [S, G, L, D]. k, v
     [R, N, D] and bias [P, R, N] of the storage: in every pass, the first of near entries.
     """
-    tasks = _tasks(sequences, places.width, q.shape[2] // ring_k.shape[1], threads, way.block)
+    _, kv_heads, cells, _ = ring_k.shape
+    tasks = _tasks(sequences, places.width, cells, q.shape[2] // kv_heads, threads, way.block)
     if each(_attend, len(tasks), (way, tasks, q, ring, sequences, ring_k, ring_v, places, k, v, bias, scale, out)):
         raise RuntimeError("PyTorch refused to attend to these queries.")
 
 
 @compiled
-def _tasks(sequences, width, group, threads, block):
+def _tasks(sequences, width, cells, group, threads, block):
     """What a thread does at a time [N, 5]: sequence, its place in q, kv head, first and last row; the largest first.
 
-    Many rows at a time are quicker; only heads that would leave threads without work are divided.
+    Many rows at a time are quicker: heads are divided only where threads would else be without work.
     """
     count, heads = width.shape
     rows = group * sequences[:, 2]
-    order = np.argsort(-((width + 1) * rows.reshape(-1, 1)).reshape(-1), kind="mergesort")
+    cost = ((width + cells) * rows.reshape(-1, 1)).reshape(-1)
+    order = np.argsort(-cost, kind="mergesort")
+    parts, load = np.ones(len(order), np.int64), np.zeros(threads)
+    for j in range(len(order)):
+        parts[j] = max(np.rint(cost[order[j]] * threads / cost.sum()), 1)
+        load[np.argmin(load)] += cost[order[j]] / parts[j]
     left = len(order) % threads
-    parts = max((threads + left - 1) // max(left, 1), 1)
-    found, n = np.empty((len(order) + left * (parts - 1), 5), np.int64), 0
+    if left and parts.max() == 1 and load.max() * threads > UNEVEN * cost.sum():
+        parts[-left:] = (threads + left - 1) // left
+    found, n = np.empty((parts.sum(), 5), np.int64), 0
     first_in_q = np.cumsum(sequences[:, 2]) - sequences[:, 2]
     for j in range(len(order)):
         i, g = order[j] // heads, order[j] % heads
-        size = rows[i]
-        if j >= len(order) - left:
-            fewer = max(min(parts, rows[i] // LEAST_ROWS), 1) * block
-            size = (rows[i] + fewer - 1) // fewer * block
+        step = block * max(min(parts[j], rows[i] // LEAST_ROWS), 1)
+        size = (rows[i] + step - 1) // step * block
         for first in range(0, rows[i], size):
             found[n, 0], found[n, 1], found[n, 2] = i, first_in_q[i], g
             found[n, 3], found[n, 4] = first, min(first + size, rows[i])

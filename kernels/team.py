@@ -9,17 +9,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_INT, _BYTE = ir.IntType(32), ir.IntType(8).as_pointer()
-_LONG = ir.IntType(64)
+_INT, _LONG, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
 
-def _load() -> None:
-    """The library that PyTorch brings with it, if it does."""
-    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        llvm.load_library_permanently(str(path))
-
-
-_load()
+# The one that PyTorch brings along, else the system's
+for library in [*(Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["libgomp.so.1"]:
+    llvm.load_library_permanently(str(library))
 
 
 @intrinsic
@@ -40,9 +35,9 @@ def each(typingctx, task, count, given):
         body = _body(context, builder.module, overload.fndesc, wanted, kind)
         start = _declared(
             builder.module, "GOMP_parallel_loop_dynamic", ir.VoidType(),
-            [body.type, _BYTE, _INT, _LONG, _LONG, _LONG, _LONG, _INT],
+            [body.type, _BYTES, _INT, _LONG, _LONG, _LONG, _LONG, _INT],
         )  # fmt: skip
-        data = builder.bitcast(shared, _BYTE)
+        data = builder.bitcast(shared, _BYTES)
         builder.call(start, [body, data, _INT(0), _LONG(0), values[1], _LONG(1), _LONG(1), _INT(0)])
         return builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
 
@@ -52,7 +47,7 @@ def each(typingctx, task, count, given):
 def _body(context, module, fndesc, wanted, kind):
     """What every thread does: take the next numbers, as long as there are any."""
     name = f"each_{fndesc.mangled_name}"
-    body = ir.Function(module, ir.FunctionType(ir.VoidType(), [_BYTE]), name)
+    body = ir.Function(module, ir.FunctionType(ir.VoidType(), [_BYTES]), name)
     body.linkage = "internal"
     builder = ir.IRBuilder(body.append_basic_block())
     shared = builder.bitcast(body.args[0], ir.LiteralStructType([kind, _LONG]).as_pointer())
