@@ -73,8 +73,8 @@ def _sequences(rows) -> np.ndarray:
 
 def _packed(x, rows) -> np.ndarray:
     """The bits of what x holds of these rows, one sequence after another."""
-    bits = as_bits(x)
-    return np.concatenate([bits[begin:end] for _, begin, end, _ in rows])
+    parts = [x[begin:end] for _, begin, end, _ in rows]
+    return as_bits(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
 
 
 def _attend(q, slots, rows, scale, out, rope, readouts, limit=0):
