@@ -12,7 +12,8 @@ from .rows import as_bits, compiled, load, save
 from .team import each
 
 LEAST_ROWS = 64  # of a call: fewer take longer each
-UNEVEN = 1.2  # times its share that a thread may have to do before heads are divided
+UNEVEN = 1.15  # times its share that a thread may have to do before heads are divided more finely
+FINEST = 4  # parts of a thread's share
 
 
 class Ring(NamedTuple):
@@ -80,18 +81,20 @@ def _tasks(sequences, width, cells, group, threads, block):
     rows = group * sequences[:, 2]
     cost = ((width + cells) * rows.reshape(-1, 1)).reshape(-1)
     order = np.argsort(-cost, kind="mergesort")
-    parts, load = np.ones(len(order), np.int64), np.zeros(threads)
-    for j in range(len(order)):
-        parts[j] = max(np.rint(cost[order[j]] * threads / cost.sum()), 1)
-        load[np.argmin(load)] += cost[order[j]] / parts[j]
-    left = len(order) % threads
-    if left and parts.max() == 1 and load.max() * threads > UNEVEN * cost.sum():
-        parts[-left:] = (threads + left - 1) // left
+    most, parts = np.maximum(rows // LEAST_ROWS, 1), np.empty(len(order), np.int64)
+    for finer in range(1, FINEST + 1):
+        load = np.zeros(threads)
+        for j in range(len(order)):
+            parts[j] = min(max(np.rint(finer * threads * cost[order[j]] / cost.sum()), 1), most[order[j] // heads])
+            for _ in range(parts[j]):
+                load[np.argmin(load)] += cost[order[j]] / parts[j]
+        if load.max() * threads <= UNEVEN * cost.sum():
+            break
     found, n = np.empty((parts.sum(), 5), np.int64), 0
     first_in_q = np.cumsum(sequences[:, 2]) - sequences[:, 2]
     for j in range(len(order)):
         i, g = order[j] // heads, order[j] % heads
-        step = block * max(min(parts[j], rows[i] // LEAST_ROWS), 1)
+        step = block * parts[j]
         size = (rows[i] + step - 1) // step * block
         for first in range(0, rows[i], size):
             found[n, 0], found[n, 1], found[n, 2] = i, first_in_q[i], g
