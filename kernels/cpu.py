@@ -1,4 +1,4 @@
-"""The CPU's serving path: the functions of reference.py, vectorised over heads, entries and tokens.
+"""The CPU's serving path: the functions of reference.py, which hand batches on to what is compiled.
 
 Results of a row never depend on which other rows share the call: how many keys a product has is fixed by the
 row's own position, and how many rows does not matter to it (see cpupartial.py, and KEY_BLOCK in readout.py).

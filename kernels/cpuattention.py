@@ -1,4 +1,4 @@
-"""Attention of one sequence's new tokens on the CPU, compiled: over its ring and its memory, joined."""
+"""Attention of the new tokens of sequences on the CPU, compiled: over ring and memory, joined."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from .team import each
 
 LEAST_ROWS = 64  # of a call: fewer take longer each
 UNEVEN = 1.15  # times its share that a thread may have to do before heads are divided more finely
-FINEST = 4  # parts of a thread's share
+FINEST = 4  # parts of a thread's share, at most
+AT_ONCE = 1 << 20  # logits of the ring, whose mask is as large
 
 
 class Ring(NamedTuple):
@@ -115,8 +116,11 @@ def _attend(number, given):
     seen, lse = np.empty((1 + passes, rows, size), q.dtype), np.empty((1 + passes, rows), np.float32)
     for p in range(len(q)):
         _side_by_side(q[p, at : at + tokens], head, first, last, query[p])
-    mask = _mask(ring, position, tokens, first, rows)
-    partial_attention(way, query[0], ring_k[slot, g], ring_v[slot, g], mask, scale, seen[0], lse[0])
+    step = max(AT_ONCE // ring_k.shape[2] // way.block, 1) * way.block
+    for here in range(0, rows, step):
+        there = min(here + step, rows)
+        cells = ring_k[slot, g], ring_v[slot, g], _mask(ring, position, tokens, first + here, there - here)
+        partial_attention(way, query[0, here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
     row, start = places.row[i], places.start[i, g]
     held = slice(start, start + places.width[i, g])
     for p in range(passes):

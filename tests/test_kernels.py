@@ -242,6 +242,20 @@ def test_sliding_layer_sees_exactly_the_last_tokens(module, chunks):
     assert not slots.key_sum.any()
 
 
+def test_a_wide_ring_is_seen_in_parts():
+    k, v, q = make_tokens(1100)
+    settings = DeltaMemConfig(memory=1400, window=256, segment=512, pinned=0)
+    layout = plan_layout(Shape(2, 3, 32, torch.float32, 2048, windows=(None, 1000)), settings)
+    slots = layout.views(torch.zeros(2, layout.slot_bytes, dtype=torch.uint8), 1)
+    assert slots.ring_k.shape[2] * 2 * 512 > cpuattention.AT_ONCE
+    actual = run(cpu, slots, k, v, q, 0, [1100], None, make_policy())
+    age = torch.arange(1100)[:, None] - torch.arange(1100)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=(age >= 0) & (age < 1000), enable_gqa=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("module", [reference, cpu])
 @pytest.mark.parametrize("kind,trained", [("neox", 44), ("interleaved", 63), ("partial", 100)])
 def test_no_token_is_attended_from_farther_than_the_trained_distance(module, kind, trained):
