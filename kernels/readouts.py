@@ -41,15 +41,15 @@ class Readouts:
         return readout
 
     def _make(self, slot: int, gone: int, outgrown: Readout | None) -> Readout:
-        """outgrown: what was held of it, which is not read again unless there is no other row."""
+        """outgrown: what was held of it, which is not read again where a row is free."""
         before = self._storage
         self.make_room(gone)
         if self._free:
             row = self._free.pop()
-        elif self._held:
-            row = self._held.pop(next(iter(self._held))).row
-        else:
+        elif outgrown is not None:  # no other's row: that one may be read in the same call
             row, outgrown = outgrown.row, None
+        else:
+            row = self._held.pop(next(iter(self._held))).row
         readout = Readout(self.slots, slot, gone, row, self._storage.row(row), outgrown)
         if outgrown is not None and before is self._storage:
             self._free.append(outgrown.row)

@@ -98,6 +98,13 @@ def test_readouts_at_hand_are_kept_in_a_step_that_needs_more(monkeypatch):
         assert len(made) == 2
 
 
+def test_one_that_is_outgrown_takes_no_row_of_the_same_call(monkeypatch):
+    _, slots, _, kept = make_sequences(2, 100, 2)
+    monkeypatch.setattr(readout.Readout, "has_room", lambda self, gone: self.slot == 0)
+    places = kept.places([(0, 80), (1, 80)])
+    assert sorted(places.row) == [0, 1] and 0 in kept and 1 in kept
+
+
 def test_layers_of_any_size_hold_as_many_sequences(monkeypatch):
     monkeypatch.setattr(readouts, "READOUT_BYTES", 4 << 20)
     made = [make_layer(exact=(64,), coarse=(coarse,), slots=64) for coarse in (64, 192, 1216)]
