@@ -1,23 +1,28 @@
-"""A slot and its readout as the compiled functions of merging see them; floats of the model's dtype as their bits."""
+"""Slots and readouts as compiled functions see them; floats of the model's dtype as their bits."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from .pairs import is_paired
 from .rows import compiled, encode, encode_pairs, load, turn
-from .slot import EMPTY, MAX_POSITION, Policy
+from .slot import EMPTY, MAX_POSITION, Policy, Rope, forgetting
 
 
 class Arrays(NamedTuple):
-    """Of one slot the fields of LayerSlots, and of its Readout, by the names they have there."""
+    """Fields of LayerSlots and of Storage by the names they have there: of a layer, or of one slot and its readout."""
 
     kind: int  # of the model's dtype, see rows.KINDS
     exact_start: np.ndarray
     coarse_start: np.ndarray
-    start: np.ndarray
+    start: np.ndarray  # of readouts
     ring_k: np.ndarray
     ring_v: np.ndarray
     key_sum: np.ndarray
@@ -56,12 +61,47 @@ class Weights(NamedTuple):
     w2: np.ndarray  # [G, U] fp32
     b2: np.ndarray  # [G] fp32
     gate: np.ndarray  # [G, 3] fp32
+    forgetting: float  # see slot.forgetting
 
     @classmethod
-    def of(cls, policy: Policy) -> "Weights":
+    def of(cls, policy: Policy, rope: Rope | None) -> "Weights":
         heads = len(policy.gate)
         nothing = (torch.empty(heads, *extent) for extent in ((0, 0), (0,), (0,), ()))
-        return cls(*(w.contiguous().numpy() for w in (*(policy.importance or nothing), policy.gate)))
+        weights = (*(policy.importance or nothing), policy.gate)
+        return cls(*(w.contiguous().numpy() for w in weights), float(forgetting(rope, policy)))
+
+
+@intrinsic
+def _row(typingctx, x, i):
+    """x[i], all of whose elements lie side by side; valid as long as x is."""
+    row = types.Array(x.dtype, x.ndim - 1, "C")
+
+    def codegen(context, builder, signature, values):
+        source, made = context.make_array(x)(context, builder, values[0]), context.make_array(row)(context, builder)
+        (_, *shape), (stride, *strides) = (cgutils.unpack_tuple(builder, y) for y in (source.shape, source.strides))
+        place = builder.gep(builder.bitcast(source.data, ir.IntType(8).as_pointer()), [builder.mul(values[1], stride)])
+        data = builder.bitcast(place, source.data.type)
+        populate_array(made, data=data, shape=shape, strides=strides, itemsize=source.itemsize, meminfo=None)
+        return made._getvalue()
+
+    return row(x, types.int64), codegen
+
+
+@compiled
+def one_of(layer, slot, row, limit):
+    """The Arrays of a slot, with its readout in a row of the storage, among those of a layer."""
+    return Arrays(
+        layer.kind, layer.exact_start, layer.coarse_start, _row(layer.start, row),
+        _row(layer.ring_k, slot), _row(layer.ring_v, slot), _row(layer.key_sum, slot), _row(layer.pins, slot),
+        _row(layer.exact_k, slot), _row(layer.exact_v, slot), _row(layer.exact_rank, slot),
+        _row(layer.coarse_k, slot), _row(layer.coarse_v, slot),
+        _row(layer.coarse_k_affine, slot), _row(layer.coarse_v_affine, slot),
+        _row(layer.coarse_mass, slot), _row(layer.coarse_rank, slot),
+        layer.pair_place, layer.pair_step, layer.wide, layer.key_bits, layer.value_bits,
+        _row(layer.k, row), _row(layer.v, row), _row(layer.plain, row),
+        _row(layer.bias, row), _row(layer.mass, row), _row(layer.rank, row),
+        layer.cos, layer.sin, layer.interleaved, limit,
+    )  # fmt: skip
 
 
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
@@ -72,9 +112,15 @@ paired = compiled(is_paired)
 
 
 @compiled
+def rank_position(rank):
+    """See slot.rank_position, of one entry."""
+    return MAX_POSITION - (rank & MAX_POSITION)
+
+
+@compiled
 def key_position(rank, limit):
     """See slot.key_position, of one entry."""
-    position = MAX_POSITION - (rank & MAX_POSITION)
+    position = rank_position(rank)
     return 0 if rank == EMPTY or position < limit else position
 
 
@@ -105,22 +151,19 @@ def read_plain(arrays: Arrays, places):
 
 
 @compiled
+def read_all_plain(layer: Arrays, row, limit):
+    """Those of the readout in this row of a layer's storage."""
+    arrays = one_of(layer, 0, row, limit)
+    read_plain(arrays, np.arange(arrays.start[-1]))
+
+
+@compiled
 def store(arrays: Arrays, g, places, k, v, mass, rank):
     """Write coarse entries of head g, in the slot and at W places of the readout: k, v [W, D] fp32, mass, rank [W]."""
-    kind, key_bits = arrays.kind, arrays.key_bits
-    entries = places + (arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g]))
-    read = np.empty(k.shape, arrays.k.dtype)
-    codes, affine = _rows_like(arrays.coarse_k, len(k)), _rows_like(arrays.coarse_k_affine, len(k))
-    if paired(key_bits):
-        place, step = arrays.pair_place[g], arrays.pair_step[g]
-        encode_pairs(k, place, step, arrays.wide, kind, codes, affine, read)
-    else:
-        encode(k, key_bits, kind, codes, affine, read)
-    _scatter(codes, entries, arrays.coarse_k)
-    _scatter_groups(affine, entries, arrays.coarse_k_affine)
-    _scatter(read, places, arrays.k)
+    store_keys(arrays, g, places, k)
+    entries, read = _entries_at(arrays, g, places), np.empty(v.shape, arrays.v.dtype)
     codes, affine = _rows_like(arrays.coarse_v, len(v)), _rows_like(arrays.coarse_v_affine, len(v))
-    encode(v, arrays.value_bits, kind, codes, affine, read)
+    encode(v, arrays.value_bits, arrays.kind, codes, affine, read)
     _scatter(codes, entries, arrays.coarse_v)
     _scatter_groups(affine, entries, arrays.coarse_v_affine)
     _scatter(read, places, arrays.v)
@@ -129,6 +172,27 @@ def store(arrays: Arrays, g, places, k, v, mass, rank):
         arrays.rank[places[i]] = arrays.coarse_rank[entries[i]] = rank[i]
     weigh(arrays.mass, arrays.rank, places, arrays.bias)
     read_plain(arrays, places)
+
+
+@compiled
+def store_keys(arrays: Arrays, g, places, k):
+    """The keys alone, of which `plain` stays as it was."""
+    entries, read = _entries_at(arrays, g, places), np.empty(k.shape, arrays.k.dtype)
+    codes, affine = _rows_like(arrays.coarse_k, len(k)), _rows_like(arrays.coarse_k_affine, len(k))
+    if paired(arrays.key_bits):
+        place, step = arrays.pair_place[g], arrays.pair_step[g]
+        encode_pairs(k, place, step, arrays.wide, arrays.kind, codes, affine, read)
+    else:
+        encode(k, arrays.key_bits, arrays.kind, codes, affine, read)
+    _scatter(codes, entries, arrays.coarse_k)
+    _scatter_groups(affine, entries, arrays.coarse_k_affine)
+    _scatter(read, places, arrays.k)
+
+
+@compiled
+def _entries_at(arrays, g, places):
+    """Which coarse entries of the slot those of head g at these places are."""
+    return places + (arrays.coarse_start[g] - arrays.start[g] - (arrays.exact_start[g + 1] - arrays.exact_start[g]))
 
 
 @compiled

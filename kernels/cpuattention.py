@@ -1,144 +1,91 @@
-"""Attention of the new tokens of sequences on the CPU, compiled: over ring and memory, joined."""
+"""Attention of the new tokens of a piece on the CPU, for one kv head, compiled: over ring and memory, joined."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from .arrays import MASKED
-from .cpupartial import partial_attention, way_of
-from .rows import as_bits, compiled, load, save
-from .team import each
+from .arrays import MASKED, rank_position
+from .cpupartial import partial_attention
+from .grid import left_ring, width
+from .rows import compiled, load, save, turn
+from .slot import EMPTY
 
-LEAST_ROWS = 64  # of a call: fewer take longer each
-UNEVEN = 1.15  # times its share that a thread may have to do before heads are divided more finely
-FINEST = 4  # parts of a thread's share, at most
 AT_ONCE = 1 << 20  # logits of the ring, whose mask is as large
 
 
-class Ring(NamedTuple):
-    """What a layer's rings hold, see LayerSlots."""
-
-    window: int
-    segment: int
-    sliding: bool
-
-
-class Places(NamedTuple):
-    """Where the entries of B sequences lie in a storage of readouts, which may be nowhere."""
-
-    row: np.ndarray  # [B]
-    start: np.ndarray  # [B, G]
-    width: np.ndarray  # [B, G]
-
-
-def compile_attention(dtype: torch.dtype) -> None:
-    """Compile this for a dtype, or load it from Numba's cache."""
-    ring, out = as_bits(torch.zeros(2, 1, 128, 4, dtype=dtype)[..., :2]), as_bits(torch.zeros(1, 1, 2, dtype=dtype))
-    places, kept = Places(np.zeros(1, np.int64), *np.zeros((2, 1, 1), np.int64)), out[:, :0]
-    bias, sequences = np.zeros((1, 1, 0), np.float32), np.array([[0, 0, 1, 0]])
-    put(out, out, sequences, ring, ring)
-    attention(
-        way_of(dtype, 2), 1, out[None], Ring(64, 64, False), sequences, ring, ring, places, kept, kept, bias, 1.0, out
-    )
+@compiled
+def put(k, v, g, position, arrays):
+    """Keys and values of tokens [T, G, D] from a position on into the ring cells of head g."""
+    for t in range(len(k)):
+        cell = (position + t) % arrays.ring_k.shape[1]
+        for d in range(k.shape[2]):
+            arrays.ring_k[g, cell, d], arrays.ring_v[g, cell, d] = k[t, g, d], v[t, g, d]
 
 
 @compiled
-def put(k, v, sequences, ring_k, ring_v):
-    """Keys and values of the tokens of B sequences [T, G, D] into their ring cells; see attention."""
-    n = 0
-    for i in range(len(sequences)):
-        slot, _, tokens, first = sequences[i]
-        for t in range(tokens):
-            cell = (first + t) % ring_k.shape[2]
-            for g in range(k.shape[1]):
-                for d in range(k.shape[2]):
-                    ring_k[slot, g, cell, d], ring_v[slot, g, cell, d] = k[n, g, d], v[n, g, d]
-            n += 1
+def attend(way, grid, arrays, g, q, position, first, last, scale, out):
+    """Write what tokens from a position on see, those of a piece.
 
-
-@compiled
-def attention(way, threads, q, ring, sequences, ring_k, ring_v, places, k, v, bias, scale, out):
-    """Write what tokens of B sequences see, those of each in one segment.
-
-    q [Q, T, H, D]: all of them, as near entries are seen, and as far ones where there are any. sequences [B, 4]: slot,
-    row of the first token in `out` [all, H, D], tokens, position of the first. ring_k, ring_v [S, G, L, D]. k, v
-    [R, N, D] and bias [P, R, N] of the storage: in every pass, the first of near entries.
+    q, out [T, H, D]; first and last: of the rows of the head's group.
     """
-    _, kv_heads, cells, _ = ring_k.shape
-    tasks = _tasks(sequences, places.width, cells, q.shape[2] // kv_heads, threads, way.block)
-    if each(_attend, len(tasks), (way, tasks, q, ring, sequences, ring_k, ring_v, places, k, v, bias, scale, out)):
-        raise RuntimeError("PyTorch refused to attend to these queries.")
-
-
-@compiled
-def _tasks(sequences, width, cells, group, threads, block):
-    """What a thread does at a time [N, 5]: sequence, its place in q, kv head, first and last row; the largest first.
-
-    Many rows at a time are quicker: heads are divided only where threads would else be without work.
-    """
-    count, heads = width.shape
-    rows = group * sequences[:, 2]
-    cost = ((width + cells) * rows.reshape(-1, 1)).reshape(-1)
-    order = np.argsort(-cost, kind="mergesort")
-    most, parts = np.maximum(rows // LEAST_ROWS, 1), np.empty(len(order), np.int64)
-    for finer in range(1, FINEST + 1):
-        load = np.zeros(threads)
-        for j in range(len(order)):
-            parts[j] = min(max(np.rint(finer * threads * cost[order[j]] / cost.sum()), 1), most[order[j] // heads])
-            for _ in range(parts[j]):
-                load[np.argmin(load)] += cost[order[j]] / parts[j]
-        if load.max() * threads <= UNEVEN * cost.sum():
-            break
-    found, n = np.empty((parts.sum(), 5), np.int64), 0
-    first_in_q = np.cumsum(sequences[:, 2]) - sequences[:, 2]
-    for j in range(len(order)):
-        i, g = order[j] // heads, order[j] % heads
-        step = block * parts[j]
-        size = (rows[i] + step - 1) // step * block
-        for first in range(0, rows[i], size):
-            found[n, 0], found[n, 1], found[n, 2] = i, first_in_q[i], g
-            found[n, 3], found[n, 4] = first, min(first + size, rows[i])
-            n += 1
-    return found[:n]
-
-
-@compiled
-def _attend(number, given):
-    """One of the tasks."""
-    way, tasks, q, ring, sequences, ring_k, ring_v, places, k, v, bias, scale, out = given
-    i, at, g, first, last = tasks[number]
-    (slot, begin, tokens, position), (heads, size) = sequences[i], q.shape[2:]
-    head, rows = g * (heads // ring_k.shape[1]), (last - first + way.block - 1) // way.block * way.block
-    passes = len(bias) if places.width[i, g] else 0
-    query = np.zeros((len(q), rows, size), q.dtype)
-    seen, lse = np.empty((1 + passes, rows, size), q.dtype), np.empty((1 + passes, rows), np.float32)
-    for p in range(len(q)):
-        _side_by_side(q[p, at : at + tokens], head, first, last, query[p])
-    step = max(AT_ONCE // ring_k.shape[2] // way.block, 1) * way.block
+    (tokens, heads, size), end = q.shape, position + len(q)
+    head, rows = g * (heads // len(arrays.ring_k)), (last - first + way.block - 1) // way.block * way.block
+    start, gone = arrays.start[g], left_ring(end, grid)
+    capacity = arrays.exact_start[g + 1] - arrays.exact_start[g] + arrays.coarse_start[g + 1] - arrays.coarse_start[g]
+    held = slice(start, start + width(capacity, gone, grid))
+    passes = 1 + (held.stop > held.start) + (held.stop > held.start and arrays.limit > 0)
+    query = np.zeros((rows, size), q.dtype)
+    seen, lse = np.empty((passes, rows, size), q.dtype), np.empty((passes, rows), np.float32)
+    _side_by_side(q, head, first, last, query)
+    step = max(AT_ONCE // arrays.ring_k.shape[1] // way.block, 1) * way.block
     for here in range(0, rows, step):
         there = min(here + step, rows)
-        cells = ring_k[slot, g], ring_v[slot, g], _mask(ring, position, tokens, first + here, there - here)
-        partial_attention(way, query[0, here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
-    row, start = places.row[i], places.start[i, g]
-    held = slice(start, start + places.width[i, g])
-    for p in range(passes):
-        entries = k[row, held], v[row, held], bias[p, row, held].reshape(1, -1)
-        partial_attention(way, query[p], *entries, scale, seen[1 + p], lse[1 + p])
-    join(way.kind, seen, lse, head, first, last, out[begin : begin + tokens])
+        cells = arrays.ring_k[g], arrays.ring_v[g], _mask(grid, position, tokens, first + here, there - here)
+        partial_attention(way, query[here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
+    for p in range(1, passes):
+        bias = arrays.bias[held]
+        if arrays.limit:
+            bias = _hide(bias, arrays.rank[held], arrays.limit, p == 1)
+        if p == 2:
+            _see_from_afar(way.kind, arrays, grid, position, tokens, first, query)
+        entries = arrays.k[held], arrays.v[held], bias.reshape(1, -1)
+        partial_attention(way, query, *entries, scale, seen[p], lse[p])
+    join(way.kind, seen, lse, head, first, last, out)
 
 
 @compiled
-def _mask(ring, position, tokens, first, rows):
+def _hide(bias, rank, limit, far):
+    """A bias that hides the entries before the limit, if those are what is far, or else the others."""
+    found = bias.copy()
+    for e in range(len(found)):
+        if far == (rank[e] != EMPTY and rank_position(rank[e]) < limit):
+            found[e] = MASKED
+    return found
+
+
+@compiled
+def _see_from_afar(kind, arrays, grid, position, tokens, first, query):
+    """Turn rows of queries to where they see far entries from, see reference.far_query."""
+    own, afar = np.empty(len(query), np.int64), np.full(len(query), grid.trained - 1)
+    near, plain = np.empty(query.shape, np.float32), np.empty(query.shape, np.float32)
+    for row in range(len(query)):
+        own[row] = position + (first + row) % tokens
+    load(query.reshape(-1), kind, near.reshape(-1))
+    turn(near, own, arrays.cos, arrays.sin, arrays.interleaved, True, plain)
+    turn(plain, afar, arrays.cos, arrays.sin, arrays.interleaved, False, near)
+    save(near.reshape(-1), kind, query.reshape(-1))
+
+
+@compiled
+def _mask(grid, position, tokens, first, rows):
     """0 or MASKED over the ring cells [1 or rows, L], for rows from the first on of tokens from a position on."""
-    cells, newest = ring.window + ring.segment, position + tokens - 1
+    cells, newest = grid.window + grid.segment, position + tokens - 1
     mask, held = np.zeros((rows if tokens > 1 else 1, cells), np.float32), np.empty(cells, np.int64)
     for cell in range(cells):
         held[cell] = newest - (newest - cell) % cells  # the newest token that it can hold
     for row in range(len(mask)):
         own = position + (first + row) % tokens
-        begin = max(own - ring.window + 1 if ring.sliding else own // ring.segment * ring.segment - ring.window, 0)
+        begin = max(own - grid.window + 1 if grid.sliding else own // grid.segment * grid.segment - grid.window, 0)
         for cell in range(cells):
             mask[row, cell] = np.float32(0) if begin <= held[cell] <= own else MASKED
     return mask

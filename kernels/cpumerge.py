@@ -10,13 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import Arrays, gather, key_position, load_rows, store
+from .arrays import gather, key_position, load_rows, rank_position, read_plain, store, store_keys
 from .aten import product
-from .readout import Readout
-from .readouts import Readouts
-from .rows import KINDS, compiled, exponentiate, highest, load, pack_rank, summed, turn
-from .slot import EMPTY, LayerSlots, Policy, Rope, forgetting
-from .team import each
+from .grid import candidates
+from .rows import KINDS, compiled, exponentiate, highest, load, pack_rank, save, summed, turn
+from .slot import EMPTY
 
 FLOAT32 = KINDS[torch.float32]
 CLOSED = np.float32(0.01)  # see reference.gate
@@ -35,54 +33,71 @@ class Newcomers(NamedTuple):
     mass: np.ndarray  # [C] fp32
 
 
-def merge_slot(slots: LayerSlots, first: int, gone: int, policy: Policy, readout: Readout) -> None:
-    """Move the tokens at positions first..gone - 1 of the slot with that readout, prepared for merging, from its ring
-    into its memory.
+@compiled
+def merge_head(arrays, weights, g, gone, grid):
+    """Move the tokens before `gone` that are still in the ring of head g into its memory.
+
+    Exact entries take the best newcomers, coarse ones the next best, and what they drove out is merged.
     """
-    rope = readout.rope
-    fresh = rope.trained if rope is not None else 0, forgetting(rope, policy)
-    _merge(readout.arrays, readout.weights, first, gone - first, slots.sinks, *fresh, readout.looked_at(gone))
-
-
-def compile_merge(slots: LayerSlots, rope: Rope | None) -> None:
-    """Compile what merges of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
-    readout = Readouts(slots).of(0, 1)
-    readout.prepare_merge(rope, Policy(None, torch.zeros(slots.ring_k.shape[1], 3)))
-    _merge(readout.arrays, readout.weights, 0, 0, slots.sinks, 0, 0.0, readout.looked_at(1))
-
-
-@compiled
-def _merge(arrays: Arrays, weights, first, count, sinks, trained, rate, places):
-    """All heads, whoever of PyTorch's threads is free the next one. places: see Readout.looked_at."""
-    if each(_merge_head, len(places), (arrays, weights, first, count, sinks, trained, rate, places)):
-        raise RuntimeError("PyTorch refused to compare these keys.")
-
-
-@compiled
-def _merge_head(g, given):
-    """Exact entries take the best newcomers, coarse ones the next best, and what they drove out is merged."""
-    arrays, weights, first, count, sinks, trained, rate, places = given
-    size = arrays.k.shape[1]
+    first = max(gone - grid.segment, 0)  # the first segment to leave is a shorter one if the window is no multiple
+    count, size = gone - first, arrays.k.shape[1]
     bits, plain = np.empty((2, count, size), arrays.k.dtype), np.empty((2, count, size), np.float32)
     rows = Newcomers(bits[0], bits[1], plain[0], plain[1], np.empty(count, np.int64), np.empty(count, np.float32))
     mean, score = np.empty(size, np.float32), np.empty(count, np.float32)
+    if arrays.limit:
+        _turn_far(arrays, g, grid.segment)
     _read(arrays, g, first, rows)
     _add(rows.plain, arrays.key_sum[g])
     for d in range(size):
-        mean[d] = arrays.key_sum[g, d] / np.float32(first + count)
+        mean[d] = arrays.key_sum[g, d] / np.float32(gone)
     _score(rows.plain, rows.values, mean, weights, g, score)
     for c in range(count):
         position = first + c
-        fresh = score[c] + np.float32(max(position - trained, 0)) * np.float32(rate)
-        pinned = _is_pinned(position, sinks, arrays.pins)
+        fresh = score[c] + np.float32(max(position - grid.trained, 0)) * np.float32(weights.forgetting)
+        pinned = _is_pinned(position, grid.sinks, arrays.pins)
         rows.rank[c] = pack_rank(np.float32(np.inf) if pinned else fresh, position)
         rows.mass[c] = 1
     _keep_exact(arrays, g, rows)
     _keep_coarse(arrays, g, rows)
-    if (places[g, :, 1] > places[g, :, 0]).any() and _may_enter(arrays, g, rows, weights.gate[g]):
-        target, group, weight = _nearest(arrays, g, rows, weights.gate[g], places[g], mean)
+    places = _among(arrays, g, gone, grid)
+    if (places[:, 1] > places[:, 0]).any() and _may_enter(arrays, g, rows, weights.gate[g]):
+        target, group, weight = _nearest(arrays, g, rows, weights.gate[g], places, mean)
         if len(target):
             _join(arrays, g, rows, target, group, weight)
+
+
+@compiled
+def _turn_far(arrays, g, segment):
+    """See reference._turn_far."""
+    start, due, count = arrays.start[g], np.empty(arrays.start[g + 1] - arrays.start[g], np.int64), 0
+    position = np.empty(len(due), np.int64)
+    for place in range(start, start + len(due)):
+        position[count] = rank_position(arrays.rank[place])
+        if arrays.rank[place] != EMPTY and arrays.limit - segment <= position[count] < arrays.limit:
+            due[count] = place
+            count += 1
+    # Exact entries come first
+    exact, places = arrays.exact_start[g + 1] - arrays.exact_start[g], due[:count]
+    key, turned = np.empty((count, arrays.k.shape[1]), np.float32), np.empty((count, arrays.k.shape[1]), np.float32)
+    load_rows(arrays.k, places, arrays.kind, key)
+    turn(key, position[:count], arrays.cos, arrays.sin, arrays.interleaved, True, turned)
+    n = 0
+    while n < count and places[n] - start < exact:
+        save(turned[n], arrays.kind, arrays.k[places[n]])
+        for d in range(key.shape[1]):
+            arrays.exact_k[arrays.exact_start[g] + places[n] - start, d] = arrays.k[places[n], d]
+        n += 1
+    store_keys(arrays, g, places[n:], turned[n:])
+    read_plain(arrays, places)
+
+
+@compiled
+def _among(arrays, g, gone, grid):
+    """The places [2, 2] where the coarse entries begin and end that a merge looks among, in two runs."""
+    exact = arrays.exact_start[g + 1] - arrays.exact_start[g]
+    room = max(arrays.start[g + 1] - arrays.start[g] - exact, 0)
+    runs = candidates(min(arrays.coarse_start[g + 1] - arrays.coarse_start[g], room), gone, grid)
+    return np.array(runs) + (arrays.start[g] + exact)
 
 
 @compiled

@@ -6,14 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import MASKED, Arrays, Weights, read_plain, weigh
-from .pairs import pair_counts
-from .rows import KINDS, as_bits
-from .slot import EMPTY, LayerSlots, Policy, Rope, candidates, decode, encode_and_read, rank_position, rotate
+from .arrays import MASKED, Arrays, read_all_plain, weigh
+from .grid import blocks
+from .slot import LayerSlots, decode
 
 LEAST_ROOM = 512  # entries per head that the shortest sequence gets, so that it is not read anew at every other merge
-KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
-ALWAYS = -1  # in place of tokens gone: an answer that does not depend on them
 
 
 class Storage(NamedTuple):
@@ -45,8 +42,7 @@ class Readout:
     """Entries of all heads end to end: entry e of head g is at place start[g] + e, exact ones first.
 
     What is read of a head is a number of whole key blocks that position alone decides, whatever room there is.
-    A sequence keeps its readout from step to step; whoever changes an entry of the slot does so through
-    merge_slot, which changes both. What only merging reads is made by its first merge.
+    A sequence keeps its readout from step to step; who merges changes both it and the slot.
 
     gone: tokens that the memory has seen, or is about to; row: where it lies in the storage of its layer; storage: that
     row; outgrown: the readout that this one takes the place of.
@@ -69,10 +65,7 @@ class Readout:
         else:
             self._read(gone)
             weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
-        self._has_plain = outgrown is not None and outgrown.arrays is not None
-        self.arrays: Arrays | None = None
-        self._looked_at: tuple[int, np.ndarray | None] = 0, None  # what looked_at() last answered for, and the answer
-        self._places: tuple[int, tuple] = 0, ()  # likewise of places()
+        self._has_plain = outgrown is not None and outgrown._has_plain
 
     def widths(self, gone: int) -> list[int]:
         return widths(self.capacities, gone)
@@ -80,94 +73,11 @@ class Readout:
     def has_room(self, gone: int) -> bool:
         return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
 
-    def places(self, gone: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the entries of every head begin, and how many there may be [G]."""
-        if self._places[0] != gone:
-            self._places = gone, (np.array(self.start[:-1]), np.array(self.widths(gone)))
-        return self._places[1]
-
-    def far(self, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As Readouts.entries, of this one alone, with far entries (see reference.far_limit) in a second pass."""
-        far = (self.rank != EMPTY) & (rank_position(self.rank) < limit)
-        bias = torch.stack([self.bias.masked_fill(unseen, MASKED) for unseen in (far, ~far)])
-        return as_bits(self.k)[None], as_bits(self.v)[None], bias[:, None].numpy()
-
-    def looked_at(self, gone: int) -> np.ndarray:
-        """The places [G, 2, 2] where the coarse entries begin and end that a merge looks among, see slot.candidates, in
-        one run or two.
-        """
-        if self._looked_at[0] not in (gone, ALWAYS):
-            places = np.zeros((len(self.coarse_count), 2, 2), np.int64)
-            for g, (room, exact, coarse) in enumerate(
-                zip(self.rooms, self.exact_count, self.coarse_count, strict=True)
-            ):
-                for i, run in enumerate(candidates(min(coarse, max(room - exact, 0)), gone, self.slots.segment)):
-                    places[g, i] = run.start, run.stop
-                places[g] += self.start[g] + exact
-            wanders = (places[:, 1, 0] < places[:, 1, 1]).any()
-            self._looked_at = gone if wanders else ALWAYS, places
-        return self._looked_at[1]
-
-    def prepare_merge(self, rope: Rope | None, policy: Policy) -> None:
-        """Turn keys that become far, and make what only merging needs: plain keys, `arrays` and `weights`."""
-        self.rope, limit = rope, rope.limit if rope is not None else 0
-        if limit:
-            self._turn_far()
-        if self.arrays is None:
-            self.arrays, self.weights = self._as_arrays(limit), Weights.of(policy)
-            if not self._has_plain:
-                read_plain(self.arrays, np.arange(len(self.rank)))
-        elif self.arrays.limit != limit:
-            self.arrays = self.arrays._replace(limit=limit)
-
-    def _as_arrays(self, limit: int) -> Arrays:
-        slots, rope = self.slots, self.rope
-        coded = "ring_k", "ring_v", "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
-        plain = "key_sum", "pins", "exact_rank", "coarse_mass", "coarse_rank"
-        cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
-        return Arrays(
-            **{name: as_bits(getattr(slots, name)[self.slot]) for name in coded},
-            **{name: getattr(slots, name)[self.slot].numpy() for name in plain},
-            exact_start=slots.exact_start.numpy(),
-            coarse_start=slots.coarse_start.numpy(),
-            start=np.array(self.start),
-            kind=KINDS[self.k.dtype],
-            pair_place=slots.pairs.place.numpy(),
-            pair_step=slots.pairs.step.numpy(),
-            wide=pair_counts(self.k.shape[1], slots.codec.key_bits)[0],
-            key_bits=slots.codec.key_bits,
-            value_bits=slots.codec.value_bits,
-            k=as_bits(self.k),
-            v=as_bits(self.v),
-            plain=self.plain.numpy(),
-            bias=self.bias.numpy(),
-            mass=self.mass.numpy(),
-            rank=self.rank.numpy(),
-            cos=cos.contiguous().numpy(),
-            sin=sin.contiguous().numpy(),
-            interleaved=rope is not None and rope.interleaved,
-            limit=limit,
-        )
-
-    def _turn_far(self):
-        """See reference._turn_far, over all heads."""
-        slots, slot, rope = self.slots, self.slot, self.rope
-        position = rank_position(self.rank)
-        due = (self.rank != EMPTY) & (position < rope.limit) & (position >= rope.limit - slots.segment)
-        place = due.nonzero().squeeze(1)
-        start = torch.tensor(self.start)
-        head = torch.searchsorted(start, place, right=True) - 1
-        turned, column = rotate(self.k[place].float(), position[place], rope, inverse=True), place - start[head]
-        counts = slots.exact_start.diff()
-        keys, exact = turned.to(self.k.dtype), column < counts[head]
-        slots.exact_k[slot, (slots.exact_start[head] + column)[exact]] = keys[exact]
-        entry = (slots.coarse_start[head] + column - counts[head])[~exact]
-        _, bits, codes, affine = self._coded()[0]
-        pairs = slots.pairs.of(head[~exact])
-        codes[entry], affine[entry], keys[~exact] = encode_and_read(turned[~exact], bits, keys.dtype, pairs)
-        self.k[place] = keys
-        if self.arrays is not None:
-            self.plain[place] = rotate(keys.float(), torch.zeros_like(place), rope, inverse=True)
+    def prepare_merge(self, arrays: Arrays, limit: int) -> None:
+        """Make what only merging reads, the keys as they were before RoPE: of a layer's `arrays`. limit: see Rope."""
+        if not self._has_plain:
+            read_all_plain(arrays, self.row, limit)
+            self._has_plain = True
 
     def _take(self, outgrown):
         """What that one holds, head by head. Other places have nothing: `plain` is 0 there, too."""
@@ -215,8 +125,3 @@ def widths(capacities: list[int], gone: int) -> list[int]:
 def rooms(capacities: list[int], gone: int) -> list[int]:
     """The same up to a power of two: a sequence goes on growing, and readouts of others about as long lie alike."""
     return widths(capacities, max(LEAST_ROOM, 1 << max(gone - 1, 0).bit_length()))
-
-
-def blocks(count: int) -> int:
-    """Round up to whole key blocks, at least one."""
-    return -(-max(count, 1) // KEY_BLOCK) * KEY_BLOCK

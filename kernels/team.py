@@ -1,4 +1,4 @@
-"""PyTorch's threads for compiled functions: OpenMP's, which are awake while a model computes."""
+"""PyTorch's threads for compiled functions: OpenMP's, which are awake while a model computes; and what they count."""
 
 from pathlib import Path
 
@@ -70,6 +70,41 @@ def _body(context, module, fndesc, wanted, kind):
     builder.call(_declared(module, "GOMP_loop_end_nowait", ir.VoidType(), []), [])
     builder.ret_void()
     return body
+
+
+@intrinsic
+def value(typingctx, x, i):
+    """x[i], of int64, with what other threads have done before they changed it."""
+
+    def codegen(context, builder, signature, values):
+        return builder.load_atomic(_place(context, builder, signature, values), "acquire", 8)
+
+    return types.int64(x, types.int64), codegen
+
+
+@intrinsic
+def add(typingctx, x, i, count):
+    """Add to x[i], of int64; returns what it was."""
+
+    def codegen(context, builder, signature, values):
+        return builder.atomic_rmw("add", _place(context, builder, signature, values), values[2], "acq_rel")
+
+    return types.int64(x, types.int64, types.int64), codegen
+
+
+@intrinsic
+def replace(typingctx, x, i, old, new):
+    """Whether x[i], of int64, was `old`, in place of which there is `new` then."""
+
+    def codegen(context, builder, signature, values):
+        place = _place(context, builder, signature, values)
+        return builder.extract_value(builder.cmpxchg(place, values[2], values[3], "acq_rel", "acquire"), 1)
+
+    return types.boolean(x, types.int64, types.int64, types.int64), codegen
+
+
+def _place(context, builder, signature, values):
+    return builder.gep(context.make_array(signature.args[0])(context, builder, values[0]).data, [values[1]])
 
 
 def _declared(module, name, result, arguments):

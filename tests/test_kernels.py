@@ -5,7 +5,7 @@ import torch
 
 from tests.layers import make_batch, make_layer, make_pairs, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import arrays, cpu, cpuattention, cpumerge, readout, reference, slot
+from vllm_deltamem.kernels import arrays, chains, cpu, cpuattention, cpumerge, readout, reference, slot
 from vllm_deltamem.kernels.pairs import pair_bytes, pair_code
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
@@ -75,7 +75,7 @@ def test_compiled_importance_matches_reference(learned):
     plain, values, mean, policy = *torch.randn(2, 3, 20, 32), torch.randn(3, 32), make_policy(learned=learned)
     plain[0, 0], values[1, 1] = 0, 1e4 * values[1, 1]
     expected, score = reference.importance(plain, values, mean, policy.importance), torch.empty(3, 20)
-    weights = arrays.Weights.of(policy)
+    weights = arrays.Weights.of(policy, None)
     for g in range(3):
         cpumerge._score(*(x[g].numpy() for x in (plain, values, mean)), weights, g, score[g].numpy())
     torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
@@ -86,9 +86,8 @@ def test_compiled_importance_matches_reference(learned):
 def test_nothing_is_left_to_compile(settings, rope, dtype):
     k, v, q = make_tokens(173, dtype=dtype)
     rope, policy, (slots, slab) = make_rope(rope[0], 32, rope[1]), make_policy(), make_slots(settings, dtype)
-    functions = cpumerge._merge, arrays.read_plain, arrays.weigh, cpuattention.attention, cpuattention.put
-    cpumerge.compile_merge(slots, rope)
-    cpuattention.compile_attention(dtype)
+    functions = chains.walk, arrays.read_all_plain, arrays.weigh
+    cpu.compile_walk(slots, rope)
     compiled = [len(f.signatures) for f in functions]
     assert all(compiled) and not slab.any()
     run(cpu, slots, k, v, q, 2, [170, 1, 2], rope, policy)

@@ -101,8 +101,7 @@ def test_readouts_at_hand_are_kept_in_a_step_that_needs_more(monkeypatch):
 def test_one_that_is_outgrown_takes_no_row_of_the_same_call(monkeypatch):
     _, slots, _, kept = make_sequences(2, 100, 2)
     monkeypatch.setattr(readout.Readout, "has_room", lambda self, gone: self.slot == 0)
-    places = kept.places([(0, 80), (1, 80)])
-    assert sorted(places.row) == [0, 1] and 0 in kept and 1 in kept
+    assert sorted(kept.of(slot, 80).row for slot in (0, 1)) == [0, 1] and 0 in kept and 1 in kept
 
 
 def test_layers_of_any_size_hold_as_many_sequences(monkeypatch):

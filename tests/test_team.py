@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_deltamem.kernels.cpuattention import compile_attention
+from tests.layers import make_layer
+from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.rows import compiled
 from vllm_deltamem.kernels.team import each
 
 ALONE = """
 import torch
-from vllm_deltamem.kernels.cpuattention import attention, compile_attention
+from tests.layers import make_layer
+from vllm_deltamem.kernels import chains, cpu
 torch.set_num_threads(2)
-compile_attention(torch.float32)
-assert attention.stats.cache_hits and not attention.stats.cache_misses
+slab, views = make_layer()
+cpu.compile_walk(views(slab), None)
+assert chains.walk.stats.cache_hits and not chains.walk.stats.cache_misses
 """
 
 
@@ -53,5 +56,6 @@ def test_a_failure_is_told_and_stops_no_other_task(threads):
 
 
 def test_another_process_takes_it_from_numbas_cache():
-    compile_attention(torch.float32)
+    slab, views = make_layer()
+    cpu.compile_walk(views(slab), None)
     subprocess.run([sys.executable, "-c", ALONE], check=True)

@@ -2,7 +2,8 @@
 
 A batch runs as a few steps, in each of which a sequence has at most one piece: tokens of one segment. Decoding
 is one step, which may be a CUDA graph and merges after the forward pass (connectorworker.py); a prompt chunk takes as
-many as the segments it touches, since a segment must see the memory as it was at its boundary.
+many as the segments it touches, since a segment must see the memory as it was at its boundary. A CPU walks through
+these by itself (kernels/chains.py).
 """
 
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ class DeltaMemMetadata:
     num_tokens: int
     pool: SlotPool
     single: bool = False  # whether the first step is that of sequences with a single token, before pieces of the others
+
+    @cached_property
+    def walks(self) -> "list[tuple[int, kernels.Pieces, bool]]":
+        """On a CPU: steps without copies of slots between them as one; the last piece, and whether any merges."""
+        copied, walks, steps = {branch.piece for branch in self.pool.branches}, [], []
+        for piece, step in enumerate(self.steps, -self.single):
+            steps.append(step)
+            if piece in copied or step is self.steps[-1]:
+                walks.append((piece, kernels.Pieces.of(s.rows for s in steps), any(s.due for s in steps)))
+                steps = []
+        return walks
 
 
 class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
@@ -279,12 +291,17 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
         slots = pool.layers[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
-        read = {"readouts": pool.readouts[self.position]} if ON_CPU else {}
+        if ON_CPU:
+            read, given = pool.readouts[self.position], dict(k=key, v=value, q=query, out=out, scale=self.scale)
+            for piece, pieces, merges in attn_metadata.walks:
+                policy = pool.policies[self.position] if merges else None
+                kernels.walk(slots, pieces, pool.rope, policy, read, **given)
+                pool.copy_branches(self.position, piece)
+            return output
         for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
-            known = {} if ON_CPU else {"max_query_len": step.longest, "live_tokens": step.tokens}
+            known = {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
-            known |= read if ON_CPU else {"max_seq_len": step.reach}
-            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, **known)
+            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, max_seq_len=step.reach, **known)
             pool.merge(self.position, step.due)
             pool.copy_branches(self.position, piece)
         return output

@@ -17,8 +17,6 @@ USUAL_ROWS = 256  # of a step
 ON_CPU = current_platform.is_cpu()
 if ON_CPU:
     from vllm_deltamem.kernels import cpu as kernels
-    from vllm_deltamem.kernels.cpuattention import compile_attention
-    from vllm_deltamem.kernels.cpumerge import compile_merge
     from vllm_deltamem.kernels.readouts import Readouts
 else:
     from vllm_deltamem.kernels import cuda as kernels
@@ -183,9 +181,8 @@ class SlotPool:
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes a minute the first time.")
-            compile_attention(layout.shape.dtype)
-            for slots in (layers[i] for i in layout.shape.full_layers):
-                compile_merge(slots, rope)
+            for slots in layers:
+                kernels.compile_walk(slots, rope)
         return cls(
             slab=slab,
             layers=layers,

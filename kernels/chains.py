@@ -1,0 +1,180 @@
+"""What a layer does with the new tokens of sequences on the CPU, compiled: chains of pieces, shared out among threads.
+
+A piece is some tokens of one sequence in one segment: its keys enter the ring, its queries attend, and the segment that
+it makes leave the window is merged. The pieces of a sequence are, for each kv head, a chain. Chains have nothing to
+do with each other, and no thread waits for another one as long as any chain has something to do.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from .arrays import Arrays, Weights, one_of
+from .cpuattention import attend, put
+from .cpumerge import merge_head
+from .cpupartial import Way
+from .grid import Grid, far_limit, leaves, left_ring, width
+from .rows import compiled
+from .team import add, each, replace, value
+
+LEAST_ROWS = 64  # of a task: fewer take longer each
+UNEVEN = 0.15  # of a thread's share that one of them may have to do more before pieces are divided more finely
+FINEST = 4  # parts of a thread's share, at most
+PUTS, MERGES = 1, 2
+_rest = types.ExternalFunction("sched_yield", types.int32())
+
+
+class Layer(NamedTuple):
+    """What every piece of a layer needs."""
+
+    way: Way
+    grid: Grid
+    arrays: Arrays
+    weights: Weights
+
+
+class Tokens(NamedTuple):
+    """New tokens of a batch as bits, in any order; T is 0 of what there is none of."""
+
+    k: np.ndarray  # [T, G, D]
+    v: np.ndarray  # [T, G, D]
+    q: np.ndarray  # [T, H, D]
+    out: np.ndarray  # [T, H, D]
+    scale: float
+
+
+class Pieces(NamedTuple):
+    """Pieces of B sequences, those of a sequence in order."""
+
+    slot: np.ndarray  # [B]
+    row: np.ndarray  # [B], in the storage of readouts
+    table: np.ndarray  # [N, 4]: sequence, first row of the batch, tokens, position of the first; by sequence
+
+
+@compiled
+def walk(layer, tokens, pieces, merges, threads):
+    """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to."""
+    tasks, bounds = _tasks(layer, tokens, pieces, merges, threads)
+    claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
+    each(_work, threads, (layer, tokens, pieces, tasks, bounds, claimed, done, failed))
+    if failed[0]:
+        raise RuntimeError("PyTorch refused to attend to these queries, or to compare these keys.")
+
+
+@compiled
+def _work(number, given):
+    """Do tasks until all have been begun, or one has failed: of another chain each time."""
+    _, _, _, tasks, bounds, claimed, done, failed = given
+    chain = number
+    left = True
+    while left and not value(failed, 0):
+        left, worked = False, False
+        for _ in range(len(done)):
+            chain = (chain + 1) % len(done)
+            task = value(claimed, chain)
+            if task == bounds[chain + 1]:
+                continue
+            left = True
+            if value(done, chain) >= tasks[task, 4] and replace(claimed, chain, task, task + 1):
+                try:
+                    _do(tasks[task], given)
+                except Exception:
+                    add(failed, 0, 1)
+                add(done, chain, 1)
+                worked = True
+                break
+        if left and not worked:
+            _rest()
+
+
+@compiled
+def _do(task, given):
+    layer, tokens, pieces = given[:3]
+    n, g, first, last, _, does = task
+    i, begin, count, position = pieces.table[n]
+    own, end = slice(begin, begin + count), position + count
+    slot, row = pieces.slot[i], pieces.row[i]
+    arrays = one_of(layer.arrays, slot, row, far_limit(end, layer.grid))
+    if does & PUTS:
+        put(tokens.k[own], tokens.v[own], g, position, arrays)
+    if last > first:
+        attend(layer.way, layer.grid, arrays, g, tokens.q[own], position, first, last, tokens.scale, tokens.out[own])
+    if does & MERGES:
+        arrays = one_of(layer.arrays, slot, row, far_limit(end + 1, layer.grid))
+        merge_head(arrays, layer.weights, g, leaves(end, layer.grid), layer.grid)
+
+
+@compiled
+def _tasks(layer, tokens, pieces, merges, threads):
+    """Tasks [N, 6], and where those of each chain begin [C + 1], the longest chain first.
+
+    piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, and
+    what else it does: PUTS before, MERGES after that.
+    """
+    (_, heads, cells, _), block, table = layer.arrays.ring_k.shape, layer.way.block, pieces.table
+    group = tokens.q.shape[1] // heads if len(tokens.q) else 0
+    chains, puts = len(pieces.slot) * heads, PUTS if len(tokens.k) else 0
+    capacity = np.diff(layer.arrays.exact_start) + np.diff(layer.arrays.coarse_start)
+    cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
+    begin = np.zeros(len(pieces.slot) + 1, np.int64)
+    for n in range(len(table)):
+        i, _, count, position = table[n]
+        begin[i + 1] = n + 1
+        for g in range(heads):
+            chain, entries = i * heads + g, width(capacity[g], left_ring(position + count, layer.grid), layer.grid)
+            last[chain] = group * count * (entries + cells)
+            cost[chain] += last[chain]
+            most[chain] = max(most[chain], group * count // LEAST_ROWS)
+    order = np.argsort(-cost, kind="mergesort")
+    parts = _parts(cost[order], last[order], most[order], threads)
+    most_tasks = len(table) * heads * (2 + parts.max()) if chains else 0
+    found, bounds, m = np.empty((most_tasks, 6), np.int64), np.zeros(chains + 1, np.int64), 0
+    for j in range(chains):
+        i, g, before = order[j] // heads, order[j] % heads, m
+        for n in range(begin[i], begin[i + 1]):
+            _, _, count, position = table[n]
+            rows, last_does = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
+            step = block * min(parts[j], max(rows // LEAST_ROWS, 1))
+            size = (rows + step - 1) // step * block
+            if rows > size:
+                m = _task(found, m, n, g, 0, 0, m - before, puts)
+                after = m - before
+                for first in range(0, rows, size):
+                    m = _task(found, m, n, g, first, min(first + size, rows), after, 0)
+                m = _task(found, m, n, g, 0, 0, m - before, last_does)
+            else:
+                m = _task(found, m, n, g, 0, rows, m - before, puts | last_does)
+        bounds[j + 1] = m
+    return found[:m], bounds
+
+
+@compiled
+def _task(found, m, n, g, first, last, after, does):
+    """Note a task as the next one, unless there is nothing to do; returns how many there are."""
+    if last == first and not does:
+        return m
+    found[m, 0], found[m, 1], found[m, 2], found[m, 3], found[m, 4], found[m, 5] = n, g, first, last, after, does
+    return m + 1
+
+
+@compiled
+def _parts(cost, last, most, threads):
+    """In how many parts the attention of a chain's pieces is divided.
+
+    Many rows at a time are quicker: pieces are divided only where threads would else be without work, because a
+    chain is longer than a thread's share, or when all chains but some have come to their end.
+    """
+    parts, share = np.ones(len(cost), np.int64), cost.sum() / threads
+    if (most == 1).all():
+        return parts
+    for finer in range(1, FINEST + 1):
+        load, longest = np.zeros(threads), 0.0
+        for j in range(len(cost)):
+            parts[j] = min(max(np.rint(finer * cost[j] / share), 1), most[j])
+            longest = max(longest, cost[j] / parts[j])
+            for _ in range(parts[j]):
+                load[np.argmin(load)] += last[j] / parts[j]
+        if max(load.max() - last.sum() / threads, longest - share) <= UNEVEN * share:
+            break
+    return parts

@@ -1,0 +1,63 @@
+"""What positions decide in a layer, compiled: see the functions of these names in reference.py and slot.py."""
+
+from typing import NamedTuple
+
+from . import slot
+from .rows import compiled
+from .slot import LayerSlots, Rope
+
+KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
+
+
+class Grid(NamedTuple):
+    """Numbers of LayerSlots and of its Rope."""
+
+    window: int
+    segment: int
+    sliding: bool
+    sinks: int
+    trained: int  # 0 where no entry is ever far
+    candidates: int  # see slot.CANDIDATES
+
+    @classmethod
+    def of(cls, slots: LayerSlots, rope: Rope | None) -> "Grid":
+        trained = 0 if rope is None or slots.sliding else rope.trained
+        return cls(slots.window, slots.segment, slots.sliding, slots.sinks, trained, slot.CANDIDATES)
+
+
+@compiled
+def left_ring(seq_len, grid):
+    return max((seq_len - 1) // grid.segment * grid.segment - grid.window, 0)
+
+
+@compiled
+def far_limit(seq_len, grid):
+    return max(((seq_len - 1) // grid.segment + 1) * grid.segment - grid.trained, 0) if grid.trained else 0
+
+
+@compiled
+def leaves(seq_len, grid):
+    """Tokens that have left the ring once the segment has that the last token makes leave it; 0 where none does."""
+    return 0 if grid.sliding or seq_len % grid.segment else max(seq_len - grid.window, 0)
+
+
+@compiled
+def blocks(count):
+    """Round up to whole key blocks, at least one."""
+    return (max(count, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
+
+
+@compiled
+def width(capacity, gone, grid):
+    """Entries of a head that are read once its memory has seen `gone` tokens."""
+    return blocks(min(capacity, gone)) if gone and not grid.sliding else 0
+
+
+@compiled
+def candidates(coarse, gone, grid):
+    """Two runs (first, end), the first of which may be empty."""
+    if coarse <= grid.candidates:
+        return (0, 0), (0, coarse)
+    first = gone // grid.segment * grid.candidates % coarse
+    wrapped = max(first + grid.candidates - coarse, 0)
+    return (0, wrapped), (first, first + grid.candidates - wrapped)
