@@ -11,9 +11,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from .pairs import is_paired
-from .rows import compiled, encode, encode_pairs, load, turn
-from .slot import EMPTY, MAX_POSITION, Policy, Rope, forgetting
+from .pairs import is_paired, pair_counts
+from .rows import KINDS, as_bits, compiled, encode, encode_pairs, load, turn
+from .slot import EMPTY, MAX_POSITION, LayerSlots, Policy, Rope, forgetting
 
 
 class Arrays(NamedTuple):
@@ -22,7 +22,7 @@ class Arrays(NamedTuple):
     kind: int  # of the model's dtype, see rows.KINDS
     exact_start: np.ndarray
     coarse_start: np.ndarray
-    start: np.ndarray  # of readouts
+    start: np.ndarray  # [R, G + 1], or of one
     ring_k: np.ndarray
     ring_v: np.ndarray
     key_sum: np.ndarray
@@ -50,7 +50,31 @@ class Arrays(NamedTuple):
     cos: np.ndarray  # [P, 0] where the model has no rotary embedding
     sin: np.ndarray
     interleaved: bool
-    limit: int
+    limit: int  # see Rope
+
+    @classmethod
+    def of(cls, slots: LayerSlots, storage, start: np.ndarray, rope: Rope | None) -> "Arrays":
+        """Of a layer, with the storage of its readouts, each of which begins its heads at start [R, G + 1]."""
+        cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
+        coded = "ring_k", "ring_v", "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
+        plain = "key_sum", "pins", "exact_rank", "coarse_mass", "coarse_rank", "exact_start", "coarse_start"
+        return cls(
+            **{name: as_bits(getattr(slots, name)) for name in coded},
+            **{name: getattr(slots, name).numpy() for name in plain},
+            **{name: as_bits(getattr(storage, name)) for name in ("k", "v")},
+            **{name: getattr(storage, name).numpy() for name in ("plain", "bias", "mass", "rank")},
+            start=start,
+            kind=KINDS[slots.ring_k.dtype],
+            pair_place=slots.pairs.place.numpy(),
+            pair_step=slots.pairs.step.numpy(),
+            wide=pair_counts(slots.ring_k.shape[3], slots.codec.key_bits)[0],
+            key_bits=slots.codec.key_bits,
+            value_bits=slots.codec.value_bits,
+            cos=cos.contiguous().numpy(),
+            sin=sin.contiguous().numpy(),
+            interleaved=rope is not None and rope.interleaved,
+            limit=0,
+        )
 
 
 class Weights(NamedTuple):

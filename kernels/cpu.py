@@ -11,18 +11,17 @@ import numpy as np
 import torch
 
 from . import chains
-from .cpupartial import way_of
-from .grid import Grid, far_limit
+from .grid import far_limit
 from .readouts import Readouts
 from .rows import as_bits
 from .slot import LayerSlots, Policy, Rope
 
 
 class Pieces(NamedTuple):
-    """Pieces of B sequences, of each in order."""
+    """Pieces of B sequences, those of each in order."""
 
-    slot: np.ndarray  # [B]
-    seq_len: np.ndarray  # [B], tokens up to the end of its last piece
+    slot: list[int]  # [B]
+    seq_len: list[int]  # [B], tokens up to the end of its last piece
     table: np.ndarray  # [N, 4], see chains.Pieces
 
     @classmethod
@@ -32,16 +31,17 @@ class Pieces(NamedTuple):
         rows = np.concatenate(parts).astype(np.int64)
         rows = rows[(rows[:, 0] >= 0) & (rows[:, 2] > 0)]
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        slot, sequence = np.unique(rows[:, 0], return_inverse=True)
-        seq_len = np.zeros(len(slot), np.int64)
-        seq_len[sequence] = rows[:, 3]  # the last one stays
-        return cls(slot, seq_len, np.column_stack([sequence, rows[:, 1], rows[:, 2], rows[:, 3] - rows[:, 2]]))
+        slot, first, sequence = np.unique(rows[:, 0], return_index=True, return_inverse=True)
+        last = [*first[1:] - 1, len(rows) - 1][: len(slot)]
+        table = np.column_stack([sequence, rows[:, 1], rows[:, 2], rows[:, 3] - rows[:, 2]])
+        return cls(slot.tolist(), rows[last, 3].tolist(), table)
 
-    def take(self, sequences: np.ndarray) -> "Pieces":
+    def take(self, sequences: list[int]) -> "Pieces":
         """Those of some of them, which come in this order."""
-        table = [self.table[self.table[:, 0] == i] for i in sequences]
-        table = np.concatenate([np.column_stack([np.full(len(t), i), t[:, 1:]]) for i, t in enumerate(table)])
-        return Pieces(self.slot[sequences], self.seq_len[sequences], table)
+        tables = [self.table[self.table[:, 0] == i] for i in sequences]
+        own = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        table = np.column_stack([own, np.concatenate(tables)[:, 1:]])
+        return Pieces([self.slot[i] for i in sequences], [self.seq_len[i] for i in sequences], table)
 
 
 def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
@@ -56,7 +56,7 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
     pieces = Pieces.of([(slot_indices, cu_seqlens, seq_lens)])
-    _walk(slots, pieces, Readouts(slots), np.zeros(len(pieces.slot), np.int64), None, None, k=k, v=v)
+    _walk(slots, pieces, [0] * len(pieces.slot), None, None, Readouts(slots), k=k, v=v)
 
 
 def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None):
@@ -76,44 +76,41 @@ def walk(slots: LayerSlots, pieces: Pieces, rope, policy: Policy | None, readout
     Sequences go together as far as there is room for their readouts.
     """
     readouts = readouts or Readouts(slots)
-    gone = np.maximum(pieces.seq_len // slots.segment * slots.segment - slots.window, 0) * (not slots.sliding)
-    most, count = readouts.make_room(int(gone.max(initial=0))) if gone.any() else len(gone), len(gone)
-    parts = [np.arange(count)]
-    if count > most:  # those at hand come first
-        order = np.array(sorted(range(count), key=lambda i: pieces.slot[i] not in readouts))
-        parts = [order[first : first + most] for first in range(0, count, most)]
-    for part in parts:
-        some = pieces if len(part) == count else pieces.take(part)
-        needed = zip(some.slot.tolist(), gone[part].tolist(), strict=True)
-        row = np.array([readouts.of(*x).row if x[1] else 0 for x in needed], np.int64)
-        _walk(slots, some, readouts, row, rope, policy, **tokens)
+    gone = [0 if slots.sliding else max(n // slots.segment * slots.segment - slots.window, 0) for n in pieces.seq_len]
+    count, most = len(gone), readouts.make_room(max(gone)) if any(gone) else len(gone)
+    if count <= most:
+        _walk(slots, pieces, gone, rope, policy, readouts, **tokens)
+        return
+    order = sorted(range(count), key=lambda i: pieces.slot[i] not in readouts)  # those at hand come first
+    for first in range(0, count, most):
+        some = order[first : first + most]
+        _walk(slots, pieces.take(some), [gone[i] for i in some], rope, policy, readouts, **tokens)
 
 
 def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what steps of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
-    readouts, nobody = Readouts(slots), Pieces(*np.zeros((2, 0), np.int64), np.zeros((0, 4), np.int64))
-    readouts.of(0, 1).prepare_merge(readouts.arrays(rope), 0)
-    _walk(slots, nobody, readouts, nobody.slot, rope, None)
+    readouts = Readouts(slots)
+    readouts.of(0, 1).prepare_merge(readouts.layer(rope, None).arrays, 0)
+    _walk(slots, Pieces([], [], np.zeros((0, 4), np.int64)), [], rope, None, readouts)
 
 
-def _walk(slots, pieces, readouts, row, rope, policy, k=None, v=None, q=None, out=None, scale=1.0):
-    """rows: of the sequences in the storage of readouts."""
-    grid, arrays, like = Grid.of(slots, rope), readouts.arrays(rope), slots.ring_k
-    if policy is not None:
-        _prepare_merges(pieces, readouts, grid, arrays)
+def _walk(slots, pieces, gone, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
+    """gone: tokens that the memories will have seen, if these are to be read at all."""
+    row = [readouts.of(slot, n).row if n else 0 for slot, n in zip(pieces.slot, gone, strict=True)]
+    layer, like, merges = readouts.layer(rope, policy), slots.ring_k, policy is not None and not slots.sliding
+    if merges:
+        _prepare_merges(pieces, readouts, layer)
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
-    tokens.append(as_bits(nothing if out is None else out))
-    layer = chains.Layer(way_of(like.dtype, like.shape[3]), grid, arrays, readouts.weights(policy, rope))
-    merges = policy is not None and not slots.sliding
-    some = chains.Pieces(pieces.slot, row, pieces.table)
-    chains.walk(layer, chains.Tokens(*tokens, float(scale)), some, merges, torch.get_num_threads())
+    tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale))
+    some = chains.Pieces(np.array(pieces.slot, np.int64), np.array(row, np.int64), pieces.table)
+    chains.walk(layer, tokens, some, merges, torch.get_num_threads())
 
 
-def _prepare_merges(pieces, readouts, grid, arrays):
+def _prepare_merges(pieces, readouts, layer):
     """Of sequences that merge."""
     ends = pieces.table[:, 2] + pieces.table[:, 3]
-    due = (ends % grid.segment == 0) & (ends > grid.window)
-    for i in np.unique(pieces.table[due, 0]).tolist() if due.any() and not grid.sliding else ():
-        first = ends[np.searchsorted(pieces.table[:, 0], i)]
-        readouts.of(int(pieces.slot[i]), 0).prepare_merge(arrays, int(far_limit(first, grid)))
+    due = (ends % layer.grid.segment == 0) & (ends > layer.grid.window)
+    for i in np.unique(pieces.table[due, 0]).tolist():
+        limit = far_limit(ends[np.searchsorted(pieces.table[:, 0], i)], layer.grid)
+        readouts.of(pieces.slot[i], 0).prepare_merge(layer.arrays, limit)

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 from .arrays import Arrays, Weights
-from .pairs import pair_counts
+from .chains import Layer
+from .cpupartial import way_of
+from .grid import Grid
 from .readout import Readout, Storage, capacities, rooms
-from .rows import KINDS, as_bits
 from .slot import LayerSlots, Policy, Rope
 
 READOUT_BYTES = 64 << 20  # of dequantised memory that stay from step to step, for each layer of a model
@@ -21,9 +22,8 @@ class Readouts:
     def __init__(self, slots: LayerSlots, most_bytes: int = READOUT_BYTES):
         self.slots, self._most_bytes = slots, most_bytes
         self._capacities = capacities(slots)
-        self._rope: Rope | None = None  # what `arrays` and `weights` last were asked for
+        self._rope: Rope | None = None  # of the layer as it was last asked for
         self._policy: Policy | None = None
-        self._weights: Weights | None = None
         self._keep(0, 0)
 
     @classmethod
@@ -60,47 +60,18 @@ class Readouts:
             self._free.append(outgrown.row)
         return readout
 
-    def arrays(self, rope: Rope | None) -> Arrays:
-        """The layer's, as long as there are these rows."""
-        if self._arrays is None or self._rope is not rope:
-            self._arrays, self._rope = self._as_arrays(rope), rope
-        return self._arrays
-
-    def weights(self, policy: Policy | None, rope: Rope | None) -> Weights:
-        """The layer's; any where there is no policy."""
-        if self._weights is None or (policy is not None and self._policy is not policy):
-            self._policy = policy or Policy(None, torch.zeros(self.slots.ring_k.shape[1], 3))
-            self._weights = Weights.of(self._policy, rope)
-        return self._weights
-
-    def _as_arrays(self, rope: Rope | None) -> Arrays:
-        slots, storage = self.slots, self._storage
-        cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
-        coded = "ring_k", "ring_v", "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
-        plain = "key_sum", "pins", "exact_rank", "coarse_mass", "coarse_rank"
-        return Arrays(
-            **{name: as_bits(getattr(slots, name)) for name in coded},
-            **{name: getattr(slots, name).numpy() for name in plain},
-            exact_start=slots.exact_start.numpy(),
-            coarse_start=slots.coarse_start.numpy(),
-            start=self._start,
-            kind=KINDS[slots.ring_k.dtype],
-            pair_place=slots.pairs.place.numpy(),
-            pair_step=slots.pairs.step.numpy(),
-            wide=pair_counts(slots.ring_k.shape[3], slots.codec.key_bits)[0],
-            key_bits=slots.codec.key_bits,
-            value_bits=slots.codec.value_bits,
-            k=as_bits(storage.k),
-            v=as_bits(storage.v),
-            plain=storage.plain.numpy(),
-            bias=storage.bias.numpy(),
-            mass=storage.mass.numpy(),
-            rank=storage.rank.numpy(),
-            cos=cos.contiguous().numpy(),
-            sin=sin.contiguous().numpy(),
-            interleaved=rope is not None and rope.interleaved,
-            limit=0,
-        )
+    def layer(self, rope: Rope | None, policy: Policy | None) -> Layer:
+        """This one for compiled functions, as long as it has these rows. policy: may be None where nothing merges."""
+        if self._layer is None or self._rope is not rope or (policy is not None and policy is not self._policy):
+            like = self.slots.ring_k
+            self._rope, self._policy = rope, policy or Policy(None, torch.zeros(like.shape[1], 3))
+            self._layer = Layer(
+                way_of(like.dtype, like.shape[3]),
+                Grid.of(self.slots, rope),
+                Arrays.of(self.slots, self._storage, self._start, rope),
+                Weights.of(self._policy, rope),
+            )
+        return self._layer
 
     def forget(self, slot: int) -> None:
         readout = self._held.pop(slot, None)
@@ -121,4 +92,4 @@ class Readouts:
         self._free = [*reversed(range(rows))]
         self._held: dict[int, Readout] = {}  # by slot, the one used last at the end
         self._start = np.zeros((max(rows, 1), len(self._capacities) + 1), np.int64)  # of the readout in each row
-        self._arrays: Arrays | None = None
+        self._layer: Layer | None = None
