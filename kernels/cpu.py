@@ -21,7 +21,8 @@ class Pieces(NamedTuple):
     """Pieces of B sequences, those of each in order."""
 
     slot: list[int]  # [B]
-    seq_len: list[int]  # [B], tokens up to the end of its last piece
+    begin: list[int]  # [B], tokens before its first piece
+    end: list[int]  # [B], tokens up to the end of its last piece
     table: np.ndarray  # [N, 4], see chains.Pieces
 
     @classmethod
@@ -34,14 +35,14 @@ class Pieces(NamedTuple):
         slot, first, sequence = np.unique(rows[:, 0], return_index=True, return_inverse=True)
         last = [*first[1:] - 1, len(rows) - 1][: len(slot)]
         table = np.column_stack([sequence, rows[:, 1], rows[:, 2], rows[:, 3] - rows[:, 2]])
-        return cls(slot.tolist(), rows[last, 3].tolist(), table)
+        return cls(slot.tolist(), table[first, 3].tolist(), rows[last, 3].tolist(), table)
 
     def take(self, sequences: list[int]) -> "Pieces":
         """Those of some of them, which come in this order."""
         tables = [self.table[self.table[:, 0] == i] for i in sequences]
         own = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         table = np.column_stack([own, np.concatenate(tables)[:, 1:]])
-        return Pieces([self.slot[i] for i in sequences], [self.seq_len[i] for i in sequences], table)
+        return Pieces(*([column[i] for i in sequences] for column in self[:3]), table)
 
 
 def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
@@ -56,7 +57,7 @@ def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """See reference.write. The index tensors live on the CPU."""
     pieces = Pieces.of([(slot_indices, cu_seqlens, seq_lens)])
-    _walk(slots, pieces, [0] * len(pieces.slot), None, None, Readouts(slots), k=k, v=v)
+    _walk(slots, pieces, None, None, Readouts(slots), k=k, v=v)
 
 
 def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None):
@@ -76,34 +77,41 @@ def walk(slots: LayerSlots, pieces: Pieces, rope, policy: Policy | None, readout
     Sequences go together as far as there is room for their readouts.
     """
     readouts = readouts or Readouts(slots)
-    gone = [0 if slots.sliding else max(n // slots.segment * slots.segment - slots.window, 0) for n in pieces.seq_len]
-    count, most = len(gone), readouts.make_room(max(gone)) if any(gone) else len(gone)
+    count, gone = len(pieces.slot), max((_memorised(slots, n) for n in pieces.end), default=0)
+    most = readouts.make_room(gone) if gone else count
     if count <= most:
-        _walk(slots, pieces, gone, rope, policy, readouts, **tokens)
+        _walk(slots, pieces, rope, policy, readouts, **tokens)
         return
     order = sorted(range(count), key=lambda i: pieces.slot[i] not in readouts)  # those at hand come first
     for first in range(0, count, most):
-        some = order[first : first + most]
-        _walk(slots, pieces.take(some), [gone[i] for i in some], rope, policy, readouts, **tokens)
+        _walk(slots, pieces.take(order[first : first + most]), rope, policy, readouts, **tokens)
 
 
 def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what steps of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
     readouts = Readouts(slots)
     readouts.of(0, 1).prepare_merge(readouts.layer(rope, None).arrays, 0)
-    _walk(slots, Pieces([], [], np.zeros((0, 4), np.int64)), [], rope, None, readouts)
+    _walk(slots, Pieces([], [], [], np.zeros((0, 4), np.int64)), rope, None, readouts)
 
 
-def _walk(slots, pieces, gone, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
-    """gone: tokens that the memories will have seen, if these are to be read at all."""
-    row = [readouts.of(slot, n).row if n else 0 for slot, n in zip(pieces.slot, gone, strict=True)]
+def _memorised(slots, tokens):
+    """How many of a sequence's first tokens its memory has seen, once all merges are done."""
+    return 0 if slots.sliding else max(tokens // slots.segment * slots.segment - slots.window, 0)
+
+
+def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
+    row = np.zeros(len(pieces.slot), np.int64)
+    if q is not None or policy is not None:
+        for i, (slot, *tokens) in enumerate(zip(*pieces[:3], strict=True)):
+            before, after = (_memorised(slots, n) for n in tokens)
+            row[i] = readouts.of(slot, after, before).row if after else 0
     layer, like, merges = readouts.layer(rope, policy), slots.ring_k, policy is not None and not slots.sliding
     if merges:
         _prepare_merges(pieces, readouts, layer)
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
     tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale))
-    some = chains.Pieces(np.array(pieces.slot, np.int64), np.array(row, np.int64), pieces.table)
+    some = chains.Pieces(np.array(pieces.slot, np.int64), row, pieces.table)
     chains.walk(layer, tokens, some, merges, torch.get_num_threads())
 
 

@@ -44,12 +44,19 @@ class Readout:
     What is read of a head is a number of whole key blocks that position alone decides, whatever room there is.
     A sequence keeps its readout from step to step; who merges changes both it and the slot.
 
-    gone: tokens that the memory has seen, or is about to; row: where it lies in the storage of its layer; storage: that
-    row; outgrown: the readout that this one takes the place of.
+    gone: tokens whose entries it has room for; held: tokens that the memory has seen until now; row: where it lies in
+    the storage of its layer; storage: that row; outgrown: the readout that this one takes the place of.
     """
 
     def __init__(
-        self, slots: LayerSlots, slot: int, gone: int, row: int, storage: Storage, outgrown: "Readout | None" = None
+        self,
+        slots: LayerSlots,
+        slot: int,
+        gone: int,
+        held: int,
+        row: int,
+        storage: Storage,
+        outgrown: "Readout | None" = None,
     ):
         self.slots, self.slot, self.row = slots, slot, row
         self.exact_count, self.coarse_count = slots.exact_start.diff().tolist(), slots.coarse_start.diff().tolist()
@@ -63,9 +70,11 @@ class Readout:
         if outgrown is not None:
             self._take(outgrown)
         else:
-            self._read(gone)
+            self._read(held)
             weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
-        self._has_plain = outgrown is not None and outgrown._has_plain
+        if not held:
+            self.plain.zero_()
+        self._has_plain = not held or (outgrown is not None and outgrown._has_plain)
 
     def widths(self, gone: int) -> list[int]:
         return widths(self.capacities, gone)
@@ -87,15 +96,15 @@ class Readout:
             for field in ("k", "v", "plain", "bias", "mass", "rank"):
                 getattr(self, field)[here : here + room] = getattr(outgrown, field)[there : there + room]
 
-    def _read(self, gone):
+    def _read(self, held):
         slots, slot = self.slots, self.slot
         exact_start, coarse_start = slots.exact_start.tolist(), slots.coarse_start.tolist()
         for g, first in enumerate(self.start[:-1]):
-            exact = min(self.exact_count[g], gone)
+            exact = min(self.exact_count[g], held)
             rows, places = slice(exact_start[g], exact_start[g] + exact), slice(first, first + exact)
             for field, source in ((self.k, slots.exact_k), (self.v, slots.exact_v), (self.rank, slots.exact_rank)):
                 field[places] = source[slot, rows]
-            coarse = min(self.coarse_count[g], gone - exact)
+            coarse = min(self.coarse_count[g], held - exact)
             rows = slice(coarse_start[g], coarse_start[g] + coarse)
             places = slice(first + exact, first + exact + coarse)
             for field, bits, codes, affine in self._coded():

@@ -36,15 +36,18 @@ class Readouts:
     def __contains__(self, slot: int) -> bool:
         return slot in self._held
 
-    def of(self, slot: int, gone: int) -> Readout:
-        """The readout of one slot whose memory has seen `gone` tokens: as it was left, else read anew."""
+    def of(self, slot: int, gone: int, held: int | None = None) -> Readout:
+        """The readout of one slot, as it was left, else read anew, with room for what a memory of `gone` tokens holds.
+
+        held: tokens that it has seen until now, if it is not as many.
+        """
         readout = self._held.pop(slot, None)
         if readout is None or not readout.has_room(gone):
-            readout = self._make(slot, gone, readout)
+            readout = self._make(slot, gone, gone if held is None else held, readout)
         self._held[slot] = readout
         return readout
 
-    def _make(self, slot: int, gone: int, outgrown: Readout | None) -> Readout:
+    def _make(self, slot: int, gone: int, held: int, outgrown: Readout | None) -> Readout:
         """outgrown: what was held of it, which is not read again where a row is free."""
         before = self._storage
         self.make_room(gone)
@@ -54,7 +57,7 @@ class Readouts:
             row, outgrown = outgrown.row, None
         else:
             row = self._held.pop(next(iter(self._held))).row
-        readout = Readout(self.slots, slot, gone, row, self._storage.row(row), outgrown)
+        readout = Readout(self.slots, slot, gone, held, row, self._storage.row(row), outgrown)
         self._start[row] = readout.start
         if outgrown is not None and before is self._storage:
             self._free.append(outgrown.row)
