@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -15,14 +14,84 @@ from .pairs import is_paired, pair_counts
 from .rows import KINDS, as_bits, compiled, encode, encode_pairs, load, turn
 from .slot import EMPTY, MAX_POSITION, LayerSlots, Policy, Rope, forgetting
 
+FIELDS = (
+    "ring_k", "ring_v", "key_sum", "pins", "exact_k", "exact_v", "exact_rank", "coarse_k", "coarse_v",
+    "coarse_k_affine", "coarse_v_affine", "coarse_mass", "coarse_rank",
+)  # fmt: skip
 
-class Arrays(NamedTuple):
-    """Fields of LayerSlots and of Storage by the names they have there: of a layer, or of one slot and its readout."""
+
+class Layer(NamedTuple):
+    """The slots and readouts of a layer.
+
+    Fields of slots by address and extents: as arrays they would be of another type where one is empty.
+    """
 
     kind: int  # of the model's dtype, see rows.KINDS
+    address: np.ndarray  # [13], of the FIELDS of slot 0
+    stride: int  # bytes from one slot to the next
+    cells: int
+    pins: int
+    key_bytes: int  # of a coarse entry
+    value_bytes: int
+    key_affine: tuple[int, int]
+    value_affine: tuple[int, int]
     exact_start: np.ndarray
     coarse_start: np.ndarray
-    start: np.ndarray  # [R, G + 1], or of one
+    pair_place: np.ndarray
+    pair_step: np.ndarray
+    wide: int  # pairs with 8 bits
+    key_bits: int
+    value_bits: int
+    start: np.ndarray  # [R, G + 1], where each readout begins its heads
+    k: np.ndarray  # of Storage, as what follows
+    v: np.ndarray
+    plain: np.ndarray
+    bias: np.ndarray
+    mass: np.ndarray
+    rank: np.ndarray
+    cos: np.ndarray  # [P, 0] where the model has no rotary embedding
+    sin: np.ndarray
+    interleaved: bool
+
+    @classmethod
+    def of(cls, slots: LayerSlots, storage, start: np.ndarray, rope: Rope | None) -> "Layer":
+        """Valid as long as these slots are."""
+        cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
+        key_bits, value_bits = slots.codec
+        return cls(
+            kind=KINDS[slots.ring_k.dtype],
+            address=np.array([getattr(slots, name).data_ptr() for name in FIELDS]),
+            stride=slots.ring_k.stride(0) * slots.ring_k.itemsize,
+            cells=slots.ring_k.shape[2],
+            pins=slots.pins.shape[1],
+            key_bytes=slots.coarse_k.shape[2] * slots.coarse_k.itemsize,
+            value_bytes=slots.coarse_v.shape[2] * slots.coarse_v.itemsize,
+            key_affine=tuple(slots.coarse_k_affine.shape[2:]),
+            value_affine=tuple(slots.coarse_v_affine.shape[2:]),
+            exact_start=slots.exact_start.numpy(),
+            coarse_start=slots.coarse_start.numpy(),
+            pair_place=slots.pairs.place.numpy(),
+            pair_step=slots.pairs.step.numpy(),
+            wide=pair_counts(slots.ring_k.shape[3], key_bits)[0],
+            key_bits=key_bits,
+            value_bits=value_bits,
+            start=start,
+            k=as_bits(storage.k),
+            v=as_bits(storage.v),
+            plain=storage.plain.numpy(),
+            bias=storage.bias.numpy(),
+            mass=storage.mass.numpy(),
+            rank=storage.rank.numpy(),
+            cos=cos.contiguous().numpy(),
+            sin=sin.contiguous().numpy(),
+            interleaved=rope is not None and rope.interleaved,
+        )
+
+
+class Arrays(NamedTuple):
+    """Of one slot the fields of LayerSlots, and of its readout, by the names they have there; codes as bytes."""
+
+    kind: int  # of the model's dtype, see rows.KINDS
     ring_k: np.ndarray
     ring_v: np.ndarray
     key_sum: np.ndarray
@@ -36,45 +105,24 @@ class Arrays(NamedTuple):
     coarse_v_affine: np.ndarray
     coarse_mass: np.ndarray
     coarse_rank: np.ndarray
+    exact_start: np.ndarray
+    coarse_start: np.ndarray
     pair_place: np.ndarray
     pair_step: np.ndarray
-    wide: int  # pairs with 8 bits
+    wide: int
     key_bits: int
     value_bits: int
+    start: np.ndarray
     k: np.ndarray
     v: np.ndarray
     plain: np.ndarray
     bias: np.ndarray
     mass: np.ndarray
     rank: np.ndarray
-    cos: np.ndarray  # [P, 0] where the model has no rotary embedding
+    cos: np.ndarray
     sin: np.ndarray
     interleaved: bool
     limit: int  # see Rope
-
-    @classmethod
-    def of(cls, slots: LayerSlots, storage, start: np.ndarray, rope: Rope | None) -> "Arrays":
-        """Of a layer, with the storage of its readouts, each of which begins its heads at start [R, G + 1]."""
-        cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
-        coded = "ring_k", "ring_v", "exact_k", "exact_v", "coarse_k", "coarse_v", "coarse_k_affine", "coarse_v_affine"
-        plain = "key_sum", "pins", "exact_rank", "coarse_mass", "coarse_rank", "exact_start", "coarse_start"
-        return cls(
-            **{name: as_bits(getattr(slots, name)) for name in coded},
-            **{name: getattr(slots, name).numpy() for name in plain},
-            **{name: as_bits(getattr(storage, name)) for name in ("k", "v")},
-            **{name: getattr(storage, name).numpy() for name in ("plain", "bias", "mass", "rank")},
-            start=start,
-            kind=KINDS[slots.ring_k.dtype],
-            pair_place=slots.pairs.place.numpy(),
-            pair_step=slots.pairs.step.numpy(),
-            wide=pair_counts(slots.ring_k.shape[3], slots.codec.key_bits)[0],
-            key_bits=slots.codec.key_bits,
-            value_bits=slots.codec.value_bits,
-            cos=cos.contiguous().numpy(),
-            sin=sin.contiguous().numpy(),
-            interleaved=rope is not None and rope.interleaved,
-            limit=0,
-        )
 
 
 class Weights(NamedTuple):
@@ -96,34 +144,42 @@ class Weights(NamedTuple):
 
 
 @intrinsic
-def _row(typingctx, x, i):
-    """x[i], all of whose elements lie side by side; valid as long as x is."""
-    row = types.Array(x.dtype, x.ndim - 1, "C")
+def _at(typingctx, address, shape, dtype):
+    """The array that lies there, valid as long as its memory is."""
+    array = types.Array(dtype.dtype, len(shape), "C")
 
     def codegen(context, builder, signature, values):
-        source, made = context.make_array(x)(context, builder, values[0]), context.make_array(row)(context, builder)
-        (_, *shape), (stride, *strides) = (cgutils.unpack_tuple(builder, y) for y in (source.shape, source.strides))
-        place = builder.gep(builder.bitcast(source.data, ir.IntType(8).as_pointer()), [builder.mul(values[1], stride)])
-        data = builder.bitcast(place, source.data.type)
-        populate_array(made, data=data, shape=shape, strides=strides, itemsize=source.itemsize, meminfo=None)
+        made, extents = context.make_array(array)(context, builder), cgutils.unpack_tuple(builder, values[1])
+        itemsize = context.get_constant(types.intp, array.dtype.bitwidth // 8)
+        strides = [itemsize]
+        for extent in reversed(extents[1:]):
+            strides.insert(0, builder.mul(strides[0], extent))
+        data = builder.inttoptr(values[0], context.get_value_type(array.dtype).as_pointer())
+        populate_array(made, data=data, shape=extents, strides=strides, itemsize=itemsize, meminfo=None)
         return made._getvalue()
 
-    return row(x, types.int64), codegen
+    return array(address, shape, dtype), codegen
 
 
 @compiled
-def one_of(layer, slot, row, limit):
-    """The Arrays of a slot, with its readout in a row of the storage, among those of a layer."""
+def one_of(layer: Layer, slot, row, limit):
+    """A slot of a layer, with its readout in a row of the storage."""
+    heads, size, bits, a = len(layer.exact_start) - 1, layer.k.shape[2], layer.k.dtype, layer.address
+    exact, coarse, here = np.int64(layer.exact_start[-1]), np.int64(layer.coarse_start[-1]), slot * layer.stride
+    ring, (kg, kn), (vg, vn) = (heads, layer.cells, size), layer.key_affine, layer.value_affine
     return Arrays(
-        layer.kind, layer.exact_start, layer.coarse_start, _row(layer.start, row),
-        _row(layer.ring_k, slot), _row(layer.ring_v, slot), _row(layer.key_sum, slot), _row(layer.pins, slot),
-        _row(layer.exact_k, slot), _row(layer.exact_v, slot), _row(layer.exact_rank, slot),
-        _row(layer.coarse_k, slot), _row(layer.coarse_v, slot),
-        _row(layer.coarse_k_affine, slot), _row(layer.coarse_v_affine, slot),
-        _row(layer.coarse_mass, slot), _row(layer.coarse_rank, slot),
-        layer.pair_place, layer.pair_step, layer.wide, layer.key_bits, layer.value_bits,
-        _row(layer.k, row), _row(layer.v, row), _row(layer.plain, row),
-        _row(layer.bias, row), _row(layer.mass, row), _row(layer.rank, row),
+        layer.kind,
+        _at(a[0] + here, ring, bits), _at(a[1] + here, ring, bits), _at(a[2] + here, (heads, size), np.float32),
+        _at(a[3] + here, (layer.pins, 2), np.int32),
+        _at(a[4] + here, (exact, size), bits), _at(a[5] + here, (exact, size), bits),
+        _at(a[6] + here, (exact,), np.int64),
+        _at(a[7] + here, (coarse, layer.key_bytes), np.uint8), _at(a[8] + here, (coarse, layer.value_bytes), np.uint8),
+        _at(a[9] + here, (coarse, kg, kn), np.uint16), _at(a[10] + here, (coarse, vg, vn), np.uint16),
+        _at(a[11] + here, (coarse,), np.float32), _at(a[12] + here, (coarse,), np.int64),
+        layer.exact_start, layer.coarse_start, layer.pair_place, layer.pair_step,
+        layer.wide, layer.key_bits, layer.value_bits,
+        layer.start[row], layer.k[row], layer.v[row], layer.plain[row],
+        layer.bias[row], layer.mass[row], layer.rank[row],
         layer.cos, layer.sin, layer.interleaved, limit,
     )  # fmt: skip
 
@@ -172,13 +228,6 @@ def read_plain(arrays: Arrays, places):
             for d in range(plain.shape[1]):
                 plain[i, d] = 0
     _scatter(plain, places, arrays.plain)
-
-
-@compiled
-def read_all_plain(layer: Arrays, row, limit):
-    """Those of the readout in this row of a layer's storage."""
-    arrays = one_of(layer, 0, row, limit)
-    read_plain(arrays, np.arange(arrays.start[-1]))
 
 
 @compiled

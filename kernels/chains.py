@@ -10,18 +10,19 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from .arrays import Arrays, Weights, one_of
+from . import arrays
+from .arrays import Weights, one_of, read_plain
 from .cpuattention import attend, put
 from .cpumerge import merge_head
 from .cpupartial import Way
 from .grid import Grid, far_limit, leaves, left_ring, width
-from .rows import compiled
+from .rows import compiled, inlined
 from .team import add, each, replace, value
 
 LEAST_ROWS = 64  # of a task: fewer take longer each
 UNEVEN = 0.15  # of a thread's share that one of them may have to do more before pieces are divided more finely
 FINEST = 4  # parts of a thread's share, at most
-PUTS, MERGES = 1, 2
+PUTS, MERGES, READS = 1, 2, 4
 _rest = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -30,7 +31,7 @@ class Layer(NamedTuple):
 
     way: Way
     grid: Grid
-    arrays: Arrays
+    arrays: arrays.Layer
     weights: Weights
 
 
@@ -49,6 +50,7 @@ class Pieces(NamedTuple):
 
     slot: np.ndarray  # [B]
     row: np.ndarray  # [B], in the storage of readouts
+    unread: np.ndarray  # [B] bool, whether keys before RoPE are to be read first, which merging needs
     table: np.ndarray  # [N, 4]: sequence, first row of the batch, tokens, position of the first; by sequence
 
 
@@ -59,43 +61,43 @@ def walk(layer, tokens, pieces, merges, threads):
     claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
     each(_work, threads, (layer, tokens, pieces, tasks, bounds, claimed, done, failed))
     if failed[0]:
-        raise RuntimeError("PyTorch refused to attend to these queries, or to compare these keys.")
+        raise RuntimeError("Attention or merging failed: short of memory, or PyTorch refused its operands.")
 
 
 @compiled
 def _work(number, given):
     """Do tasks until all have been begun, or one has failed: of another chain each time."""
-    _, _, _, tasks, bounds, claimed, done, failed = given
-    chain = number
-    left = True
+    layer, tokens, pieces, tasks, bounds, claimed, done, failed = given
+    chain, left = number, True
     while left and not value(failed, 0):
-        left, worked = False, False
+        left, task = False, -1
         for _ in range(len(done)):
             chain = (chain + 1) % len(done)
             task = value(claimed, chain)
-            if task == bounds[chain + 1]:
-                continue
-            left = True
-            if value(done, chain) >= tasks[task, 4] and replace(claimed, chain, task, task + 1):
-                try:
-                    _do(tasks[task], given)
-                except Exception:
-                    add(failed, 0, 1)
-                add(done, chain, 1)
-                worked = True
-                break
-        if left and not worked:
+            if task < bounds[chain + 1]:
+                left = True
+                if value(done, chain) >= tasks[task, 4] and replace(claimed, chain, task, task + 1):
+                    break
+            task = -1
+        if task >= 0:
+            try:
+                _do(tasks[task], layer, tokens, pieces)
+            except Exception:
+                add(failed, 0, 1)
+            add(done, chain, 1)
+        elif left:
             _rest()
 
 
-@compiled
-def _do(task, given):
-    layer, tokens, pieces = given[:3]
+@inlined
+def _do(task, layer, tokens, pieces):
     n, g, first, last, _, does = task
     i, begin, count, position = pieces.table[n]
     own, end = slice(begin, begin + count), position + count
     slot, row = pieces.slot[i], pieces.row[i]
     arrays = one_of(layer.arrays, slot, row, far_limit(end, layer.grid))
+    if does & READS:
+        read_plain(arrays, np.arange(arrays.start[g], arrays.start[g + 1]))
     if does & PUTS:
         put(tokens.k[own], tokens.v[own], g, position, arrays)
     if last > first:
@@ -110,20 +112,21 @@ def _tasks(layer, tokens, pieces, merges, threads):
     """Tasks [N, 6], and where those of each chain begin [C + 1], the longest chain first.
 
     piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, and
-    what else it does: PUTS before, MERGES after that.
+    what else it does: READS and PUTS before, MERGES after that.
     """
-    (_, heads, cells, _), block, table = layer.arrays.ring_k.shape, layer.way.block, pieces.table
+    heads, block, table = len(layer.arrays.exact_start) - 1, layer.way.block, pieces.table
     group = tokens.q.shape[1] // heads if len(tokens.q) else 0
     chains, puts = len(pieces.slot) * heads, PUTS if len(tokens.k) else 0
-    capacity = np.diff(layer.arrays.exact_start) + np.diff(layer.arrays.coarse_start)
+    ends = layer.arrays.exact_start + layer.arrays.coarse_start
     cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
     begin = np.zeros(len(pieces.slot) + 1, np.int64)
     for n in range(len(table)):
         i, _, count, position = table[n]
         begin[i + 1] = n + 1
         for g in range(heads):
-            chain, entries = i * heads + g, width(capacity[g], left_ring(position + count, layer.grid), layer.grid)
-            last[chain] = group * count * (entries + cells)
+            chain, gone = i * heads + g, left_ring(position + count, layer.grid)
+            entries = width(ends[g + 1] - ends[g], gone, layer.grid)
+            last[chain] = group * count * (entries + layer.arrays.cells)
             cost[chain] += last[chain]
             most[chain] = max(most[chain], group * count // LEAST_ROWS)
     order = np.argsort(-cost, kind="mergesort")
@@ -134,17 +137,18 @@ def _tasks(layer, tokens, pieces, merges, threads):
         i, g, before = order[j] // heads, order[j] % heads, m
         for n in range(begin[i], begin[i + 1]):
             _, _, count, position = table[n]
-            rows, last_does = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
+            rows, then = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
+            now = puts | READS if n == begin[i] and pieces.unread[i] else puts
             step = block * min(parts[j], max(rows // LEAST_ROWS, 1))
             size = (rows + step - 1) // step * block
             if rows > size:
-                m = _task(found, m, n, g, 0, 0, m - before, puts)
+                m = _task(found, m, n, g, 0, 0, m - before, now)
                 after = m - before
                 for first in range(0, rows, size):
                     m = _task(found, m, n, g, first, min(first + size, rows), after, 0)
-                m = _task(found, m, n, g, 0, 0, m - before, last_does)
+                m = _task(found, m, n, g, 0, 0, m - before, then)
             else:
-                m = _task(found, m, n, g, 0, rows, m - before, puts | last_does)
+                m = _task(found, m, n, g, 0, rows, m - before, now | then)
         bounds[j + 1] = m
     return found[:m], bounds
 

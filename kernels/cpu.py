@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from . import chains
-from .grid import far_limit
 from .readouts import Readouts
 from .rows import as_bits
 from .slot import LayerSlots, Policy, Rope
@@ -90,7 +89,7 @@ def walk(slots: LayerSlots, pieces: Pieces, rope, policy: Policy | None, readout
 def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what steps of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
     readouts = Readouts(slots)
-    readouts.of(0, 1).prepare_merge(readouts.layer(rope, None).arrays, 0)
+    readouts.of(0, 1)
     _walk(slots, Pieces([], [], [], np.zeros((0, 4), np.int64)), rope, None, readouts)
 
 
@@ -100,25 +99,17 @@ def _memorised(slots, tokens):
 
 
 def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
-    row = np.zeros(len(pieces.slot), np.int64)
+    row, unread = np.zeros(len(pieces.slot), np.int64), np.zeros(len(pieces.slot), np.bool_)
     if q is not None or policy is not None:
         for i, (slot, *tokens) in enumerate(zip(*pieces[:3], strict=True)):
             before, after = (_memorised(slots, n) for n in tokens)
-            row[i] = readouts.of(slot, after, before).row if after else 0
+            if after:
+                readout = readouts.of(slot, after, before)
+                row[i], unread[i] = readout.row, policy is not None and after > before and not readout.has_plain
+                readout.has_plain |= unread[i]
     layer, like, merges = readouts.layer(rope, policy), slots.ring_k, policy is not None and not slots.sliding
-    if merges:
-        _prepare_merges(pieces, readouts, layer)
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
     tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale))
-    some = chains.Pieces(np.array(pieces.slot, np.int64), row, pieces.table)
+    some = chains.Pieces(np.array(pieces.slot, np.int64), row, unread, pieces.table)
     chains.walk(layer, tokens, some, merges, torch.get_num_threads())
-
-
-def _prepare_merges(pieces, readouts, layer):
-    """Of sequences that merge."""
-    ends = pieces.table[:, 2] + pieces.table[:, 3]
-    due = (ends % layer.grid.segment == 0) & (ends > layer.grid.window)
-    for i in np.unique(pieces.table[due, 0]).tolist():
-        limit = far_limit(ends[np.searchsorted(pieces.table[:, 0], i)], layer.grid)
-        readouts.of(pieces.slot[i], 0).prepare_merge(layer.arrays, limit)

@@ -13,7 +13,7 @@ import torch
 from .arrays import gather, key_position, load_rows, rank_position, read_plain, store, store_keys
 from .aten import product
 from .grid import candidates
-from .rows import KINDS, compiled, exponentiate, highest, load, pack_rank, save, summed, turn
+from .rows import KINDS, compiled, exponentiate, highest, inlined, load, pack_rank, save, summed, turn
 from .slot import EMPTY
 
 FLOAT32 = KINDS[torch.float32]
@@ -33,7 +33,7 @@ class Newcomers(NamedTuple):
     mass: np.ndarray  # [C] fp32
 
 
-@compiled
+@inlined
 def merge_head(arrays, weights, g, gone, grid):
     """Move the tokens before `gone` that are still in the ring of head g into its memory.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arrays import MASKED, Arrays, read_all_plain, weigh
+from .arrays import MASKED, weigh
 from .grid import blocks
 from .slot import LayerSlots, decode
 
@@ -42,7 +42,8 @@ class Readout:
     """Entries of all heads end to end: entry e of head g is at place start[g] + e, exact ones first.
 
     What is read of a head is a number of whole key blocks that position alone decides, whatever room there is.
-    A sequence keeps its readout from step to step; who merges changes both it and the slot.
+    A sequence keeps its readout from step to step; who merges changes both it and the slot, and first of all makes
+    `plain`, which nothing else reads, if it has_plain not.
 
     gone: tokens whose entries it has room for; held: tokens that the memory has seen until now; row: where it lies in
     the storage of its layer; storage: that row; outgrown: the readout that this one takes the place of.
@@ -74,19 +75,13 @@ class Readout:
             weigh(self.mass.numpy(), self.rank.numpy(), np.arange(places), self.bias.numpy())
         if not held:
             self.plain.zero_()
-        self._has_plain = not held or (outgrown is not None and outgrown._has_plain)
+        self.has_plain = not held or (outgrown is not None and outgrown.has_plain)
 
     def widths(self, gone: int) -> list[int]:
         return widths(self.capacities, gone)
 
     def has_room(self, gone: int) -> bool:
         return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
-
-    def prepare_merge(self, arrays: Arrays, limit: int) -> None:
-        """Make what only merging reads, the keys as they were before RoPE: of a layer's `arrays`. limit: see Rope."""
-        if not self._has_plain:
-            read_all_plain(arrays, self.row, limit)
-            self._has_plain = True
 
     def _take(self, outgrown):
         """What that one holds, head by head. Other places have nothing: `plain` is 0 there, too."""

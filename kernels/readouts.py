@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from .arrays import Arrays, Weights
+from . import arrays
+from .arrays import Weights
 from .chains import Layer
 from .cpupartial import way_of
 from .grid import Grid
@@ -71,7 +72,7 @@ class Readouts:
             self._layer = Layer(
                 way_of(like.dtype, like.shape[3]),
                 Grid.of(self.slots, rope),
-                Arrays.of(self.slots, self._storage, self._start, rope),
+                arrays.Layer.of(self.slots, self._storage, self._start, rope),
                 Weights.of(self._policy, rope),
             )
         return self._layer

@@ -45,6 +45,8 @@ def compiled(function, **options):
 
 # Where the order of a sum may be the compiler's, which only the extents of a call decide.
 summed = functools.partial(compiled, fastmath={"reassoc", "contract"})
+# Of what has one caller: LLVM optimises all that a function calls once more with it.
+inlined = functools.partial(compiled, inline="always")
 
 
 def as_bits(x: torch.Tensor) -> np.ndarray:
@@ -170,12 +172,16 @@ def turn(x, position, cos, sin, interleaved, back, out):
 
 @compiled
 def encode(x, width, kind, codes, affine, read):
-    """Code rows fp32 [N, D] in `width` bits per value, see slot.encode; `read` becomes what decoding makes of them."""
+    """Code rows fp32 [N, D] in `width` bits per value, see slot.encode; `read` becomes what decoding makes of them.
+
+    codes: bytes [N, B].
+    """
     if width == 16:
         save(x.reshape(-1), kind, read.reshape(-1))
+        whole = codes.view(read.dtype)
         for j in range(len(x)):
             for d in range(x.shape[1]):
-                codes[j, d] = read[j, d]
+                whole[j, d] = read[j, d]
         return
     most, shape = np.float32((1 << width) - 1), (len(x), affine.shape[1], x.shape[1] // affine.shape[1])
     code, value = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)

@@ -86,7 +86,7 @@ def test_compiled_importance_matches_reference(learned):
 def test_nothing_is_left_to_compile(settings, rope, dtype):
     k, v, q = make_tokens(173, dtype=dtype)
     rope, policy, (slots, slab) = make_rope(rope[0], 32, rope[1]), make_policy(), make_slots(settings, dtype)
-    functions = chains.walk, arrays.read_all_plain, arrays.weigh
+    functions = chains.walk, arrays.weigh
     cpu.compile_walk(slots, rope)
     compiled = [len(f.signatures) for f in functions]
     assert all(compiled) and not slab.any()

@@ -57,7 +57,7 @@ def test_codes(dtype, width, size, spread):
     x[0] = 3.0  # a constant vector has no range to scale
     codes, affine, read = slot.encode_and_read(x, width, dtype)
     mine = torch.zeros_like(codes), torch.zeros_like(affine), torch.zeros_like(read)
-    rows.encode(x.numpy(), width, rows.KINDS[dtype], *map(rows.as_bits, mine))
+    rows.encode(x.numpy(), width, rows.KINDS[dtype], mine[0].view(torch.uint8).numpy(), *map(rows.as_bits, mine[1:]))
     for actual, expected in zip(mine, (codes, affine, read), strict=True):
         assert torch.equal(actual, expected)
 

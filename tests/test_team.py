@@ -10,7 +10,7 @@ import torch
 from tests.layers import make_layer
 from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.rows import compiled
-from vllm_deltamem.kernels.team import each
+from vllm_deltamem.kernels.team import add, each, replace, value
 
 ALONE = """
 import torch
@@ -36,6 +36,22 @@ def run(done, failing):
     return each(task, len(done), (done, failing))
 
 
+@compiled
+def count(i, given):
+    """Add to a number in three ways, which others do at the same time."""
+    numbers, _ = given
+    for _ in range(1000):
+        add(numbers, 0, 2)
+        old = value(numbers, 1)
+        while not replace(numbers, 1, old, old + 3):
+            old = value(numbers, 1)
+
+
+@compiled
+def count_together(numbers, times):
+    return each(count, times, (numbers, times))
+
+
 @pytest.fixture(params=[1, 2, 5])
 def threads(request):
     most = torch.get_num_threads()
@@ -53,6 +69,11 @@ def test_every_task_is_done_once(threads, count):
 def test_a_failure_is_told_and_stops_no_other_task(threads):
     done = np.zeros(100, np.int64)
     assert run(done, 40) == 1 and (done == 1).all()
+
+
+def test_no_count_is_lost(threads):
+    numbers = np.zeros(2, np.int64)
+    assert count_together(numbers, 8) == 0 and numbers.tolist() == [16_000, 24_000]
 
 
 def test_another_process_takes_it_from_numbas_cache():

@@ -1,0 +1,102 @@
+"""Chains of pieces: what they are divided into, and that one which fails holds up no other."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.layers import make_layer, make_policy, make_tokens
+from vllm_deltamem.kernels import chains, cpu
+from vllm_deltamem.kernels.readouts import Readouts
+from vllm_deltamem.kernels.rows import as_bits
+
+
+def make(coarse=(40, 300, 25)):
+    slab, views = make_layer(exact=(4,) * len(coarse), coarse=coarse, size=64, slots=4, dtype=torch.bfloat16)
+    slots = views(slab)
+    return slab, slots, Readouts(slots)
+
+
+def pieces_of(slots, *sequences):
+    """Of (slot, tokens before, tokens after), which lie one after another in the batch, cut as the backend does."""
+    rows, first = [], 0
+    for i, (_, begin, end) in enumerate(sequences):
+        while begin < end:
+            count = min(slots.segment - begin % slots.segment, end - begin)
+            rows.append((i, first, count, begin))
+            first, begin = first + count, begin + count
+    slot, begin, end = (list(column) for column in zip(*sequences, strict=True))
+    return cpu.Pieces(slot, begin, end, np.array(rows))
+
+
+def tasks_of(slots, readouts, pieces, threads, group=3, merges=True):
+    count = sum(pieces.end) - sum(pieces.begin)
+    kv, q = torch.zeros(count, len(slots.exact_start) - 1, 64), torch.zeros(count, group * slots.ring_k.shape[1], 64)
+    tokens = chains.Tokens(*(as_bits(x.bfloat16()) for x in (kv, kv, q, q)), 1.0)
+    sequences = np.array(pieces.slot), np.zeros(len(pieces.slot), np.int64), np.ones(len(pieces.slot), np.bool_)
+    given = chains.Pieces(*sequences, pieces.table)
+    return chains._tasks(readouts.layer(None, make_policy(3, 64)), tokens, given, merges, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize(
+    "sequences", [[(0, 0, 1000)], [(1, 70, 71), (3, 0, 5)], [(0, 64, 300), (2, 500, 501), (1, 0, 640)]], ids=str
+)
+def test_every_row_is_somebodys_task_and_a_task_waits_for_those_before_its_own(sequences, threads):
+    _, slots, readouts = make()
+    pieces = pieces_of(slots, *sequences)
+    tasks, bounds = tasks_of(slots, readouts, pieces, threads)
+    seen = set()
+    for begin, end in itertools.pairwise(bounds):
+        own, rows = tasks[begin:end], {}
+        (head,) = set(own[:, 1])
+        (sequence,) = set(pieces.table[own[:, 0], 0])
+        assert (sequence, head) not in seen
+        seen.add((sequence, head))
+        for m, (n, _, first, last, after, does) in enumerate(own):
+            assert after <= m and (own[:after, 0] <= n).all(), "only what comes before it"
+            if last > first:
+                assert rows.setdefault(n, 0) == first
+                rows[n] = last
+            put = does & chains.PUTS or own[:after][own[:after, 0] == n][:1, 5] & chains.PUTS
+            assert put, "keys are there before queries attend"
+            if does & chains.MERGES:
+                assert rows[n] == 3 * pieces.table[n, 2] and (last > first or after == m), "all have attended"
+            assert all(rows[i] == 3 * pieces.table[i, 2] for i in own[:after, 0] if i < n), "pieces do not overlap"
+        due = pieces.table[:, 2] + pieces.table[:, 3]
+        due = (pieces.table[:, 0] == sequence) & (due % slots.segment == 0) & (due > slots.window)
+        assert sorted(own[own[:, 5] & chains.MERGES > 0, 0]) == np.flatnonzero(due).tolist()
+        assert own[0, 5] & chains.READS and not (own[1:, 5] & chains.READS).any()
+        assert rows == {n: 3 * pieces.table[n, 2] for n in np.flatnonzero(pieces.table[:, 0] == sequence)}
+    assert len(seen) == 3 * len(sequences)
+
+
+def test_few_heads_are_divided_among_many_threads():
+    _, slots, readouts = make((40, 2000))
+    pieces = pieces_of(slots, (0, 0, 4096))
+    for threads in (1, 2, 3, 8):
+        tasks, bounds = tasks_of(slots, readouts, pieces, threads, group=14)
+        last = tasks[tasks[:, 0] == len(pieces.table) - 1]
+        parts = [(last[:, 3] > last[:, 2])[last[:, 1] == head].sum() for head in (0, 1)]
+        assert (parts == [1, 1]) if threads == 1 else parts[1] > 1, "the large head has most of the work"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_fails_is_told_and_nobody_waits_for_it(threads):
+    _, slots, readouts = make()
+    k, v, q = make_tokens(640, 3, 64, 3, torch.bfloat16)
+    most, out = torch.get_num_threads(), torch.zeros_like(q)
+    pieces, given = pieces_of(slots, (1, 0, 640)), dict(k=k, v=v, q=q, out=out, scale=0.1)
+    readouts.of(1, 576, 0)
+    layer = readouts.layer(None, make_policy(3, 64))
+    readouts._layer, right = layer._replace(way=layer.way._replace(block=1 << 42)), layer  # rows that no memory holds
+    torch._C.set_num_threads(threads)  # vLLM replaces torch.set_num_threads
+    try:
+        with pytest.raises(RuntimeError, match="short of memory"):
+            cpu.walk(slots, pieces, None, None, readouts, **given)
+        readouts._layer = right
+        cpu.walk(slots, pieces, None, None, readouts, **given)
+    finally:
+        torch._C.set_num_threads(most)
+    assert out.any(-1).all()
