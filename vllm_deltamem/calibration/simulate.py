@@ -33,24 +33,29 @@ class MemoryAttention:
         self.model, self.policies = model, policies
         self.slab = torch.zeros(1, layout.slot_bytes, dtype=torch.uint8, device=model.device)
         self.slots = [layout.views(self.slab, layer, of_layer) for layer, of_layer in enumerate(pairs)]
-        on_cpu = torch.device(model.device).type == "cpu"
-        self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if on_cpu else "cuda"))
-        self.keeps_readouts = on_cpu
+        self.on_cpu = torch.device(model.device).type == "cpu"
+        self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if self.on_cpu else "cuda"))
 
     def __call__(self, layer, q, k, v, scale):
         computed, held = q.dtype, self.model.dtype
         q, k, v = (x.transpose(0, 1).to(held).contiguous() for x in (q, k, v))
-        slots = self.slots[layer]
+        slots, policy, rope, out = self.slots[layer], self.policies[layer], self.model.rope(len(q)), torch.empty_like(q)
         self.slab.zero_()
-        out, options = torch.empty_like(q), {"readouts": self.kernels.Readouts(slots)} if self.keeps_readouts else {}
-        for begin in range(0, len(q), slots.segment):
-            piece = slice(begin, min(begin + slots.segment, len(q)))
-            rows = ([0], [0, piece.stop - begin], [piece.stop])
-            batch = [torch.tensor(row, dtype=torch.int32, device=q.device) for row in rows]
+        pieces = [(begin, min(begin + slots.segment, len(q))) for begin in range(0, len(q), slots.segment)]
+        if self.on_cpu:
+            steps = self.kernels.Pieces.of(self._rows(begin, end, end) for begin, end in pieces)
+            self.kernels.walk(slots, steps, rope, policy, k=k, v=v, q=q, out=out, scale=scale)
+            return out.transpose(0, 1).to(computed)
+        for begin, end in pieces:
+            piece, batch = slice(begin, end), self._rows(0, end - begin, end)
             self.kernels.write(k[piece], v[piece], slots, *batch)
-            self.kernels.attend(q[piece], slots, *batch, scale, out[piece], **options)
-            self.kernels.merge(slots, *batch, self.model.rope(len(q)), self.policies[layer], **options)
+            self.kernels.attend(q[piece], slots, *batch, scale, out[piece])
+            self.kernels.merge(slots, *batch, rope, policy)
         return out.transpose(0, 1).to(computed)
+
+    def _rows(self, begin: int, end: int, seq_len: int) -> list[torch.Tensor]:
+        """A batch of one piece, see kernels/reference.py."""
+        return [torch.tensor(x, dtype=torch.int32, device=self.slab.device) for x in ([0], [begin, end], [seq_len])]
 
 
 def memory_attention(
