@@ -68,7 +68,7 @@ def walk(layer, tokens, pieces, merges, threads):
 def _work(number, given):
     """Do tasks until all have been begun, or one has failed: of another chain each time."""
     layer, tokens, pieces, tasks, bounds, claimed, done, failed = given
-    chain, left = number, True
+    chain, left = number - 1, True  # whoever comes first begins with the longest
     while left and not value(failed, 0):
         left, task = False, -1
         for _ in range(len(done)):
