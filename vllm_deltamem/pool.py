@@ -180,7 +180,7 @@ class SlotPool:
         rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
-            logger.info("deltamem compiles its CPU kernels, which takes a minute the first time.")
+            logger.info("deltamem compiles its CPU kernels, which takes a minute or two the first time.")
             for slots in layers:
                 kernels.compile_walk(slots, rope)
         return cls(
