@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.layers import make_layer, make_policy, make_tokens
-from vllm_deltamem.kernels import chains, cpu
+from tests.layers import make_layer, make_policy, make_rope, make_tokens
+from vllm_deltamem.kernels import chains, cpu, readout
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.rows import as_bits
 
@@ -100,3 +100,25 @@ def test_what_fails_is_told_and_nobody_waits_for_it(threads):
     finally:
         torch._C.set_num_threads(most)
     assert out.any(-1).all()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("trained", [0, 150], ids=["near", "far"])
+def test_pieces_in_one_walk_leave_the_same_bits_as_one_at_a_time(trained, rows):
+    slab, slots, _ = make()
+    slab[:] = 0
+    places = sum(readout.rooms(readout.capacities(slots), 400))
+    rope, policy, sequences = make_rope("neox", 64, trained), make_policy(3, 64), [(2, 0, 400), (0, 0, 5), (3, 0, 333)]
+    k, v, q = make_tokens(738, 3, 64, 3, torch.bfloat16)
+    pieces, found = pieces_of(slots, *sequences), []
+    alone = [
+        cpu.Pieces([sequences[i][0]], [p], [p + n], np.array([(0, b, n, p)])) for i, b, n, p in pieces.table.tolist()
+    ]
+    for walks in ([pieces], alone):
+        slab[:] = 0
+        out, kept = torch.zeros_like(q), Readouts(slots, rows * places * readout.Storage.bytes_per_place(slots.ring_k))
+        for walk in walks:
+            cpu.walk(slots, walk, rope, policy, kept, k=k, v=v, q=q, out=out, scale=0.1)
+        found.append((out, slab.clone()))
+    assert found[0][0].any(-1).all() and (slots.coarse_mass > 1).any()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
