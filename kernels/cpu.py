@@ -12,6 +12,7 @@ import torch
 
 from . import chains
 from .readouts import Readouts
+from .reference import left_ring
 from .rows import as_bits
 from .slot import LayerSlots, Policy, Rope
 
@@ -95,7 +96,7 @@ def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
 
 def _memorised(slots, tokens):
     """How many of a sequence's first tokens its memory has seen, once all merges are done."""
-    return 0 if slots.sliding else max(tokens // slots.segment * slots.segment - slots.window, 0)
+    return 0 if slots.sliding else left_ring(tokens + 1, slots)
 
 
 def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
@@ -107,9 +108,9 @@ def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=Non
                 readout = readouts.of(slot, after, before)
                 row[i], unread[i] = readout.row, policy is not None and after > before and not readout.has_plain
                 readout.has_plain |= unread[i]
-    layer, like, merges = readouts.layer(rope, policy), slots.ring_k, policy is not None and not slots.sliding
+    layer, like = readouts.layer(rope, policy), slots.ring_k
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
     tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale))
     some = chains.Pieces(np.array(pieces.slot, np.int64), row, unread, pieces.table)
-    chains.walk(layer, tokens, some, merges, torch.get_num_threads())
+    chains.walk(layer, tokens, some, policy is not None, torch.get_num_threads())

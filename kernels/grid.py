@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from . import slot
+from . import reference, slot
 from .rows import compiled
 from .slot import LayerSlots, Rope
 
@@ -25,9 +25,7 @@ class Grid(NamedTuple):
         return cls(slots.window, slots.segment, slots.sliding, slots.sinks, trained, slot.CANDIDATES)
 
 
-@compiled
-def left_ring(seq_len, grid):
-    return max((seq_len - 1) // grid.segment * grid.segment - grid.window, 0)
+left_ring = compiled(reference.left_ring)  # of a Grid
 
 
 @compiled
