@@ -18,6 +18,7 @@ TITLES = {  # what readers are shown of quality, in this order; other rows are p
     "kv": "key-value pairs, a context full",
     "kv16": "16 key-value pairs in a novel",
     "kv75": "75 key-value pairs",
+    "kv75_many": "75 key-value pairs, eight asked for",
     "babi": "bAbI facts in a novel",
     "longbench": "LongBench",
     "mmlu": "MMLU, 5 shots",

@@ -17,7 +17,7 @@ from benchmarks.suites.longbench import classification, edit_similarity, judge, 
 from benchmarks.suites.mmlu import mmlu
 from benchmarks.suites.needle import digits_right, exact, needle
 from benchmarks.suites.pins import pins
-from benchmarks.suites.retrieval import generated
+from benchmarks.suites.retrieval import generated, recorded
 from benchmarks.suites.sample import Sample, ask
 from benchmarks.suites.tracking import tracking
 from benchmarks.suites.world import World
@@ -106,6 +106,20 @@ def test_many_questions_share_their_context(novels):
     prompts = [read(sample, [{}] * i).rsplit("\n\n", 1) for i in range(4)]
     assert len({context for context, _ in prompts}) == 1 and len({question for _, question in prompts}) == 4
     assert sample.prompt([{}] * 4) is None
+
+
+def test_several_recorded_values_are_asked_for_on_one_context(novels):
+    source = novels(3000)
+    pairs = [(f"key {i:03}", f"value {i:03}") for i in range(200)]
+    lines = [{"key": key, "value": value, "ordered_kv_records": pairs} for key, value in pairs[:20]]
+    (source.data / "kv_retrieval.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    one, many = recorded(source, 2000), recorded(source, 2000, questions=3)
+    contexts, keys = zip(*(read(many, [{}] * i).split('\n\nKey: "') for i in range(3)), strict=True)
+    assert {*contexts} == {read(one).split('\n\nKey: "')[0]} == {Characters().decode(many.prompt([])[: many.shared])}
+    asked = [key.split('"')[0] for key in keys]
+    assert len({*asked}) == 3 and all(f'"{key}": "' in contexts[0] for key in asked) and one.shared == 0
+    texts = [{"text": key.replace("key", "value") + '"}'} for key in asked[:2]] + [{"text": "value 999"}]
+    assert many.score(texts, []) == {"": pytest.approx(2 / 3)} and many.prompt([{}] * 3) is None
 
 
 def test_a_pinned_number_comes_before_all_its_imitations(novels):

@@ -25,6 +25,7 @@ SUITES = {
     "kv": generated,
     "kv16": partial(generated, pairs=16),
     "kv75": recorded,
+    "kv75_many": partial(recorded, questions=8),
     "babi": partial(babi, tasks=("qa1", "qa2", "qa3", "qa5", "qa7", "qa8")),
     "longbench": longbench,
     "mmlu": mmlu,

@@ -1,4 +1,4 @@
-"""Key-value retrieval (Lost in the Middle, arXiv 2307.03172): the value of one key of a JSON object."""
+"""Key-value retrieval (Lost in the Middle, arXiv 2307.03172): values of one or several keys of a JSON object."""
 
 import random
 from bisect import bisect_right
@@ -16,23 +16,26 @@ def block(records: list[tuple[str, str]]) -> str:
     return "{" + lines + "}"
 
 
-def sample(source: Source, seed: int, records: list[tuple[str, str]], key: str, value: str, depth: float):
-    """The records as one JSON object, a novel filling what they leave of the context."""
-    room = len(source.encode(value)) + 8
+def sample(source: Source, seed: int, records: list[tuple[str, str]], asked: list[tuple[str, str]], depth: float):
+    """The records as one JSON object, a novel filling what they leave of the context; scores the share of `asked`."""
+    tails = [source.encode(QUESTION.format(key=key)) for key, _ in asked]
+    room = max(len(source.encode(value)) for _, value in asked) + 8
     hidden = [(depth, "\n\n" + block(records) + "\n\n")]
-    prompt = source.hide(seed, HEAD, hidden, QUESTION.format(key=key), room)
+    context = source.hide(seed, HEAD, hidden, "", max(map(len, tails)) + room)
 
     def score(outputs, full):
-        return {"": float(outputs[0]["text"].split('"')[0].strip() == value)}
+        given = [output["text"].split('"')[0].strip() for output in outputs]
+        return {"": sum(a == value for a, (_, value) in zip(given, asked, strict=True)) / len(asked)}
 
-    return Sample(seed, ask(prompt), score, room, stop=('"',))
+    shared = len(context) if len(asked) > 1 else 0
+    return Sample(seed, ask(*(context + tail for tail in tails)), score, room, stop=('"',), shared=shared)
 
 
-def fitting(source: Source, records: list[tuple[str, str]], key: str, value: str) -> int:
-    """How many of the records leave room for the question and the answer."""
-    left = source.context - len(source.encode(HEAD + QUESTION.format(key=key) + value)) - SPARE
+def fitting(source: Source, records: list[tuple[str, str]], asked: list[tuple[str, str]]) -> int:
+    """How many of the records leave room for any of the questions and its answer."""
+    around = max(len(source.encode(HEAD + QUESTION.format(key=key) + value)) for key, value in asked) + SPARE
     counts = range(1, len(records) + 1)
-    return bisect_right(counts, left, key=lambda n: len(source.encode(block(records[:n]))))
+    return bisect_right(counts, source.context - around, key=lambda n: len(source.encode(block(records[:n]))))
 
 
 def generated(source: Source, seed: int, pairs: int | None = None, digits: int = 8) -> Sample:
@@ -41,20 +44,20 @@ def generated(source: Source, seed: int, pairs: int | None = None, digits: int =
     drawn = [f"{rng.getrandbits(4 * digits):0{digits}x}" for _ in range(2 * (pairs or source.context // 8))]
     records = list(zip(drawn[::2], drawn[1::2], strict=True))
     if pairs is None:
-        records = records[: fitting(source, records, *records[0])]
-    key, value = rng.choice(records)
-    return sample(source, seed, records, key, value, rng.random())
+        records = records[: fitting(source, records, records[:1])]
+    asked = [rng.choice(records)]
+    return sample(source, seed, records, asked, rng.random())
 
 
-def recorded(source: Source, seed: int) -> Sample | None:
-    """A sample of kv_retrieval*.jsonl, with as many of its records as the context holds."""
+def recorded(source: Source, seed: int, questions: int = 1) -> Sample | None:
+    """A sample of kv_retrieval*.jsonl, with as many of its records as the context holds; asks for `questions`."""
     record = pick(source.records("kv_retrieval*.jsonl"), seed)
     if record is None:
         return None
-    key, value = record["key"], record["value"]
-    records = [tuple(r) for r in record["ordered_kv_records"]]
-    others = [r for r in records if r[0] != key]
+    own, records = (record["key"], record["value"]), [tuple(r) for r in record["ordered_kv_records"]]
+    others = [r for r in records if r[0] != own[0]]
     random.Random(f"retrieval {seed}").shuffle(others)
-    kept = {(key, value), *others[: fitting(source, [(key, value), *others], key, value) - 1]}
-    records = [r for r in records if r in kept]
-    return sample(source, seed, records, key, value, 1.0)
+    drawn = [own, *others]
+    asked = drawn[:questions]
+    kept = set(drawn[: fitting(source, drawn, asked)])
+    return sample(source, seed, [r for r in records if r in kept], asked, 1.0)
