@@ -12,7 +12,7 @@ from numba import types
 
 from . import arrays
 from .arrays import Weights, one_of, read_plain
-from .cpuattention import attend, put
+from .cpuattention import join, passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
 from .grid import Grid, far_limit, leaves, left_ring, width
@@ -22,7 +22,7 @@ from .team import add, each, replace, value
 LEAST_ROWS = 64  # of a task: fewer take longer each
 UNEVEN = 0.15  # of a thread's share that one of them may have to do more before pieces are divided more finely
 FINEST = 4  # parts of a thread's share, at most
-PUTS, MERGES, READS = 1, 2, 4
+PUTS, MERGES, READS, JOINS = 1, 2, 4, 8
 _rest = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -57,9 +57,10 @@ class Pieces(NamedTuple):
 @compiled
 def walk(layer, tokens, pieces, merges, threads):
     """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to."""
-    tasks, bounds = _tasks(layer, tokens, pieces, merges, threads)
+    tasks, bounds, rows = _tasks(layer, tokens, pieces, merges, threads)
     claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
-    each(_work, threads, (layer, tokens, pieces, tasks, bounds, claimed, done, failed))
+    seen, lse = np.empty((rows, tokens.q.shape[2]), tokens.q.dtype), np.empty(rows, np.float32)
+    each(_work, threads, (layer, tokens, pieces, tasks, seen, lse, bounds, claimed, done, failed))
     if failed[0]:
         raise RuntimeError("Attention or merging failed: short of memory, or PyTorch refused its operands.")
 
@@ -67,7 +68,7 @@ def walk(layer, tokens, pieces, merges, threads):
 @compiled
 def _work(number, given):
     """Do tasks until all have been begun, or one has failed: of another chain each time."""
-    layer, tokens, pieces, tasks, bounds, claimed, done, failed = given
+    layer, tokens, pieces, tasks, seen, lse, bounds, claimed, done, failed = given
     chain, left = number - 1, True  # whoever comes first begins with the longest
     while left and not value(failed, 0):
         left, task = False, -1
@@ -81,7 +82,7 @@ def _work(number, given):
             task = -1
         if task >= 0:
             try:
-                _do(tasks[task], layer, tokens, pieces)
+                _do(tasks[task], layer, tokens, pieces, seen, lse)
             except Exception:
                 add(failed, 0, 1)
             add(done, chain, 1)
@@ -90,8 +91,8 @@ def _work(number, given):
 
 
 @inlined
-def _do(task, layer, tokens, pieces):
-    n, g, first, last, _, does = task
+def _do(task, layer, tokens, pieces, seen, lse):
+    n, g, does = task[0], task[1], task[5]
     i, begin, count, position = pieces.table[n]
     own, end = slice(begin, begin + count), position + count
     slot, row = pieces.slot[i], pieces.row[i]
@@ -100,65 +101,106 @@ def _do(task, layer, tokens, pieces):
         read_plain(arrays, np.arange(arrays.start[g], arrays.start[g + 1]))
     if does & PUTS:
         put(tokens.k[own], tokens.v[own], g, position, arrays)
-    if last > first:
-        attend(layer.way, layer.grid, arrays, g, tokens.q[own], position, first, last, tokens.scale, tokens.out[own])
+    if task[3] > task[2]:
+        _attend(task, layer, arrays, tokens.q[own], position, tokens.scale, seen, lse, tokens.out[own])
     if does & MERGES:
         arrays = one_of(layer.arrays, slot, row, far_limit(end + 1, layer.grid))
         merge_head(arrays, layer.weights, g, leaves(end, layer.grid), layer.grid)
 
 
 @compiled
-def _tasks(layer, tokens, pieces, merges, threads):
-    """Tasks [N, 6], and where those of each chain begin [C + 1], the longest chain first.
+def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
+    """Do a task's passes, and join those of its rows if told to; seen and lse: rows that tasks share.
 
-    piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, and
-    what else it does: READS and PUTS before, MERGES after that.
+    Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
+    """
+    _, g, first, last, _, does, begin, end, count, place = task
+    (_, heads, size), rows = q.shape, _whole(last - first, layer.way)
+    if place < 0:
+        seen, lse, place = np.empty((count * rows, size), q.dtype), np.empty(count * rows, np.float32), 0
+    own = slice(place, place + count * rows)
+    seen, lse = seen[own].reshape(count, rows, size), lse[own].reshape(count, rows)
+    see(layer.way, layer.grid, arrays, g, q, position, first, last, begin, end, scale, seen, lse)
+    if does & JOINS:
+        join(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
+
+
+@compiled
+def _whole(rows, way):
+    """Rounded up to whole blocks."""
+    return (rows + way.block - 1) // way.block * way.block
+
+
+@compiled
+def _tasks(layer, tokens, pieces, merges, threads):
+    """Tasks [N, 10], where those of each chain begin [C + 1], the longest chain first, and rows that tasks share.
+
+    piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, what
+    else it does (READS and PUTS before, JOINS and MERGES after), its first and last pass of how many, and where the
+    rows are that it shares with others, -1 where it has its own.
     """
     heads, block, table = len(layer.arrays.exact_start) - 1, layer.way.block, pieces.table
     group = tokens.q.shape[1] // heads if len(tokens.q) else 0
     chains, puts = len(pieces.slot) * heads, PUTS if len(tokens.k) else 0
     ends = layer.arrays.exact_start + layer.arrays.coarse_start
     cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
-    begin = np.zeros(len(pieces.slot) + 1, np.int64)
+    begin, looks = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
     for n in range(len(table)):
         i, _, count, position = table[n]
-        begin[i + 1] = n + 1
+        begin[i + 1], end = n + 1, position + count
         for g in range(heads):
-            chain, gone = i * heads + g, left_ring(position + count, layer.grid)
+            chain, gone = i * heads + g, left_ring(end, layer.grid)
             entries = width(ends[g + 1] - ends[g], gone, layer.grid)
+            looks[n, g] = passes(entries, far_limit(end, layer.grid), layer.grid)
             last[chain] = group * count * (entries + layer.arrays.cells)
             cost[chain] += last[chain]
-            most[chain] = max(most[chain], group * count // LEAST_ROWS)
+            most[chain] = max(most[chain], _most(group * count, looks[n, g]))
     order = np.argsort(-cost, kind="mergesort")
     parts = _parts(cost[order], last[order], most[order], threads)
     most_tasks = len(table) * heads * (2 + parts.max()) if chains else 0
-    found, bounds, m = np.empty((most_tasks, 6), np.int64), np.zeros(chains + 1, np.int64), 0
+    found, bounds, m, shared = np.empty((most_tasks, 10), np.int64), np.zeros(chains + 1, np.int64), 0, 0
     for j in range(chains):
         i, g, before = order[j] // heads, order[j] % heads, m
         for n in range(begin[i], begin[i + 1]):
             _, _, count, position = table[n]
-            rows, then = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
+            rows, merging = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
             now = puts | READS if n == begin[i] and pieces.unread[i] else puts
-            step = block * min(parts[j], max(rows // LEAST_ROWS, 1))
+            of, cuts = looks[n, g], min(parts[j], _most(rows, looks[n, g]))
+            if cuts < 2:
+                m = _task(found, m, n, g, 0, rows, m - before, now | merging | (JOINS if rows else 0), 0, of, of, -1)
+                continue
+            m = _task(found, m, n, g, 0, 0, m - before, now, 0, 0, of, -1)
+            after = m - before
+            if rows < 2 * LEAST_ROWS:
+                end = 0
+                for cut in range(1, cuts + 1):
+                    start, end = end, 1 + cut * (of - 1) // cuts  # the first one looks at the ring, too
+                    m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
+                m = _task(found, m, n, g, 0, rows, m - before, JOINS | merging, 0, 0, of, shared)
+                shared += of * _whole(rows, layer.way)
+                continue
+            step = block * cuts
             size = (rows + step - 1) // step * block
-            if rows > size:
-                m = _task(found, m, n, g, 0, 0, m - before, now)
-                after = m - before
-                for first in range(0, rows, size):
-                    m = _task(found, m, n, g, first, min(first + size, rows), after, 0)
-                m = _task(found, m, n, g, 0, 0, m - before, then)
-            else:
-                m = _task(found, m, n, g, 0, rows, m - before, now | then)
+            for first in range(0, rows, size):
+                m = _task(found, m, n, g, first, min(first + size, rows), after, JOINS, 0, of, of, -1)
+            m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)
         bounds[j + 1] = m
-    return found[:m], bounds
+    return found[:m], bounds, shared
 
 
 @compiled
-def _task(found, m, n, g, first, last, after, does):
+def _most(rows, looks):
+    """How many tasks can share the attention of a piece: its rows, or, where those are few, its passes over entries."""
+    return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else looks - 1 if rows else 1
+
+
+@compiled
+def _task(found, m, n, g, first, last, after, does, begin_pass, end_pass, of, place):
     """Note a task as the next one, unless there is nothing to do; returns how many there are."""
     if last == first and not does:
         return m
     found[m, 0], found[m, 1], found[m, 2], found[m, 3], found[m, 4], found[m, 5] = n, g, first, last, after, does
+    found[m, 6], found[m, 7], found[m, 8], found[m, 9] = begin_pass, end_pass, of, place
     return m + 1
 
 

@@ -1,4 +1,4 @@
-"""Attention of the new tokens of a piece on the CPU, for one kv head, compiled: over ring and memory, joined."""
+"""Attention of the new tokens of a piece on the CPU, for one kv head, compiled: over ring and memory, in passes."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from .arrays import MASKED, rank_position
 from .cpupartial import partial_attention
-from .grid import left_ring, width
+from .grid import left_ring, parts, width
 from .rows import compiled, load, save, turn
 from .slot import EMPTY
 
@@ -23,34 +23,41 @@ def put(k, v, g, position, arrays):
 
 
 @compiled
-def attend(way, grid, arrays, g, q, position, first, last, scale, out):
-    """Write what tokens from a position on see, those of a piece.
+def passes(entries, limit, grid):
+    """How many times queries look: at the ring, and at each part of the entries, once more for those that are far."""
+    return 1 + parts(entries, grid) * (2 if limit else 1)
 
-    q, out [T, H, D]; first and last: of the rows of the head's group.
+
+@compiled
+def see(way, grid, arrays, g, q, position, first, last, begin, end, scale, seen, lse):
+    """Write what tokens from a position on, those of a piece, see in the passes from begin to end.
+
+    q [T, H, D]; first and last: of the rows of the head's group, N with those that fill up a block; seen [P, N, D];
+    lse [P, N] fp32.
     """
-    (tokens, heads, size), end = q.shape, position + len(q)
-    head, rows = g * (heads // len(arrays.ring_k)), (last - first + way.block - 1) // way.block * way.block
-    start, gone = arrays.start[g], left_ring(end, grid)
+    (tokens, heads, _), gone = q.shape, left_ring(position + len(q), grid)
+    query = np.zeros(seen.shape[1:], q.dtype)
+    _side_by_side(q, g * (heads // len(arrays.ring_k)), first, last, query)
+    if begin == 0:
+        step = max(AT_ONCE // arrays.ring_k.shape[1] // way.block, 1) * way.block
+        for here in range(0, len(query), step):
+            there = min(here + step, len(query))
+            cells = arrays.ring_k[g], arrays.ring_v[g], _mask(grid, position, tokens, first + here, there - here)
+            partial_attention(way, query[here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
     capacity = arrays.exact_start[g + 1] - arrays.exact_start[g] + arrays.coarse_start[g + 1] - arrays.coarse_start[g]
-    held = slice(start, start + width(capacity, gone, grid))
-    passes = 1 + (held.stop > held.start) + (held.stop > held.start and arrays.limit > 0)
-    query = np.zeros((rows, size), q.dtype)
-    seen, lse = np.empty((passes, rows, size), q.dtype), np.empty((passes, rows), np.float32)
-    _side_by_side(q, head, first, last, query)
-    step = max(AT_ONCE // arrays.ring_k.shape[1] // way.block, 1) * way.block
-    for here in range(0, rows, step):
-        there = min(here + step, rows)
-        cells = arrays.ring_k[g], arrays.ring_v[g], _mask(grid, position, tokens, first + here, there - here)
-        partial_attention(way, query[here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
-    for p in range(1, passes):
+    entries = width(capacity, gone, grid)
+    near, turned = parts(entries, grid), False
+    for p in range(max(begin, 1), end):
+        part, far = (p - 1) % near, p > near
+        held = slice(part * grid.part, entries if part == near - 1 else (part + 1) * grid.part)
+        held = slice(arrays.start[g] + held.start, arrays.start[g] + held.stop)
         bias = arrays.bias[held]
         if arrays.limit:
-            bias = _hide(bias, arrays.rank[held], arrays.limit, p == 1)
-        if p == 2:
+            bias = _hide(bias, arrays.rank[held], arrays.limit, not far)
+        if far and not turned:
             _see_from_afar(way.kind, arrays, grid, position, tokens, first, query)
-        entries = arrays.k[held], arrays.v[held], bias.reshape(1, -1)
-        partial_attention(way, query, *entries, scale, seen[p], lse[p])
-    join(way.kind, seen, lse, head, first, last, out)
+            turned = True
+        partial_attention(way, query, arrays.k[held], arrays.v[held], bias.reshape(1, -1), scale, seen[p], lse[p])
 
 
 @compiled

@@ -7,6 +7,7 @@ from .rows import compiled
 from .slot import LayerSlots, Rope
 
 KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
+PART = 1 << 13  # entries that queries see at a time, about: threads may share out those of a single token
 
 
 class Grid(NamedTuple):
@@ -18,11 +19,12 @@ class Grid(NamedTuple):
     sinks: int
     trained: int  # 0 where no entry is ever far
     candidates: int  # see slot.CANDIDATES
+    part: int  # see PART
 
     @classmethod
     def of(cls, slots: LayerSlots, rope: Rope | None) -> "Grid":
         trained = 0 if rope is None or slots.sliding else rope.trained
-        return cls(slots.window, slots.segment, slots.sliding, slots.sinks, trained, slot.CANDIDATES)
+        return cls(slots.window, slots.segment, slots.sliding, slots.sinks, trained, slot.CANDIDATES, PART)
 
 
 left_ring = compiled(reference.left_ring)  # of a Grid
@@ -49,6 +51,12 @@ def blocks(count):
 def width(capacity, gone, grid):
     """Entries of a head that are read once its memory has seen `gone` tokens."""
     return blocks(min(capacity, gone)) if gone and not grid.sliding else 0
+
+
+@compiled
+def parts(entries, grid):
+    """How many parts so many entries are seen in, each of which has grid.part of them but the last."""
+    return max((entries + grid.part // 2) // grid.part, 1) if entries else 0
 
 
 @compiled

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.layers import make_layer, make_policy, make_rope, make_tokens
-from vllm_deltamem.kernels import chains, cpu, readout
+from vllm_deltamem.kernels import chains, cpu, grid, readout
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.rows import as_bits
 
@@ -36,7 +36,7 @@ def tasks_of(slots, readouts, pieces, threads, group=3, merges=True):
     tokens = chains.Tokens(*(as_bits(x.bfloat16()) for x in (kv, kv, q, q)), 1.0)
     sequences = np.array(pieces.slot), np.zeros(len(pieces.slot), np.int64), np.ones(len(pieces.slot), np.bool_)
     given = chains.Pieces(*sequences, pieces.table)
-    return chains._tasks(readouts.layer(None, make_policy(3, 64)), tokens, given, merges, threads)
+    return chains._tasks(readouts.layer(None, make_policy(3, 64)), tokens, given, merges, threads)[:2]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
@@ -54,10 +54,10 @@ def test_every_row_is_somebodys_task_and_a_task_waits_for_those_before_its_own(s
         (sequence,) = set(pieces.table[own[:, 0], 0])
         assert (sequence, head) not in seen
         seen.add((sequence, head))
-        for m, (n, _, first, last, after, does) in enumerate(own):
+        for m, (n, _, first, last, after, does, *passes, _) in enumerate(own):
             assert after <= m and (own[:after, 0] <= n).all(), "only what comes before it"
-            if last > first:
-                assert rows.setdefault(n, 0) == first
+            if does & chains.JOINS:
+                assert rows.setdefault(n, 0) == first and passes[:2] == [0, passes[2]]
                 rows[n] = last
             put = does & chains.PUTS or own[:after][own[:after, 0] == n][:1, 5] & chains.PUTS
             assert put, "keys are there before queries attend"
@@ -70,6 +70,51 @@ def test_every_row_is_somebodys_task_and_a_task_waits_for_those_before_its_own(s
         assert own[0, 5] & chains.READS and not (own[1:, 5] & chains.READS).any()
         assert rows == {n: 3 * pieces.table[n, 2] for n in np.flatnonzero(pieces.table[:, 0] == sequence)}
     assert len(seen) == 3 * len(sequences)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_token_is_shared_out_by_parts_of_the_memory(threads, monkeypatch):
+    monkeypatch.setattr(grid, "PART", 64)
+    _, slots, readouts = make((40, 2000, 500))
+    pieces = pieces_of(slots, (1, 4000, 4001), (2, 100, 101))
+    tasks, _ = tasks_of(slots, readouts, pieces, threads)
+    large = tasks[(tasks[:, 0] == 0) & (tasks[:, 1] == 1)]
+    if threads == 1:
+        assert len(large) == 1 and large[0, 5] & chains.JOINS
+        return
+    puts, *looks, joins = large.tolist()
+    assert puts[5] & chains.PUTS and joins[5] & chains.JOINS and joins[4] == len(looks) + 1 > 2
+    assert [look[6] for look in looks] == [0, *(look[7] for look in looks[:-1])] and looks[-1][7] == looks[-1][8] == 33
+    assert all((first, last, after) == (0, 3, 1) for _, _, first, last, after, *_ in looks)
+    shared = tasks[tasks[:, 9] >= 0]
+    assert all(len({*shared[shared[:, 9] == place, 1]}) == 1 for place in shared[:, 9]), "by one head's tasks"
+
+
+@pytest.mark.parametrize("trained", [0, 150], ids=["near", "far"])
+def test_parts_of_the_memory_are_what_all_of_it_is_whoever_looks(trained, monkeypatch):
+    rope, policy, most = make_rope("neox", 64, trained), make_policy(3, 64), torch.get_num_threads()
+    k, v, q = make_tokens(409, 3, 64, 3, torch.bfloat16)
+    found = []
+    for part, threads, cuts in (
+        (1 << 11, 1, [(0, 409)]),
+        (64, 1, [(0, 409)]),
+        (64, 5, [(0, 400), (400, 403), (403, 409)]),
+    ):
+        monkeypatch.setattr(grid, "PART", part)
+        slab, slots, readouts = make()
+        slab[:] = 0
+        out = torch.zeros_like(q)
+        torch._C.set_num_threads(threads)
+        try:
+            for begin, end in cuts:
+                given = {name: x[begin:end] for name, x in dict(k=k, v=v, q=q, out=out).items()}
+                cpu.walk(slots, pieces_of(slots, (2, begin, end)), rope, policy, readouts, scale=0.1, **given)
+        finally:
+            torch._C.set_num_threads(most)
+        found.append((out, slab))
+    whole, alone, shared = found
+    assert torch.equal(alone[0], shared[0]) and torch.equal(alone[1], shared[1]) and torch.equal(whole[1], alone[1])
+    assert not torch.equal(whole[0], alone[0]) and torch.allclose(whole[0].float(), alone[0].float(), atol=0.02)
 
 
 def test_few_heads_are_divided_among_many_threads():
