@@ -119,7 +119,11 @@ def test_several_recorded_values_are_asked_for_on_one_context(novels):
     asked = [key.split('"')[0] for key in keys]
     assert len({*asked}) == 3 and all(f'"{key}": "' in contexts[0] for key in asked) and one.shared == 0
     texts = [{"text": key.replace("key", "value") + '"}'} for key in asked[:2]] + [{"text": "value 999"}]
-    assert many.score(texts, []) == {"": pytest.approx(2 / 3)} and many.prompt([{}] * 3) is None
+    parts = many.score(texts, [])
+    assert parts.pop("") == pytest.approx(2 / 3) and many.prompt([{}] * 3) is None
+    keys = re.findall(r'"(key \d+)"', contexts[0])
+    late = [keys.index(key) * 2 // len(keys) for key in asked]
+    assert parts == {f"half {half + 1}": sum(x == half for x in late[:2]) / late.count(half) for half in {*late}}
 
 
 def test_a_pinned_number_comes_before_all_its_imitations(novels):

@@ -17,15 +17,25 @@ def block(records: list[tuple[str, str]]) -> str:
 
 
 def sample(source: Source, seed: int, records: list[tuple[str, str]], asked: list[tuple[str, str]], depth: float):
-    """The records as one JSON object, a novel filling what they leave of the context; scores the share of `asked`."""
+    """The records as one JSON object, a novel filling what they leave of the context; scores the share of `asked`.
+
+    Of several also in parts, by the half of the records that they are in.
+    """
     tails = [source.encode(QUESTION.format(key=key)) for key, _ in asked]
     room = max(len(source.encode(value)) for _, value in asked) + 8
     hidden = [(depth, "\n\n" + block(records) + "\n\n")]
     context = source.hide(seed, HEAD, hidden, "", max(map(len, tails)) + room)
 
+    place = {key: i for i, (key, _) in enumerate(records)}
+
     def score(outputs, full):
         given = [output["text"].split('"')[0].strip() for output in outputs]
-        return {"": sum(a == value for a, (_, value) in zip(given, asked, strict=True)) / len(asked)}
+        right = {key: float(a == value) for a, (key, value) in zip(given, asked, strict=True)}
+        parts = {"": sum(right.values()) / len(right)}
+        for half in (0, 1) if len(asked) > 1 else ():
+            own = [r for key, r in right.items() if place[key] * 2 // len(records) == half]
+            parts |= {f"half {half + 1}": sum(own) / len(own)} if own else {}
+        return parts
 
     shared = len(context) if len(asked) > 1 else 0
     return Sample(seed, ask(*(context + tail for tail in tails)), score, room, stop=('"',), shared=shared)
