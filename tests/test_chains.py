@@ -96,7 +96,7 @@ def test_parts_of_the_memory_are_what_all_of_it_is_whoever_looks(trained, monkey
     k, v, q = make_tokens(409, 3, 64, 3, torch.bfloat16)
     found = []
     for part, threads, cuts in (
-        (1 << 11, 1, [(0, 409)]),
+        (grid.PART, 1, [(0, 409)]),
         (64, 1, [(0, 409)]),
         (64, 5, [(0, 400), (400, 403), (403, 409)]),
     ):
