@@ -17,10 +17,12 @@ from vllm_deltamem.calibration import (
     budgets,
     cases,
     codes,
+    depth,
     dialogues,
     gates,
     importance,
     influence,
+    observations,
     pairs,
     prompts,
     simulate,
@@ -50,6 +52,10 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def model(folder):
     return FrozenModel(folder)
+
+
+def nothing_seen(none):
+    return influence.Observation(*[none] * len(influence.Observation._fields))
 
 
 def biased(bias, near):
@@ -184,14 +190,52 @@ def test_importance_head_learns_what_a_key_tells():
     key, value = unit(torch.randn(1, 2, 3000, 16), dim=-1), unit(torch.randn(1, 2, 3000, 16), dim=-1)
     wanted = torch.exp(4 * key[..., 3] + 3 * value[..., 5].abs())
     none = torch.zeros(1, 2, 0)
-    seen = influence.Observation(
-        key.half(), value.half(), torch.zeros(1, 2, 3000), wanted, none, none, none, none, none, none
-    )
+    seen = nothing_seen(none)._replace(key=key.half(), value=value.half(), influence=wanted, exposure=torch.ones(3000))
     weights = importance.fit([seen], seed=0, units=16, steps=300)
     score = importance.scores(seen, weights)
     assert torch.corrcoef(torch.stack([score[0, 0], wanted[0, 0].log()]))[0, 1] > 0.9
     again = importance.fit([seen], seed=0, units=16, steps=300)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+
+
+def test_importance_is_what_a_token_is_worth_to_each_question_however_few_come_after_it():
+    torch.manual_seed(2)
+    unit = torch.nn.functional.normalize
+    key, late = torch.randn(1, 1, 3000, 16), torch.arange(3000) / 3000
+    key[..., 7] = 6 * late  # as keys tell how much was read before them
+    key, exposure = unit(key, dim=-1), (1 - late).clamp(min=0.1)
+    worth = torch.exp(4 * key[..., 3])
+    none = torch.zeros(1, 1, 0)
+    seen = nothing_seen(none)._replace(key=key.half(), value=key.half(), influence=worth * exposure, exposure=exposure)
+    slopes = []
+    for exposed in (exposure, torch.ones(3000)):
+        score = importance.scores(seen, importance.fit([seen._replace(exposure=exposed)], seed=0, units=16, steps=300))
+        slopes.append((score[0, 0, :300].mean() - score[0, 0, -300:].mean()).item())
+    assert abs(slopes[0]) < 0.3 < 1 < slopes[1]
+
+
+def test_a_token_is_exposed_to_the_answers_that_find_it_out_of_their_window(model):
+    ids = torch.randint(1, 96, (200,), generator=torch.Generator().manual_seed(7))
+    seen = influence.observe(model, prompts.Prompt(ids, ((120, 124), (196, 200)), recall=False), seed=0)
+    last = 119 - influence.NEAR  # the first answer's first token is predicted at 119
+    assert seen.exposure[: last + 1].tolist() == [1.0] * (last + 1)
+    assert seen.exposure[last + 1 : last + 6].tolist() == [0.875, 0.75, 0.625, 0.5, 0.5]
+    assert len(seen.exposure) == seen.key.shape[2] == 200 - influence.NEAR
+    assert not seen.influence[:, :, seen.exposure == 0].any()
+
+
+def test_what_is_read_after_others_is_the_same_tokens_with_other_keys_and_values(model):
+    drawn = [torch.randint(1, 96, (n,), generator=torch.Generator().manual_seed(n)) for n in (150, 110)]
+    both = [prompts.Prompt(ids, ((len(ids) - 20, len(ids)),), recall=False) for ids in drawn]
+    first, second = depth.read(model, both)
+    alone = [influence.observe(model, prompt, seed=0) for prompt in both]
+    kept = depth.deepened(alone[0], first)
+    torch.testing.assert_close(kept.key, alone[0].key, atol=2e-3, rtol=0)
+    torch.testing.assert_close(kept.value, alone[0].value, atol=2e-3, rtol=0)
+    deep = depth.deepened(alone[1], second)
+    assert deep.key.shape == alone[1].key.shape and deep.influence is alone[1].influence
+    torch.testing.assert_close(deep.key[0], alone[1].key[0], atol=2e-3, rtol=0)  # of the first layer: no context
+    assert (deep.key[1] - alone[1].key[1]).abs().max() > 0.02
 
 
 def test_budgets_go_where_the_loss_falls():
@@ -234,7 +278,7 @@ def test_keys_are_coded_as_coarsely_as_their_layer_stands():
     none = torch.zeros(2, 1, 0)
     fine, coarse = [0.01, 0.005, 0.001], [9.0, 0.02, 0.01]
     errors = torch.tensor([[fine, fine], [coarse, fine], [[9.0, 9.0, 0.9], [70.0, 9.0, 4.0]]])
-    seen = influence.Observation(none, none, none, none, none, none, none, errors, none, none)
+    seen = nothing_seen(none)._replace(logit_error=errors)
     shape = Shape(4, 2, 64, torch.bfloat16, budgets.CONTEXT, windows=(None, 48, None, None))
     lost = ((1 - budgets.GRID) ** 4).expand(3, 2, -1) / 6
     fidelity, with_codes = codes.choose([seen, seen], lost, shape, 0.3)
@@ -296,10 +340,20 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):
-    first = calibrate.observations(model, [TEXT], tmp_path, seed=0, prompts=1, length=400)
-    monkeypatch.setattr(calibrate, "observe", None)
-    second = calibrate.observations(model, [TEXT], tmp_path, seed=0, prompts=1, length=400)
+    drawn = [prompts.text_prompt(model.tokenizer, TEXT, 400, random.Random(i)) for i in range(3)]
+    first = observations.observed(model, drawn, tmp_path, "a")
+    rows = observations.deepened(model, first, drawn, tmp_path, "a")
+    monkeypatch.setattr(observations, "observe", None)
+    monkeypatch.setattr(depth, "read", None)
+    second = observations.observed(model, drawn, tmp_path, "a")
     assert torch.equal(first[0].influence, second[0].influence)
+    again = observations.deepened(model, second, drawn, tmp_path, "a")
+    assert len(rows) == 3 and all(torch.equal(a.key, b.key) for a, b in zip(rows, again, strict=True))
+
+
+def test_rows_of_prompts_are_no_longer_than_the_model_was_trained_for(model, tmp_path):
+    drawn = [prompts.text_prompt(model.tokenizer, TEXT, 600, random.Random(i)) for i in range(2)]
+    assert observations.deepened(model, [], drawn, tmp_path, "a") == [], "it was for 1,024 tokens"
 
 
 def test_trial_merge_of_equal_tokens_gives_everything_back():
@@ -322,7 +376,7 @@ def test_fitted_gate_opens_where_merging_gives_back():
     cosine = torch.linspace(-1, 1, 64).expand(1, 1, 64)
     helps = torch.where(cosine > 0.3, 1.0, -0.5)
     none = torch.zeros(1, 1, 0)
-    seen = influence.Observation(none, none, none, none, cosine, helps, torch.ones(1, 1, 64), none, none, none)
+    seen = nothing_seen(none)._replace(cosine=cosine, given_back=helps, size=torch.ones(1, 1, 64))
     gate = gates.fit([seen])
     opened = reference.gate(torch.tensor([[0.9, -0.5]]), torch.ones(1, 2), gate[0])
     assert opened[0, 0] > 0.9 and opened[0, 1] < 0.1
@@ -331,7 +385,7 @@ def test_fitted_gate_opens_where_merging_gives_back():
 def test_heads_that_recall_carry_most_of_what_answers_depend_on():
     none = torch.zeros(2, 2, 0)
     shares = torch.tensor([[0.1, 0.55], [0.05, 0.3]])  # of the squared influence
-    seen = influence.Observation(none, none, none, shares.sqrt()[..., None], none, none, none, none, none, none)
+    seen = nothing_seen(none)._replace(influence=shares.sqrt()[..., None])
     assert gates.recalling([seen, seen]).tolist() == [[False, True], [False, True]]
     assert not gates.recalling([seen._replace(influence=torch.zeros(2, 2, 1))]).any()
 

@@ -14,14 +14,12 @@ from math import exp
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from vllm_deltamem.calibration import budgets, codes, gates, importance, pairs, windowshare
+from vllm_deltamem.calibration import budgets, codes, gates, importance, observations, pairs, windowshare
 from vllm_deltamem.calibration.cases import case_prompt
 from vllm_deltamem.calibration.dialogues import dialogue_prompt
 from vllm_deltamem.calibration.frozen import FrozenModel
-from vllm_deltamem.calibration.influence import Observation, observe
+from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.calibration.prompts import Prompt, default_text, recall_prompt, text_prompt
 from vllm_deltamem.calibration.simulate import SHARES, Score, memory_attention, score
 from vllm_deltamem.calibration.tables import table_prompt
@@ -81,12 +79,14 @@ def calibrate(
     model = FrozenModel(model_folder, device, fast=True)
     shape = model.shape(budgets.CONTEXT)
     partial = out.with_name(out.name + ".partial")
-    seen = observations(model, texts, partial, seed, prompts, length)
-    weights = importance.fit(seen, seed, device=device)
+    training = [_draw(model, KINDS[i % len(KINDS)], texts, length, f"{seed}-{i}") for i in range(prompts)]
+    seen = observations.observed(model, training, partial, f"{seed}-{length}")
+    deep = observations.deepened(model, seen, training, partial, f"{seed}-{length}")
+    weights = importance.fit(seen + deep, seed, device=device)
     folds = [i // len(KINDS) % 2 for i in range(prompts)]  # each holds its share of every kind
+    others = [[i for i in range(prompts) if folds[i] != fold] for fold in range(2)]
     crossed = [
-        importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
-        for fold in range(2)
+        importance.fit([part[i] for part in (seen, deep) if part for i in fold], seed, device=device) for fold in others
     ]
     lost = budgets.losses(seen, [crossed[fold] for fold in folds])
     fidelity, shares = [], []
@@ -113,23 +113,6 @@ def calibrate(
     save(profile, out)
     shutil.rmtree(partial)
     return profile
-
-
-def observations(
-    model: FrozenModel, texts: list[str], folder: Path, seed: int, prompts: int, length: int
-) -> list[Observation]:
-    """Observe training prompts of every kind. What lies in `folder` is not done again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done = []
-    for i in tqdm(range(prompts), "prompts observed"):
-        path = folder / f"{seed}-{length}-{i:03}.safetensors"
-        if not path.exists():
-            prompt = _draw(model, KINDS[i % len(KINDS)], texts, length, f"{seed}-{i}")
-            unfinished = path.with_suffix(".unfinished")
-            save_file(observe(model, prompt, seed=i)._asdict(), unfinished)
-            unfinished.rename(path)
-        done.append(Observation(**load_file(path)))
-    return done
 
 
 def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:

@@ -16,16 +16,19 @@ SPREAD = 8.0  # standard deviations that are one unit of a standardised feature
 def fit(
     observations: list[Observation], seed: int, units: int = 32, steps: int | None = None, device: str = "cpu"
 ) -> Weights:
-    """Fit w1 [L, G, 2D, U], b1 and w2 [L, G, U], b2 [L, G]: exp(score) is the expected influence.
+    """Fit w1 [L, G, 2D, U], b1 and w2 [L, G, U], b2 [L, G]: exp(score) is the influence expected at an exposure of 1.
 
     The loss is Poisson's, whose minimum is the conditional mean however heavy the tail: keeping the tokens of
-    highest expected influence loses the least. Heads start as KeyDiff with a fixed mean key. Features are
-    standardised while fitting, as key biases hide what differs, and the weights turned back at the end.
+    highest expected influence loses the least. Tokens late in a prompt have fewer questions after them, and heads can
+    tell how late it is: without the exposure they learn that what comes late is worth less. Heads start as KeyDiff with
+    a fixed mean key. Features are standardised while fitting, as key biases hide what differs, and the weights turned
+    back at the end.
     """
     layers, heads = observations[0].key.shape[:2]
     features = torch.cat([torch.cat([o.key, o.value], -1) for o in observations], 2).flatten(0, 1).to(device)
     target = torch.cat([o.influence.abs() for o in observations], 2).flatten(0, 1).to(device)
-    target = target / target.mean(1, keepdim=True).clamp_min(1e-12)
+    exposure = torch.cat([o.exposure for o in observations]).to(device)
+    target = target * (exposure.mean() / target.mean(1, keepdim=True).clamp_min(1e-12))
     centre = features.float().mean(1)  # [H, 2D]
     spread = SPREAD * torch.stack([x.float().std(0) for x in features]).clamp_min(1e-3)
     steps = steps or EPOCHS * features.shape[1] // BATCH
@@ -37,7 +40,7 @@ def fit(
         batch = torch.randint(0, features.shape[1], (BATCH,)).to(device)
         standard = (features[:, batch].float() - centre[:, None]) / spread[:, None]
         score = _score(standard, weights).clamp(max=8)
-        loss = (score.exp() - target[:, batch] * score).mean(1).sum()
+        loss = (exposure[batch] * score.exp() - target[:, batch] * score).mean(1).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 10.0)

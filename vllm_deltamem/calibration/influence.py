@@ -27,6 +27,7 @@ class Observation(NamedTuple):
     value: torch.Tensor  # [L, G, T, D] fp16, unit norm
     keydiff: torch.Tensor  # [L, G, T] fp32, the training-free score
     influence: torch.Tensor  # [L, G, T] fp32, squares sum to 1 over everything; 0 if no answer was right
+    exposure: torch.Tensor  # [T] fp32, share of the wanted tokens that are predicted once the token left the window
     cosine: torch.Tensor  # [L, G, LOSERS] fp32, this and the next two: see Trials
     given_back: torch.Tensor
     size: torch.Tensor
@@ -35,11 +36,16 @@ class Observation(NamedTuple):
     query_square: torch.Tensor  # likewise, of the group's queries times the scale of logits
 
 
+def directions(vectors: torch.Tensor) -> torch.Tensor:
+    """What importance heads see of keys and values [..., D]: unit norm, fp16, on the CPU."""
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).half().cpu()
+
+
 class _Recording:
     """The attention of one forward and backward pass, and what it saw."""
 
-    def __init__(self, model: FrozenModel, tokens: int, seed: int):
-        self.rope, self.tokens = model.rope(tokens), tokens
+    def __init__(self, model: FrozenModel, tokens: int, wanted: torch.Tensor, seed: int):
+        self.rope, self.tokens, self.wanted = model.rope(tokens), tokens, wanted
         self.generator = torch.Generator().manual_seed(seed)
         self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
         self.key_square, self.query_square = {}, {}
@@ -51,10 +57,7 @@ class _Recording:
         plain = rotate(rotated, position, self.rope, inverse=True)
         mean = plain.cumsum(-2) / (position[:, None] + 1)
         keydiff = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1)
-        self.key[layer], self.value[layer] = (
-            unit(plain, dim=-1).half().cpu(),
-            unit(value, dim=-1).half().cpu(),
-        )
+        self.key[layer], self.value[layer] = directions(plain), directions(value)
         self.keydiff[layer] = keydiff.cpu()
         query = q.detach().float()
         self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
@@ -70,11 +73,13 @@ class _Recording:
         tokens = slice(0, self.tokens - NEAR)
         influence = stacked(self.influence)[:, :, tokens].contiguous()
         influence[:, :, :SINKS] = 0  # kept whatever they score
+        asking = self.wanted - 1 >= torch.arange(self.tokens - NEAR)[:, None] + NEAR
         return Observation(
             key=stacked(self.key)[:, :, tokens].contiguous(),
             value=stacked(self.value)[:, :, tokens].contiguous(),
             keydiff=stacked(self.keydiff)[:, :, tokens].contiguous(),
             influence=influence / influence.square().sum().sqrt().clamp_min(1e-20),
+            exposure=asking.float().mean(1),
             cosine=stacked({i: t.cosine for i, t in self.trials.items()}),
             given_back=stacked({i: t.given_back for i, t in self.trials.items()}),
             size=stacked({i: t.size for i, t in self.trials.items()}),
@@ -136,7 +141,7 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
     signs, so that they add up like noise.
     """
     wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
-    recording = _Recording(model, len(prompt.ids), seed)
+    recording = _Recording(model, len(prompt.ids), wanted, seed)
     logits = model.logits(prompt.ids, recording, wanted, grad=True)
     label = prompt.ids[wanted].to(logits.device)[:, None]
     right = logits.gather(1, label)
