@@ -29,7 +29,7 @@ def fit(
     target = torch.cat([o.influence.abs() for o in observations], 2).flatten(0, 1).to(device)
     exposure = torch.cat([o.exposure for o in observations]).to(device)
     target = target * (exposure.mean() / target.mean(1, keepdim=True).clamp_min(1e-12))
-    centre = features.float().mean(1)  # [H, 2D]
+    centre = torch.stack([x.float().mean(0) for x in features])  # [H, 2D]
     spread = SPREAD * torch.stack([x.float().std(0) for x in features]).clamp_min(1e-3)
     steps = steps or EPOCHS * features.shape[1] // BATCH
     torch.manual_seed(seed)
