@@ -19,7 +19,7 @@ def observed(model: FrozenModel, prompts: list[Prompt], folder: Path, name: str)
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for i, prompt in enumerate(tqdm(prompts, "prompts observed")):
-        path = folder / f"{name}-{i:03}.safetensors"
+        path = folder / f"{name}-{i:03}-alone.safetensors"
         if not path.exists():
             _keep(observe(model, prompt, seed=i)._asdict(), path)
         done.append(Observation(**load_file(path)))
