@@ -17,7 +17,6 @@ from vllm_deltamem.calibration import (
     budgets,
     cases,
     codes,
-    depth,
     dialogues,
     gates,
     importance,
@@ -224,20 +223,6 @@ def test_a_token_is_exposed_to_the_answers_that_find_it_out_of_their_window(mode
     assert not seen.influence[:, :, seen.exposure == 0].any()
 
 
-def test_what_is_read_after_others_is_the_same_tokens_with_other_keys_and_values(model):
-    drawn = [torch.randint(1, 96, (n,), generator=torch.Generator().manual_seed(n)) for n in (150, 110)]
-    both = [prompts.Prompt(ids, ((len(ids) - 20, len(ids)),), recall=False) for ids in drawn]
-    first, second = depth.read(model, both)
-    alone = [influence.observe(model, prompt, seed=0) for prompt in both]
-    kept = depth.deepened(alone[0], first)
-    torch.testing.assert_close(kept.key, alone[0].key, atol=2e-3, rtol=0)
-    torch.testing.assert_close(kept.value, alone[0].value, atol=2e-3, rtol=0)
-    deep = depth.deepened(alone[1], second)
-    assert deep.key.shape == alone[1].key.shape and deep.influence is alone[1].influence
-    torch.testing.assert_close(deep.key[0], alone[1].key[0], atol=2e-3, rtol=0)  # of the first layer: no context
-    assert (deep.key[1] - alone[1].key[1]).abs().max() > 0.02
-
-
 def test_budgets_go_where_the_loss_falls():
     needy, idle = 1 - budgets.GRID, 0.01 * (1 - budgets.GRID)
     loss = torch.stack([torch.stack([needy, idle]), torch.stack([idle, idle])])
@@ -340,20 +325,11 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):
-    drawn = [prompts.text_prompt(model.tokenizer, TEXT, 400, random.Random(i)) for i in range(3)]
+    drawn = [prompts.text_prompt(model.tokenizer, TEXT, 400, random.Random(0))]
     first = observations.observed(model, drawn, tmp_path, "a")
-    rows = observations.deepened(model, first, drawn, tmp_path, "a")
     monkeypatch.setattr(observations, "observe", None)
-    monkeypatch.setattr(depth, "read", None)
     second = observations.observed(model, drawn, tmp_path, "a")
     assert torch.equal(first[0].influence, second[0].influence)
-    again = observations.deepened(model, second, drawn, tmp_path, "a")
-    assert len(rows) == 3 and all(torch.equal(a.key, b.key) for a, b in zip(rows, again, strict=True))
-
-
-def test_rows_of_prompts_are_no_longer_than_the_model_was_trained_for(model, tmp_path):
-    drawn = [prompts.text_prompt(model.tokenizer, TEXT, 600, random.Random(i)) for i in range(2)]
-    assert observations.deepened(model, [], drawn, tmp_path, "a") == [], "it was for 1,024 tokens"
 
 
 def test_trial_merge_of_equal_tokens_gives_everything_back():

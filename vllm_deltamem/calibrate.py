@@ -81,12 +81,11 @@ def calibrate(
     partial = out.with_name(out.name + ".partial")
     training = [_draw(model, KINDS[i % len(KINDS)], texts, length, f"{seed}-{i}") for i in range(prompts)]
     seen = observations.observed(model, training, partial, f"{seed}-{length}")
-    deep = observations.deepened(model, seen, training, partial, f"{seed}-{length}")
-    weights = importance.fit(seen + deep, seed, device=device)
+    weights = importance.fit(seen, seed, device=device)
     folds = [i // len(KINDS) % 2 for i in range(prompts)]  # each holds its share of every kind
-    others = [[i for i in range(prompts) if folds[i] != fold] for fold in range(2)]
     crossed = [
-        importance.fit([part[i] for part in (seen, deep) if part for i in fold], seed, device=device) for fold in others
+        importance.fit([o for o, f in zip(seen, folds, strict=True) if f != fold], seed, device=device)
+        for fold in range(2)
     ]
     lost = budgets.losses(seen, [crossed[fold] for fold in folds])
     fidelity, shares = [], []

@@ -36,11 +36,6 @@ class Observation(NamedTuple):
     query_square: torch.Tensor  # likewise, of the group's queries times the scale of logits
 
 
-def directions(vectors: torch.Tensor) -> torch.Tensor:
-    """What importance heads see of keys and values [..., D]: unit norm, fp16, on the CPU."""
-    return torch.nn.functional.normalize(vectors.float(), dim=-1).half().cpu()
-
-
 class _Recording:
     """The attention of one forward and backward pass, and what it saw."""
 
@@ -57,7 +52,10 @@ class _Recording:
         plain = rotate(rotated, position, self.rope, inverse=True)
         mean = plain.cumsum(-2) / (position[:, None] + 1)
         keydiff = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1)
-        self.key[layer], self.value[layer] = directions(plain), directions(value)
+        self.key[layer], self.value[layer] = (
+            unit(plain, dim=-1).half().cpu(),
+            unit(value, dim=-1).half().cpu(),
+        )
         self.keydiff[layer] = keydiff.cpu()
         query = q.detach().float()
         self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
