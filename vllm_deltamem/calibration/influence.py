@@ -39,8 +39,8 @@ class Observation(NamedTuple):
 class _Recording:
     """The attention of one forward and backward pass, and what it saw."""
 
-    def __init__(self, model: FrozenModel, tokens: int, wanted: torch.Tensor, seed: int):
-        self.rope, self.tokens, self.wanted = model.rope(tokens), tokens, wanted
+    def __init__(self, model: FrozenModel, tokens: int, seed: int):
+        self.rope, self.tokens = model.rope(tokens), tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
         self.key_square, self.query_square = {}, {}
@@ -64,14 +64,14 @@ class _Recording:
         self.query_square[layer] = squares((query * scale).unflatten(0, (len(k), -1)).flatten(1, 2)).cpu()
         return _Attention.apply(q, k, v, scale, self.influence, layer)
 
-    def observation(self) -> Observation:
+    def observation(self, wanted: torch.Tensor) -> Observation:
         def stacked(by_layer):
             return torch.stack([by_layer[i] for i in sorted(by_layer)])
 
         tokens = slice(0, self.tokens - NEAR)
         influence = stacked(self.influence)[:, :, tokens].contiguous()
         influence[:, :, :SINKS] = 0  # kept whatever they score
-        asking = self.wanted - 1 >= torch.arange(self.tokens - NEAR)[:, None] + NEAR
+        asking = wanted - 1 >= torch.arange(self.tokens - NEAR)[:, None] + NEAR
         return Observation(
             key=stacked(self.key)[:, :, tokens].contiguous(),
             value=stacked(self.value)[:, :, tokens].contiguous(),
@@ -139,7 +139,7 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
     signs, so that they add up like noise.
     """
     wanted = torch.cat([torch.arange(*span) for span in prompt.spans])
-    recording = _Recording(model, len(prompt.ids), wanted, seed)
+    recording = _Recording(model, len(prompt.ids), seed)
     logits = model.logits(prompt.ids, recording, wanted, grad=True)
     label = prompt.ids[wanted].to(logits.device)[:, None]
     right = logits.gather(1, label)
@@ -150,4 +150,4 @@ def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:
         signs = torch.randint(0, 2, right.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         goal = ((right - logits.logsumexp(1, keepdim=True)) * signs.to(right.device)).sum()
     goal.backward()
-    return recording.observation()
+    return recording.observation(wanted)
