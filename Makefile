@@ -9,7 +9,7 @@ demo: $(READY)
 	.venv/bin/python -m benchmarks.demo
 
 test: $(READY)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	.venv/bin/ruff check .
