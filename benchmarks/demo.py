@@ -37,7 +37,7 @@ INSTRUCTION = "Answer the question from the text above, in a few words."
 OURS = "DELTAMEM"
 HELD = "vllm:deltamem_bytes_per_sequence"
 FULL = "vllm:deltamem_full_attention_bytes"
-PATIENCE = 300  # seconds, for the server to start and for each answer
+PATIENCE = 600  # seconds, for the server to start and for each answer
 
 
 @dataclass(frozen=True)
