@@ -3,7 +3,7 @@ first-token time of the turns of a growing conversation.
 
     python benchmarks/plot.py [--results FILE] [--out DIR]
 
-Of rows that measure the same thing the newest counts.
+Of rows that measure the same thing the last in the file counts.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.results import TITLES, newest, pick, values
+from benchmarks.results import TITLES, last, pick, values
 
 HERE = Path(__file__).parent
 COLOURS = plt.colormaps["tab20"].colors  # a policy keeps its own in all panels of a figure
@@ -132,10 +132,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "plots")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    quality = newest(args.results, "quality")
+    quality = last(args.results, "quality")
     score_against_memory(quality, args.out)
     needle_depth(quality, args.out)
-    first_token_of_turns(newest(args.results, "sessions"), args.out)
+    first_token_of_turns(last(args.results, "sessions"), args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows of results.jsonl as figures and tables take them: of those that measure the same thing the newest."""
+"""The rows of results.jsonl as figures and tables take them: of those that measure the same thing the last."""
 
 import json
 from pathlib import Path
@@ -33,8 +33,11 @@ TITLES = {  # what readers are shown of quality, in this order; other rows are p
 }
 
 
-def newest(results: Path, benchmark: str) -> list[dict]:
-    """The rows of a benchmark, one for each of its KEYS; rows without one of them are left out."""
+def last(results: Path, benchmark: str) -> list[dict]:
+    """The rows of a benchmark, one for each of its KEYS; rows without one of them are left out.
+
+    Of rows that measure the same thing the last in the file: rows of trials stand before those of what ships.
+    """
     found = {}
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

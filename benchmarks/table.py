@@ -1,4 +1,4 @@
-"""The quality of a model at one context and reduction as a Markdown table, from the newest rows of results.jsonl.
+"""The quality of a model at one context and reduction as a Markdown table, from the last rows of results.jsonl.
 
     python benchmarks/table.py --model SmolLM2-135M-Instruct --context 2048 --reduction .85
     python benchmarks/table.py --model SmolLM2-135M-Instruct --context 2048 --reduction .85 --policies deltamem,no_pins
@@ -17,7 +17,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
-from benchmarks.results import TITLES, newest, pick, values
+from benchmarks.results import TITLES, last, pick, values
 
 COUNTED = 0.3  # a suite counts where full attention scores more
 ASIDE = ("pins", "airline/name", "language/perplexity", "language/kl", "language/top1")
@@ -39,7 +39,7 @@ def kept(rows: list[dict]) -> str:
 def table(rows: list[dict], policies: list[str]) -> list[str]:
     """Lines of Markdown for rows of one model, context and reduction.
 
-    The first policy's newest rows say which prompts count: rows of other prompts, or of fewer, are left out.
+    The first policy's rows say which prompts count: rows of other prompts, or of fewer, are left out.
     """
     shown = {policy: [] for policy in policies}
     lines = [f"| | n | full attention | {' | '.join(policies)} |", "| --- " * (len(policies) + 3) + "|"]
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--policies", help="columns, the first decides which prompts; default: deltamem and all others")
     args = parser.parse_args(arguments)
     fields = {"model": args.model, "context": args.context, "reduction": args.reduction}
-    rows = pick(newest(args.results, "quality"), **fields)
+    rows = pick(last(args.results, "quality"), **fields)
     if not rows:
         parser.error(f"no rows of {args.model} at {args.context} tokens and a reduction of {args.reduction:.0%}")
     policies = sorted(values(rows, "policy"), key=lambda name: (name != "deltamem", name))

@@ -6,31 +6,30 @@ takes them as `num_cpus` rather than among custom resources. With this patch a w
 and runs as many OpenMP threads as Ray gives to a worker: one, unless OMP_NUM_THREADS says otherwise.
 """
 
-from importlib.util import find_spec
-
 
 def apply() -> None:
-    """Patch this process, once; does nothing off the CPU platform or without Ray.
-
-    Raises ValueError for a vLLM whose Ray executor this file was not written for.
-    """
+    """Give the CPU platform a `ray_device_key`. Only who starts workers on Ray asks for it, so Ray is loaded then."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or current_platform.ray_device_key or find_spec("ray") is None:
-        return
-    from vllm_deltamem.startup import check_version
+    type(current_platform).ray_device_key = property(lambda platform: prepare_executor())
 
-    check_version()
 
+def prepare_executor() -> str:
+    """Patch vLLM's Ray executor in this process; the name of Ray's resource."""
     from ray import cloudpickle
     from vllm.v1.executor import ray_executor_v2
 
-    type(current_platform).ray_device_key = "CPU"
     ray_executor_v2.RayWorkerProc.get_node_and_physical_gpu_ids = node_without_device_ids
     # A worker is asked for its node before it loads any plugin: its class must bring the method along.
     cloudpickle.register_pickle_by_value(ray_executor_v2)
     # The bundle of the placement group reserves the CPU: the actor in it asks for nothing more.
-    ray_executor_v2.RayExecutorV2._get_actor_resource_kwargs = staticmethod(lambda: {"num_gpus": 0})
+    ray_executor_v2.RayExecutorV2._get_actor_resource_kwargs = staticmethod(no_more_resources)
+    return "CPU"
+
+
+def no_more_resources() -> dict:
+    """Instead of RayExecutorV2._get_actor_resource_kwargs."""
+    return {"num_gpus": 0}
 
 
 def node_without_device_ids(worker) -> tuple[str, list[int]]:

@@ -23,10 +23,13 @@ def apply() -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and params.extra_args and is_chosen(self.vllm_config):
-            quota = plan_memory(self.vllm_config).layout.pinned
+            if not hasattr(self, "deltamem_quota"):  # planning takes milliseconds
+                self.deltamem_quota = plan_memory(self.vllm_config).layout.pinned
             tokenizer = self.renderer.tokenizer
             try:
-                params.extra_args = resolve(params.extra_args, request.prompt_token_ids or [], tokenizer, quota)
+                params.extra_args = resolve(
+                    params.extra_args, request.prompt_token_ids or [], tokenizer, self.deltamem_quota
+                )
                 if params.extra_args.keys() & SESSIONS:
                     directory = DeltaMemConfig.from_vllm(self.vllm_config).sessions.get("directory")
                     parallel = self.vllm_config.parallel_config

@@ -128,7 +128,7 @@ def test_prompts_follow_from_their_seed_and_mark_the_answers(model):
     assert all(0 < begin < end <= len(drawn[0].ids) for begin, end in drawn[0].spans)
 
 
-def test_dialogues_ask_for_calls_that_the_dialogue_determines(model, monkeypatch):
+def test_dialogues_ask_for_calls_that_the_dialogue_determines(model):
     drawn = [dialogues.dialogue_prompt(model.tokenizer, TEXT, 1200, random.Random(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0].ids, drawn[1].ids) and not torch.equal(drawn[0].ids, drawn[2].ids)
     text, reports = model.tokenizer.decode, 0
@@ -326,10 +326,17 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):
     drawn = [prompts.text_prompt(model.tokenizer, TEXT, 400, random.Random(0))]
-    first = observations.observed(model, drawn, tmp_path, "a")
+    first = observations.observed(model, drawn, tmp_path)
     monkeypatch.setattr(observations, "observe", None)
-    second = observations.observed(model, drawn, tmp_path, "a")
+    second = observations.observed(model, drawn, tmp_path)
     assert torch.equal(first[0].influence, second[0].influence)
+
+
+def test_calibrate_does_not_go_on_from_other_texts(model, tmp_path):
+    first, other = (prompts.text_prompt(model.tokenizer, text, 400, random.Random(0)) for text in (TEXT, TEXT[::-1]))
+    observations.observed(model, [first], tmp_path)
+    (seen,) = observations.observed(model, [other], tmp_path)
+    assert not torch.equal(seen.influence, observations.observed(model, [first], tmp_path)[0].influence)
 
 
 def test_trial_merge_of_equal_tokens_gives_everything_back():

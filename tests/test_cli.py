@@ -93,7 +93,7 @@ def test_calibrate_knows_its_options(capsys):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Sessions of two API keys, one of them older than the command's own limits would allow."""
+    """Sessions of two API keys."""
     store = SessionStore(SessionSettings(directory=str(tmp_path)), Fingerprint("m", "p", "s", "1", "d", "v"))
     for key, names in (("ann", ("one", "two")), ("bob", ("three",))):
         for name in names:

@@ -1,9 +1,9 @@
-"""Figures from rows: every kind is drawn, of the newest rows."""
+"""Figures from rows: every kind is drawn, of the last rows."""
 
 import json
 
 from benchmarks import plot
-from benchmarks.results import newest
+from benchmarks.results import last
 
 
 def quality_row(suite, policy, reduction, context, score):
@@ -21,7 +21,7 @@ def test_quality_is_drawn_by_memory_and_by_depth(tmp_path, monkeypatch):
     rows.append(quality_row("needle1", "deltamem", 0.5, 4096, 0.75))
     results = tmp_path / "results.jsonl"
     results.write_text("\n".join(map(json.dumps, rows)))
-    found = {(r["suite"], r["policy"], r["reduction"], r["context"]): r["score"] for r in newest(results, "quality")}
+    found = {(r["suite"], r["policy"], r["reduction"], r["context"]): r["score"] for r in last(results, "quality")}
     assert len(found) == len(rows) - 1 and found["needle1", "deltamem", 0.5, 4096] == 0.75
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(results), "--out", str(tmp_path / "out")])
     plot.main()

@@ -171,5 +171,5 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_shipped_profiles_load():
-    for path in profiles.SHIPPED.glob("*.safetensors"):
-        assert profiles.load(path).meta["model"]
+    shipped = {profiles.load(path).meta["model"] for path in profiles.SHIPPED.glob("*.safetensors")}
+    assert shipped == {"SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"}

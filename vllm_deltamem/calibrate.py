@@ -80,7 +80,7 @@ def calibrate(
     shape = model.shape(budgets.CONTEXT)
     partial = out.with_name(out.name + ".partial")
     training = [_draw(model, KINDS[i % len(KINDS)], texts, length, f"{seed}-{i}") for i in range(prompts)]
-    seen = observations.observed(model, training, partial, f"{seed}-{length}")
+    seen = observations.observed(model, training, partial)
     weights = importance.fit(seen, seed, device=device)
     folds = [i // len(KINDS) % 2 for i in range(prompts)]  # each holds its share of every kind
     crossed = [

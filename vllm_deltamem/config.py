@@ -14,7 +14,7 @@ class DeltaMemConfig:
     """
 
     memory: int | None = None  # size of a slot as tokens per head on average, each at full precision
-    memory_bytes: int | None = None  # the same as bytes per sequence and worker; give one or neither
+    memory_bytes: int | None = None  # the same as bytes per sequence, of all workers; give one or neither
     window: int | None = None  # most recent tokens kept exact, besides those of the open segment
     segment: int | None = None  # tokens leave the window this many at a time, on an absolute grid
     sinks: int = 4  # first tokens of the sequence, never merged
@@ -22,7 +22,7 @@ class DeltaMemConfig:
     fidelity: str | None = None  # storage of coarse entries: bf16, or bits of key and value codes; None: the profile's
     profile: str | None = None  # path of a profile, or "none" for training-free scores and equal budgets
     merge: bool = True  # merge what loses its entry; False drops it
-    sessions: dict = field(default_factory=dict)  # see vllm_deltamem.sessions
+    sessions: dict = field(default_factory=dict)  # see sessionsettings.py
 
     def __post_init__(self):
         for name in ("memory", "memory_bytes", "window", "segment", "sinks", "pinned"):

@@ -14,8 +14,6 @@ from vllm_deltamem.windows import find_windows
 
 logger = init_logger(__name__)
 
-DROP = -100.0  # a gate that never opens
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -40,7 +38,8 @@ class MemoryPlan:
         else:
             policy = self.profile.policy(layer, self.heads, device)
         if not self.merge:
-            policy = policy._replace(gate=torch.zeros_like(policy.gate) + torch.tensor([DROP, 0, 0], device=device))
+            closed = torch.tensor(profiles.CLOSED_GATE, device=device).repeat(len(policy.gate), 1)
+            policy = policy._replace(gate=closed)
         return policy
 
     def pairs(self, layer: int) -> Pairs | None:

@@ -23,6 +23,7 @@ SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-2"
 WEIGHTS = ("w1", "b1", "w2", "b2")
 DEFAULT_GATE = (-6.2, 5.4, 0.0)  # training-free: the median of what heads of SmolLM2-135M were fitted to
+CLOSED_GATE = (-24.0, 0.0, 0.0)  # nothing is merged
 
 
 @dataclass(frozen=True, eq=False)

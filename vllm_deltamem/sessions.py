@@ -2,9 +2,9 @@
 
     store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
     save_id = store.begin(tenant, name)     # a turn begins
+    store.expect(tenant, name, save_id)     # it is over: who shares the directory may wait for the save
     store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
     store.save(tenant, name, tokens, slab, save_id, earlier=(n, other))  # and as it was after n of them
-    store.expect(tenant, name, save_id)     # it is over: who shares the directory may wait for the save
     store.end(tenant, name, save_id)
     session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
     session = store.restore(tenant, name, session.header.save_id, out=staging)

@@ -82,8 +82,6 @@ def check_version() -> None:
 
 def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
-    from vllm.platforms import current_platform
-
     from vllm_deltamem.patches import http_tenant, profiling_cache, request_options
 
     check_version()
@@ -91,12 +89,13 @@ def apply_patches() -> None:
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
-        from vllm_deltamem.patches import cpu_compiling, cpu_numba, cpu_platform, cpu_products
+        from vllm_deltamem.patches import cpu_compiling, cpu_numba, cpu_platform, cpu_products, ray_cpu
 
         cpu_compiling.apply()
         cpu_numba.apply()
         cpu_platform.apply()
         cpu_products.apply()
+        ray_cpu.apply()
 
 
 def _refuse_unsupported(vllm_config) -> None:

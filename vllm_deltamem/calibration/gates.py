@@ -9,11 +9,10 @@ from vllm_deltamem.calibration.frozen import FrozenModel
 from vllm_deltamem.calibration.influence import Observation
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.calibration.simulate import total_loss
-from vllm_deltamem.profile import Profile
+from vllm_deltamem.profile import CLOSED_GATE, Profile
 
-DROP = (-24.0, 0.0, 0.0)
 CANDIDATES = {
-    "drop": DROP,
+    "drop": CLOSED_GATE,
     "mean": (24.0, 0.0, 0.0),
     "cosine above 0.6": (-24.0, 40.0, 0.0),
     "cosine above 0.8": (-32.0, 40.0, 0.0),
@@ -60,7 +59,9 @@ def choose(
     candidates = {name: torch.tensor(gate).expand_as(fitted) for name, gate in CANDIDATES.items()} | {"fitted": fitted}
     for name, gate in list(candidates.items()):
         if name != "drop":
-            candidates[f"{name}; none in heads that recall"] = torch.where(recall[..., None], torch.tensor(DROP), gate)
+            candidates[f"{name}; none in heads that recall"] = torch.where(
+                recall[..., None], torch.tensor(CLOSED_GATE), gate
+            )
     for name, gate in tqdm(candidates.items(), "gates compared"):
         losses[name] = total_loss(model, dataclasses.replace(profile, gate=gate.clone()), prompts)
     best = min(losses, key=losses.get)
