@@ -2,6 +2,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,10 +10,14 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from engines import STEPS, save_model, tokens  # noqa: E402
 from test_vacancies import ask, check, reused, serving  # noqa: E402
+from vllm.v1.core.block_pool import BlockPool  # noqa: E402
+from vllm.v1.request import RequestStatus  # noqa: E402
 
 from vllm_deltamem import beginnings  # noqa: E402
 from vllm_deltamem.beginnings import Beginnings  # noqa: E402
 from vllm_deltamem.transfers import Prompt  # noqa: E402
+from vllm_deltamem.unnamed import Unnamed  # noqa: E402
+from vllm_deltamem.vacancies import Vacancies  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,59 @@ def test_many_prompts_of_few_beginnings(folder, steps):
             known += sum(cached for _, cached in found)
     assert known > sum(len(prompt) for prompt, _ in asked) / 8
     check(folder, asked, count=20)
+
+
+@pytest.mark.parametrize("slots", [3, 4])
+def test_two_beginnings_that_one_step_keeps_go_to_two_slots(folder, slots):
+    """Or one of them is not kept, where only one slot is vacant."""
+    a, b = tokens(64, seed=1), tokens(128, seed=2)
+    prompts = [b + tokens(50, seed=3), a + tokens(50, seed=4), a + tokens(50, seed=5), b + tokens(50, seed=6)]
+    with serving(folder, slots=slots, max_num_batched_tokens=1024) as llm:
+        found = ask(llm, *prompts)
+    assert slots == 3 or any(known for _, known in found)
+    check(folder, list(zip(prompts, [answer for answer, _ in found], strict=True)))
+
+
+def unnamed():
+    """As the scheduler has it, over a pool of 32 slots."""
+    found = Unnamed(16, chunk=1024)
+    found.bind(Vacancies(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16)))
+    return found
+
+
+def request(name, prompt):
+    return SimpleNamespace(
+        request_id=name, prompt_token_ids=prompt, all_token_ids=prompt, num_prompt_tokens=len(prompt),
+        num_tokens=len(prompt), num_computed_tokens=0, status=RequestStatus.WAITING, sampling_params=None,
+        cache_salt=None,
+    )  # fmt: skip
+
+
+def test_thousands_of_prompts_may_wait_for_one_another():
+    """Two questions each on documents below one system prompt: every prompt parts from the one before it."""
+    known, system = unnamed(), tokens(32)
+    documents = [system + tokens(32, seed=1 + i) for i in range(2000)]
+    waiting = [request(f"{i} {j}", [*documents[i], 7, j]) for i in range(2000) for j in range(2)]
+    assert all(known.arrive(found) for found in waiting)
+    first, *others = waiting
+    known.match(first), known.claim(first.request_id, 1)
+    first.status = RequestStatus.RUNNING
+    assert [known.match(other) for other in others] == [None] * 3999
+    first.num_computed_tokens = 66
+    known.plan([])
+    assert known.match(others[0]) is not None
+
+
+def test_a_finished_request_leads_nobody():
+    known, document = unnamed(), tokens(64)
+    first, second, third = (request(name, [*document, i]) for i, name in enumerate("abc"))
+    known.arrive(first), known.arrive(second)
+    first.status = RequestStatus.FINISHED_STOPPED
+    known.finish("a")
+    known.arrive(third)
+    assert known._leaders["c"] == (second, 64)
+    known.finish("b"), known.finish("c")
+    assert not (known._parting or known._leaders or known._requests)
 
 
 def test_where_prompts_part():

@@ -1,6 +1,7 @@
 """The invariant and exactness through the real engine, on tiny models of every family."""
 
 import os
+import shutil
 import threading
 import time
 from unittest.mock import patch
@@ -442,6 +443,58 @@ def test_a_dropped_cache_is_freed(folders):
         runner.initialize_kv_cache(config)
         assert generate(llm, [prompt], greedy(20)) == expected
         assert SlotPool.serving().slab.untyped_storage().data_ptr() == runner.kv_caches[0].untyped_storage().data_ptr()
+
+
+def turn(llm, prompt, name="talk"):
+    """What the response to a turn of a session says of it."""
+    params = greedy(4, extra_args={"deltamem_session": name})
+    out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+    return (out.kv_transfer_params or {}).get("deltamem_session")
+
+
+@pytest.mark.parametrize("kept", ["host", "directory"])
+def test_a_reset_of_all_caches_leaves_no_session(folders, tmp_path, kept):
+    """As after new weights. What is saved from then on is restored."""
+    settings = SMALL | {"sessions": {"directory": str(tmp_path / "sessions")} if kept == "directory" else {}}
+    prompt = tokens(60)
+    with engine(folders("llama"), settings=settings) as llm:
+        assert turn(llm, prompt)["history"] == "new" and turn(llm, prompt)["history"] == "restored"
+        assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        assert turn(llm, prompt)["history"] in ("reset", "new"), "the note of one in host memory may be gone"
+        assert turn(llm, prompt)["history"] == "restored"
+
+
+def test_a_directory_that_is_gone_costs_sessions_only(folders, tmp_path):
+    settings = SMALL | {"sessions": {"directory": str(tmp_path / "sessions")}}
+    with engine(folders("llama"), settings=settings) as llm:
+        assert turn(llm, tokens(60))["history"] == "new"
+        session_of(llm, "talk")
+        shutil.rmtree(tmp_path / "sessions")
+        for _ in range(2):
+            answered = turn(llm, tokens(60))
+            assert not answered or "saved_tokens" not in answered
+
+
+def test_a_session_in_use_outlasts_those_that_are_not(folders):
+    settings = SMALL | {"sessions": {"max_sessions": 2}}
+    with engine(folders("llama"), settings=settings) as llm:
+        turn(llm, tokens(60), "document")
+        for i in range(3):
+            params = greedy(4, extra_args={"deltamem_session_from": "document"})
+            out = llm.generate([{"prompt_token_ids": tokens(60) + [i]}], params, use_tqdm=False)[0]
+            assert out.kv_transfer_params["deltamem_session"]["history"] == "restored"
+            turn(llm, tokens(60, seed=i + 1), f"other-{i}")
+
+
+def test_an_answer_that_repeats_itself_is_saved(folders):
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    with engine(folders("llama"), settings=SMALL) as llm:
+        params = greedy(40, extra_args={"deltamem_session": "talk"}, logit_bias={7: 100.0})
+        params.repetition_detection = RepetitionDetectionParams(max_pattern_size=1, min_count=5)
+        out = llm.generate([{"prompt_token_ids": tokens(60)}], params, use_tqdm=False)[0]
+        assert out.outputs[0].finish_reason == "repetition"
+        assert turn(llm, tokens(60) + [7, 7, 7, 1])["restored_tokens"] > 60
 
 
 def test_sessions_of_an_idle_engine_expire(folders):

@@ -119,7 +119,7 @@ def test_a_session_belongs_to_the_caller():
         ({"deltamem_pin_tokens": [-1, 4]}, "is not a range"),
         ({"deltamem_pin_tokens": [4, 4]}, "is not a range"),
         ({"deltamem_pin_tokens": [0, len(PROMPT) + 1]}, "is not a range"),
-        ({"deltamem_pin_tokens": [0, 33]}, "cover 33 tokens in 1 spans; this server allows 32"),
+        ({"deltamem_pin_tokens": [0, 33]}, "cover at least 33 tokens in 1 spans; this server allows 32"),
     ],
 )
 def test_malformed_options(options, message):
@@ -131,6 +131,14 @@ def test_pins_have_a_quota_of_spans():
     alternate = [position for i in range(MAX_PINS + 1) for position in (2 * i, 2 * i + 1)]
     with pytest.raises(ValueError, match=f"in {MAX_PINS} spans"):
         resolve({"deltamem_pin_tokens": alternate}, [1] * 100, None, 100)
+
+
+def test_texts_are_looked_for_within_the_quota_only(monkeypatch):
+    """A client could have a server look for the same letter for minutes."""
+    with pytest.raises(ValueError, match="cover at least 9 tokens"):
+        resolve({"deltamem_pin": ["o"] * 10_000}, [ord("o")] * 100_000, Characters(), 8)
+    with pytest.raises(ValueError, match=f"has 40 texts; this server allows {MAX_PINS}"):
+        resolve({"deltamem_pin": [str(i) for i in range(40)]}, PROMPT, Characters(), 8)
 
 
 def test_a_text_needs_a_tokenizer():

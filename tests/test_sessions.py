@@ -523,6 +523,19 @@ def test_killed_at_any_moment_loses_at_most_the_save_in_flight(tmp_path, key_env
     assert len(files_of(tmp_path)) == 1, "what the dead left is wiped"
 
 
+def test_a_tenant_of_whom_nothing_is_left_has_no_folder(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.save(ALICE, "chat", [1], random_slab())
+    monkeypatch.setattr(sessiondirectory, "YOUNG_S", 0)
+    store.sweep()
+    assert len(list(store.directory.tenants())) == 1
+    store.erase(ALICE, "chat")
+    store.sweep()
+    assert not list(store.directory.tenants())
+    store.save(ALICE, "chat", [1], random_slab())
+    assert store.restore(ALICE, "chat")
+
+
 def ranks_child(directory, key_env, environment, first_turn, n_bytes, pipe):
     os.environ.update(environment)
     torch.set_num_threads(1)

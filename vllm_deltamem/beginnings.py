@@ -8,6 +8,8 @@ from collections import OrderedDict
 from itertools import takewhile
 from typing import NamedTuple
 
+import numpy as np
+
 from vllm_deltamem.transfers import Prompt
 
 LEAST = 512  # tokens: to read fewer costs less than a slot that a conversation may go on in
@@ -17,7 +19,7 @@ MOST = 1 << 16  # segments of prompts that are remembered
 class Seen(NamedTuple):
     """What is remembered of whole segments that a prompt lately began with."""
 
-    rest: list[int] | None  # the tokens after them, None if that is another segment
+    rest: np.ndarray | None  # int32, the tokens after them, None if that is another segment
     request_id: str  # of the last prompt that began so
 
 
@@ -34,11 +36,11 @@ class Beginnings:
         ends = range(self._segment, len(prompt.ids) + 1, self._segment)
         keys = [(prompt.digest(end), salt) for end in ends]
         known = len(list(takewhile(self._seen.__contains__, keys)))
-        shared, last = known * self._segment, self._seen[keys[known - 1]] if known else Seen([], "")
-        goes_on = last.rest is not None and last.rest == prompt.ids[shared : shared + len(last.rest)].tolist()
+        shared, last = known * self._segment, self._seen[keys[known - 1]] if known else Seen(prompt.ids[:0], "")
+        goes_on = last.rest is not None and np.array_equal(last.rest, prompt.ids[shared : shared + len(last.rest)])
         for i, key in enumerate(keys, 1):
             longer = i < len(keys) or (i == known and last.rest is None)
-            self._seen[key] = Seen(None if longer else prompt.ids[ends[-1] :].tolist(), request_id)
+            self._seen[key] = Seen(None if longer else prompt.ids[ends[-1] :].copy(), request_id)
             self._seen.move_to_end(key)
         while len(self._seen) > MOST:
             self._seen.popitem(last=False)

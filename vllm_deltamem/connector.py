@@ -74,6 +74,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request, block_ids):
         return self.request_finished_all_groups(request, (block_ids,))
 
+    def reset_cache(self):
+        self.scheduler.reset()
+        return True
+
     def update_connector_output(self, connector_output):
         arrived = connector_output.finished_recving or ()
         self.scheduler.hear(connector_output.kv_connector_worker_meta, arrived)

@@ -31,6 +31,7 @@ from vllm_deltamem.vacancies import Vacancies
 logger = init_logger(__name__)
 
 NEW = {"history": "new"}  # what becomes of a session that does not exist yet
+ENDED = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION
 
 
 class ConnectorScheduler:
@@ -171,7 +172,7 @@ class ConnectorScheduler:
         self._answers.pop(request.request_id, None)
         kept = self._kept.pop(request.request_id, 0)
         self._matched.pop(request.request_id, None)
-        self._restoring.pop(request.request_id, None)
+        restoring = self._restoring.pop(request.request_id, 0)
         outcome = self._outcome.pop(request.request_id, None)
         turn = self._turns.pop(request.request_id, None)
         unnamed = self._unnamed.finish(request.request_id)
@@ -179,7 +180,7 @@ class ConnectorScheduler:
         if turn is None and not unnamed:
             return None, {SESSION: said} if outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if not self._complete(request, computed) or not slots or not computed:
+        if restoring or not self._complete(request, computed) or not slots or not computed:
             if turn is not None:
                 self._over(turn)
             return None, None
@@ -194,6 +195,11 @@ class ConnectorScheduler:
         except SessionRefused as refused:
             logger.warning("deltamem: %s", refused)
         return save, {SESSION: said | {"name": turn.name, "saved_tokens": computed}}
+
+    def reset(self) -> None:
+        """vLLM resets its caches, as after new weights. What lies in vacant slots its block pool has us forget."""
+        self._saves.reset()
+        self._matched.clear()
 
     def save_with_next_step(self, save: Transfer) -> None:
         """Its slot is held back until then."""
@@ -228,7 +234,7 @@ class ConnectorScheduler:
             # steps under way must not have merged: a memory is taken back to known tokens inside a segment only
             merged = request.num_computed_tokens // self._segment != computed // self._segment
             return not merged and stopstring.ended(request, self._model)
-        return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        return request.status in ENDED
 
     def _over(self, turn: Turn) -> None:
         """A turn ends that is not saved."""

@@ -9,6 +9,7 @@ They are checked where the request enters, so that a malformed one fails alone; 
 `SESSION`, `SOURCE` and `TENANT` below, already resolved.
 """
 
+from collections.abc import Collection
 from contextvars import ContextVar
 
 from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
@@ -40,9 +41,10 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     spans = _token_ranges(options.get("deltamem_pin_tokens", []), len(prompt))
     texts = options.get("deltamem_pin", [])
     if texts:
-        spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer)
+        spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer, quota)
     if spans:
-        resolved[PINS] = _within_quota(_united(spans), quota)
+        resolved[PINS] = _united(spans)
+        _check_quota(resolved[PINS], quota)
     for name in options.keys() & SESSIONS:
         check_name(options[name])
         resolved |= {name: options[name], TENANT: tenant.get()}
@@ -96,22 +98,30 @@ def _token_ranges(flat, length: int) -> list[tuple[int, int]]:
     return spans
 
 
-def _text_spans(texts, prompt: list[int], tokenizer) -> list[tuple[int, int]]:
-    """Token ranges of every occurrence of every text in the prompt."""
+def _text_spans(texts, prompt: list[int], tokenizer, quota: int) -> list[tuple[int, int]]:
+    """Token ranges of every occurrence of every text in the prompt, looked for as long as they are within the quota."""
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"deltamem_pin must be a text or a list of texts, got {texts!r:.200}.")
     if tokenizer is None:
         raise ValueError("deltamem_pin needs a tokenizer, which this server skips: use deltamem_pin_tokens.")
+    texts = dict.fromkeys(texts)
+    if len(texts) > MAX_PINS:
+        raise ValueError(f"deltamem_pin has {len(texts)} texts; this server allows {MAX_PINS} per request. Pin less.")
     joined, owners = _decoded(prompt, tokenizer)
-    spans = []
+    spans, pinned = set(), set()
     for text in texts:
         at = joined.find(text)
         if at < 0:
             raise ValueError(f"deltamem_pin: the prompt does not contain {text!r:.200}.")
         while at >= 0:
-            spans.append((owners[at][0], owners[at + len(text) - 1][1]))
+            span = owners[at][0], owners[at + len(text) - 1][1]
+            if span not in spans:
+                spans.add(span)
+                pinned.update(range(*span))
+                if len(pinned) > quota:
+                    _check_quota(_united(spans), quota)
             at = joined.find(text, at + 1)
-    return spans
+    return list(spans)
 
 
 def _decoded(prompt: list[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
@@ -131,7 +141,7 @@ def _decoded(prompt: list[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), owners
 
 
-def _united(spans: list[tuple[int, int]]) -> list[list[int]]:
+def _united(spans: Collection[tuple[int, int]]) -> list[list[int]]:
     """The same positions as the fewest ascending spans."""
     united: list[list[int]] = []
     for first, end in sorted(spans):
@@ -142,11 +152,10 @@ def _united(spans: list[tuple[int, int]]) -> list[list[int]]:
     return united
 
 
-def _within_quota(spans: list[list[int]], quota: int) -> list[list[int]]:
+def _check_quota(spans: list[list[int]], quota: int) -> None:
     count = sum(end - first for first, end in spans)
     if count > quota or len(spans) > MAX_PINS:
         raise ValueError(
-            f"The pins cover {count} tokens in {len(spans)} spans; this server allows {quota} tokens in "
+            f"The pins cover at least {count} tokens in {len(spans)} spans; this server allows {quota} tokens in "
             f"{MAX_PINS} spans per request (setting 'pinned'). Pin less."
         )
-    return spans

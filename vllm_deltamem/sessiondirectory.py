@@ -132,14 +132,18 @@ class SessionDirectory:
     def begin(self, tenant: str, tag: str, size: int) -> str:
         """Begin the files of a save, one for each of `size` ranks; returns its id.
 
-        end() must follow. Raises OSError where the disk fails.
+        end() must follow. Raises OSError where the disk fails, also where the directory was emptied or is gone: the
+        next process to come chooses another salt then, and finds nothing of what this one saves.
         """
+        os.stat(self.root / MARKER)
         with self._locking:
             if self._lock is None:
                 self._lock = open(self.root / f"{self._writer}.writer", "xb")
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
         folder, save_id = self.root / tenant, self._writer + secrets.token_hex(8)
-        if not folder.exists():
+        if folder.exists():
+            os.utime(folder)  # it is in use: see wipe_abandoned
+        else:
             folder.mkdir(mode=0o700, exist_ok=True)
             _sync(self.root)
         try:
@@ -236,12 +240,15 @@ class SessionDirectory:
         return any([self.wipe(path) for _ in range(2) for path in self._paths(tenant, f"{tag}-", kinds)])
 
     def wipe_abandoned(self) -> None:
-        """Wipe what dead writers have begun, or were wiping."""
-        for tenant in self.tenants():
+        """Wipe what dead writers have begun, or were wiping, and drop the folders of tenants that have nothing left."""
+        for tenant in list(self.tenants()):
             for path in self._paths(tenant, "", ".tmp"):
                 begun = BEGUN.fullmatch(os.path.basename(path))
                 if _old(path) and not (begun and _locked(self.root / f"{begun[1]}.writer")):
                     self.wipe(path)
+            if _old(self.root / tenant):
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.root / tenant)
         with os.scandir(self.root) as found:
             writers = [item.path for item in found if WRITER.fullmatch(item.name)]
         for path in writers:
@@ -321,7 +328,7 @@ def _begun(folder: Path, tag: str, save_id: str, rank: int, size: int) -> str:
     return f"{folder}/{tag}-{save_id}-{rank}of{size}.tmp"
 
 
-def _old(path: str) -> bool:
+def _old(path: str | Path) -> bool:
     """Whether a file is there and was not changed just now."""
     with contextlib.suppress(FileNotFoundError):
         return time.time() - os.stat(path).st_mtime > YOUNG_S

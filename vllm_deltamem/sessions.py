@@ -352,10 +352,8 @@ def _slab_for(header: Header, save_id: str | None, out: torch.Tensor | None, ear
 
 @contextmanager
 def _disk(reason: str, message: str) -> Iterator[None]:
-    """Turns what the disk raises into SessionRefused; a file that is gone is for the caller."""
+    """Turns what the disk raises into SessionRefused."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise SessionRefused(reason, f"{message}: {error.strerror}") from error

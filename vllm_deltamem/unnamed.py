@@ -26,6 +26,7 @@ class Unnamed:
         self._slots: dict[str, int] = {}  # theirs
         self._parting: dict[str, set[int]] = {}  # tokens after which their prompts part from others
         self._leaders: dict[str, tuple[Request, int]] = {}  # who reads so far for a request, and how far
+        self._awaiting: dict[str, bool] = {}  # of requests that the step at hand has asked about
         self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
 
     def __contains__(self, request_id: str) -> bool:
@@ -75,10 +76,11 @@ class Unnamed:
     def plan(self, parts: list[tuple[str, int, int]]) -> list[Branch]:
         """Which memories a step keeps as they are where prompts part. parts: of every request, read before and after.
 
-        Nobody claims slots for this step any more: those that it copies from are free again.
+        Nobody claims slots for this step any more: those that it copies from and to are free again.
         """
         if self._vacancies is None:
             return []
+        self._awaiting.clear()
         branches = [branch for part in parts if part[0] in self._parting for branch in self._part(*part)]
         self._vacancies.give_back()
         return branches
@@ -104,7 +106,7 @@ class Unnamed:
     def _follow(self, name: str, earlier: str, shared: int) -> None:
         """Have a memory of so many tokens kept by whoever reads them: the earlier request, or whom it follows."""
         leader, end = self._leaders.get(earlier, (None, 0))
-        if end != shared:
+        if end != shared or leader.request_id not in self._requests:
             leader = self._requests.get(earlier)
         self._parting[name] = {shared}
         if leader is not None:
@@ -112,11 +114,20 @@ class Unnamed:
             self._leaders[name] = leader, shared
 
     def _awaits(self, request_id: str) -> bool:
-        """Whether its leader is about to read what they share."""
-        leader, end = self._leaders.get(request_id, (None, 0))
-        if leader is None or leader.status != RequestStatus.RUNNING:
-            return leader is not None and self._awaits(leader.request_id)
-        return leader.num_computed_tokens < end
+        """Whether its leader is about to read what they share, or waits for one that is about to."""
+        asked, awaits = [], None
+        while awaits is None:
+            asked.append(request_id)
+            leader, end = self._leaders.get(request_id, (None, 0))
+            if leader is None:
+                awaits = False
+            elif leader.status == RequestStatus.RUNNING:
+                awaits = leader.num_computed_tokens < end
+            else:
+                request_id = leader.request_id
+                awaits = self._awaiting.get(request_id)
+        self._awaiting |= dict.fromkeys(asked, awaits)
+        return awaits
 
     def _part(self, request_id: str, done: int, end: int) -> list[Branch]:
         found = []

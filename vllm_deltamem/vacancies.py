@@ -41,7 +41,7 @@ class Vacancies:
         self._pool = block_pool
         self._held: dict[int, Vacancy] = {}
         self._chosen: tuple[str, int] | None = None  # for the request that vLLM admits at the moment
-        self._lent: list[KVCacheBlock] = []  # slots that this step copies from, which nobody may claim meanwhile
+        self._lent: list[KVCacheBlock] = []  # that this step copies from or to: nobody may claim them meanwhile
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._held
@@ -79,7 +79,7 @@ class Vacancies:
         return reached[best], None
 
     def give_back(self) -> None:
-        """What was lent has been copied once the step runs; whoever claims it does so in a later one."""
+        """Nobody claims slots for this step any more; whoever does so in a later one finds the copies made."""
         self._pool.unpin_blocks(self._lent, self.forget)
         self._lent = []
 
@@ -94,13 +94,16 @@ class Vacancies:
         self.pass_over()
 
     def copy(self, vacancy: Vacancy) -> int | None:
-        """A vacant slot for a copy of what a sequence holds; None if there is none, or if one holds that already."""
+        """A vacant slot for a copy of what a sequence holds; None if there is none, or if one holds that already.
+
+        It is lent until the step is planned: two copies of a step never go to one slot.
+        """
         if vacancy in self._held.values() or not self._pool.get_num_free_blocks():
             return None
-        blocks = self._pool.get_new_blocks(1)
-        self.note(blocks[0].block_id, vacancy)
-        self._pool.unpin_blocks(blocks, self.forget)
-        return blocks[0].block_id
+        (block,) = self._pool.get_new_blocks(1)
+        self.note(block.block_id, vacancy)
+        self._lent.append(block)
+        return block.block_id
 
     def _first(self, slots: Sequence[int]) -> None:
         queue, blocks = self._pool.free_block_queue, [self._pool.blocks[slot] for slot in slots]
