@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import FalconConfig, GPTBigCodeConfig, LlamaConfig
 
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.calibration import pairs
@@ -168,6 +168,12 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("not a profile")
     with pytest.raises(ValueError, match="Cannot read"):
         profiles.load(tmp_path / "text")
+
+
+@pytest.mark.parametrize("config", [GPTBigCodeConfig(), FalconConfig()], ids=lambda config: config.model_type)
+def test_a_config_that_says_less_has_no_profile(config):
+    """These have one kv head, and no name for it."""
+    assert profiles.choose(None, config) is None
 
 
 def test_shipped_profiles_load():

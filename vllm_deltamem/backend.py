@@ -37,6 +37,8 @@ Table = tuple[list[int], list[int], list[int]]  # Rows on the host, with sequenc
 
 
 class DeltaMemBackend(AttentionBackend):
+    """What vLLM asks of a backend: classes, dtypes and the shape of its cache."""
+
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update: bool = True
     serving: ClassVar["MemoryPlan | None"] = None  # of the model that this process loaded last
@@ -82,6 +84,8 @@ class Step:
 
 @dataclass
 class DeltaMemMetadata:
+    """What a step has attention do, in this order."""
+
     steps: list[Step]
     num_tokens: int
     pool: SlotPool
@@ -100,6 +104,8 @@ class DeltaMemMetadata:
 
 
 class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
+    """Cuts the prompts of a step into pieces that end where segments do."""
+
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
@@ -235,6 +241,8 @@ def _spread(rows: list[tuple[int, int, int, int]]) -> Table:
 
 
 class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
+    """One layer: writes tokens to its slots, attends and merges."""
+
     def __init__(
         self,
         num_heads: int,

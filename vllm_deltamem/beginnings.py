@@ -24,6 +24,8 @@ class Seen(NamedTuple):
 
 
 class Beginnings:
+    """What prompts lately began with, as far as MOST whole segments go."""
+
     def __init__(self, segment: int):
         self._segment = segment
         self._seen: OrderedDict[tuple[bytes, str | None], Seen] = OrderedDict()  # by digest and salt

@@ -34,6 +34,7 @@ LEAST_LENGTH = 1024  # tokens of a prompt: the smallest memory compared must hol
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `deltamem calibrate`."""
     parser.add_argument("model", help="folder of a Hugging Face model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
     parser.add_argument("--texts", nargs="+", type=Path, help="text files to hide facts in; default: Python's help")

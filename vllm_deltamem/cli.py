@@ -12,6 +12,7 @@ UNLIMITED = 1 << 61
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command `deltamem`; returns its exit status."""
     # vLLM logs to stdout, where the output of these commands goes.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     argv = sys.argv[1:] if argv is None else argv

@@ -35,6 +35,8 @@ ENDED = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, Re
 
 
 class ConnectorScheduler:
+    """The scheduler's side; slots: how many there are."""
+
     def __init__(self, vllm_config, store: SessionStore, slots: int):
         self._plan = plan_memory(vllm_config)
         self._segment, self._model = self._plan.layout.segment, vllm_config.model_config

@@ -20,6 +20,8 @@ PAUSE_S = 0.005  # of a step in which there is nothing to do but to wait
 
 
 class ConnectorWorker:
+    """The side of one worker, whose part of the sessions the store holds."""
+
     def __init__(self, store: SessionStore):
         self._store, self.carrier = store, Carrier(store, store.settings.host_bytes)
         store.sweeper.start()

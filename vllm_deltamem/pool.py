@@ -39,6 +39,8 @@ class Due(NamedTuple):
 
 @dataclass
 class SlotPool:
+    """The slots of one worker, and what of a step concerns them."""
+
     slab: torch.Tensor  # [S, slot_bytes] uint8, one row per slot; row 0 is vLLM's null block
     layers: list[LayerSlots]
     extents: list[slice]  # of a slab's row, what is a layer's alone

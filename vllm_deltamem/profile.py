@@ -104,7 +104,8 @@ def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> L
 def fingerprint_of(hf_config) -> dict:
     """What tells one model from another: the shape and positions of its attention, its widths and vocabulary.
 
-    Weights stay out of it, so that a fine-tune or a quantised copy may use the profile of its base model.
+    Weights stay out of it, so that a fine-tune or a quantised copy may use the profile of its base model. None for what
+    a config does not say, as those of models with one kv head for all query heads (GPTBigCode, Falcon).
     """
     text = hf_config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -112,10 +113,10 @@ def fingerprint_of(hf_config) -> dict:
         "model_type": text.model_type,
         "layers": text.num_hidden_layers,
         "heads": text.num_attention_heads,
-        "kv_heads": text.num_key_value_heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None),
         "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
+        "intermediate_size": getattr(text, "intermediate_size", None),
         "vocab_size": text.vocab_size,
         "rope_theta": rope.get("rope_theta", getattr(text, "rope_theta", None)),
     }

@@ -26,7 +26,10 @@ class FrozenModel:
     """
 
     def __init__(self, folder: str, device: str = "cpu", fast: bool = False):
-        """fast: compute in float32 on a CPU that is slow at the model's own dtype."""
+        """fast: compute in float32 on a CPU that is slow at the model's own dtype.
+
+        Raises ValueError for a model whose config does not say how many kv heads it has.
+        """
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
         self.dtype = self.model.dtype
@@ -35,6 +38,8 @@ class FrozenModel:
         self.device = device
         self.config = self.model.config.get_text_config()
         self.fingerprint = fingerprint_of(self.config)
+        if self.fingerprint["kv_heads"] is None:
+            raise ValueError(f"Calibration does not know the kv heads of {self.config.model_type} models.")
         self._rope: Rope | None = None
 
     def shape(self, context: int) -> Shape:

@@ -227,6 +227,7 @@ def _quotes(sentences, count, rng):
 
 
 def letters(rng: random.Random, alphabet: str, count: int) -> str:
+    """A random word of so many letters."""
     return "".join(rng.choice(alphabet) for _ in range(count))
 
 
