@@ -61,10 +61,10 @@ def flash(kind, q, k, v, mask, scale, seen, lse):
 
 
 @compiled
-def product(kind, x, y, turned, out):
-    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is turned."""
+def product(kind, x, y, transposed, out):
+    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is transposed."""
     made = np.zeros(3, np.int64)
-    _operands(kind, x, y, turned, out, made)
+    _operands(kind, x, y, transposed, out, made)
     failed = _mm_out(made[0], made[1], made[2])
     _drop(made)
     if failed:
@@ -72,10 +72,10 @@ def product(kind, x, y, turned, out):
 
 
 @compiled
-def product_less(kind, less, x, y, turned, out):
+def product_less(kind, less, x, y, transposed, out):
     """out [M, N] = x y - less, rounded once; x and y as for product."""
     made = np.zeros(4, np.int64)
-    _operands(kind, x, y, turned, out, made)
+    _operands(kind, x, y, transposed, out, made)
     _matrix(kind, less, False, made[3:])
     failed = _addmm_out(made[0], made[3], made[1], made[2], -1.0, 1.0)
     _drop(made)
@@ -84,16 +84,16 @@ def product_less(kind, less, x, y, turned, out):
 
 
 @compiled
-def _operands(kind, x, y, turned, out, made):
+def _operands(kind, x, y, transposed, out, made):
     _matrix(kind, out, False, made[0:])
     _matrix(kind, x, False, made[1:])
-    _matrix(kind, y, turned, made[2:])
+    _matrix(kind, y, transposed, made[2:])
 
 
 @compiled
-def _matrix(kind, x, turned, made):
+def _matrix(kind, x, transposed, made):
     sizes, strides = np.array(x.shape), np.array([x.shape[1], 1])
-    if turned:
+    if transposed:
         sizes, strides = sizes[::-1].copy(), strides[::-1].copy()
     _tensor(kind, x.ctypes.data, sizes, strides, made)
 

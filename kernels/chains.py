@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from . import arrays
-from .arrays import Weights, one_of, read_plain
-from .cpuattention import join, passes, put, see
+from .arrays import LayerArrays, Weights, one_of, read_plain
+from .cpuattention import combine, count_passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
 from .grid import Grid, far_limit, leaves, left_ring, width
@@ -22,7 +21,7 @@ from .team import add, each, replace, value
 LEAST_ROWS = 64  # of a task: fewer take longer each
 UNEVEN = 0.15  # of a thread's share that one of them may have to do more before pieces are divided more finely
 FINEST = 4  # parts of a thread's share, at most
-PUTS, MERGES, READS, JOINS = 1, 2, 4, 8
+PUTS, MERGES, READS, COMBINES = 1, 2, 4, 8
 _rest = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -31,7 +30,7 @@ class Layer(NamedTuple):
 
     way: Way
     grid: Grid
-    arrays: arrays.Layer
+    arrays: LayerArrays
     weights: Weights
 
 
@@ -110,7 +109,7 @@ def _do(task, layer, tokens, pieces, seen, lse):
 
 @compiled
 def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
-    """Do a task's passes, and join those of its rows if told to; seen and lse: rows that tasks share.
+    """Do a task's passes, and combine those of its rows if told to; seen and lse: rows that tasks share.
 
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
     """
@@ -121,8 +120,8 @@ def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
     own = slice(place, place + count * rows)
     seen, lse = seen[own].reshape(count, rows, size), lse[own].reshape(count, rows)
     see(layer.way, layer.grid, arrays, g, q, position, first, last, begin, end, scale, seen, lse)
-    if does & JOINS:
-        join(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
+    if does & COMBINES:
+        combine(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
 
 
 @compiled
@@ -136,7 +135,7 @@ def _tasks(layer, tokens, pieces, merges, threads):
     """Tasks [N, 10], where those of each chain begin [C + 1], the longest chain first, and rows that tasks share.
 
     piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, what
-    else it does (READS and PUTS before, JOINS and MERGES after), its first and last pass of how many, and where the
+    else it does (READS and PUTS before, COMBINES and MERGES after), its first and last pass of how many, and where the
     rows are that it shares with others, -1 where it has its own.
     """
     heads, block, table = len(layer.arrays.exact_start) - 1, layer.way.block, pieces.table
@@ -144,17 +143,17 @@ def _tasks(layer, tokens, pieces, merges, threads):
     chains, puts = len(pieces.slot) * heads, PUTS if len(tokens.k) else 0
     ends = layer.arrays.exact_start + layer.arrays.coarse_start
     cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
-    begin, looks = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
+    begin, passes = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
     for n in range(len(table)):
         i, _, count, position = table[n]
         begin[i + 1], end = n + 1, position + count
         for g in range(heads):
             chain, gone = i * heads + g, left_ring(end, layer.grid)
             entries = width(ends[g + 1] - ends[g], gone, layer.grid)
-            looks[n, g] = passes(entries, far_limit(end, layer.grid), layer.grid)
+            passes[n, g] = count_passes(entries, far_limit(end, layer.grid), layer.grid)
             last[chain] = group * count * (entries + layer.arrays.cells)
             cost[chain] += last[chain]
-            most[chain] = max(most[chain], _most(group * count, looks[n, g]))
+            most[chain] = max(most[chain], _most(group * count, passes[n, g]))
     order = np.argsort(-cost, kind="mergesort")
     parts = _parts(cost[order], last[order], most[order], threads)
     most_tasks = len(table) * heads * (2 + parts.max()) if chains else 0
@@ -165,9 +164,9 @@ def _tasks(layer, tokens, pieces, merges, threads):
             _, _, count, position = table[n]
             rows, merging = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
             now = puts | READS if n == begin[i] and pieces.unread[i] else puts
-            of, cuts = looks[n, g], min(parts[j], _most(rows, looks[n, g]))
+            of, cuts = passes[n, g], min(parts[j], _most(rows, passes[n, g]))
             if cuts < 2:
-                m = _task(found, m, n, g, 0, rows, m - before, now | merging | (JOINS if rows else 0), 0, of, of, -1)
+                m = _task(found, m, n, g, 0, rows, m - before, now | merging | (COMBINES if rows else 0), 0, of, of, -1)
                 continue
             m = _task(found, m, n, g, 0, 0, m - before, now, 0, 0, of, -1)
             after = m - before
@@ -176,22 +175,22 @@ def _tasks(layer, tokens, pieces, merges, threads):
                 for cut in range(1, cuts + 1):
                     start, end = end, 1 + cut * (of - 1) // cuts  # the first one looks at the ring, too
                     m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
-                m = _task(found, m, n, g, 0, rows, m - before, JOINS | merging, 0, 0, of, shared)
+                m = _task(found, m, n, g, 0, rows, m - before, COMBINES | merging, 0, 0, of, shared)
                 shared += of * _whole(rows, layer.way)
                 continue
             step = block * cuts
             size = (rows + step - 1) // step * block
             for first in range(0, rows, size):
-                m = _task(found, m, n, g, first, min(first + size, rows), after, JOINS, 0, of, of, -1)
+                m = _task(found, m, n, g, first, min(first + size, rows), after, COMBINES, 0, of, of, -1)
             m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)
         bounds[j + 1] = m
     return found[:m], bounds, shared
 
 
 @compiled
-def _most(rows, looks):
+def _most(rows, passes):
     """How many tasks can share the attention of a piece: its rows, or, where those are few, its passes over entries."""
-    return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else looks - 1 if rows else 1
+    return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else passes - 1 if rows else 1
 
 
 @compiled

@@ -23,7 +23,7 @@ def put(k, v, g, position, arrays):
 
 
 @compiled
-def passes(entries, limit, grid):
+def count_passes(entries, limit, grid):
     """How many times queries look: at the ring, and at each part of the entries, once more for those that are far."""
     return 1 + parts(entries, grid) * (2 if limit else 1)
 
@@ -111,13 +111,14 @@ def _side_by_side(q, head, first, last, query):
 
 
 @compiled
-def join(kind, seen, lse, head, first, last, out):
-    """Join passes [P, N, D] by their log-sum-exp [P, N] (Milakov & Gimelshein 2018, arXiv 1805.02867).
+def combine(kind, seen, lse, head, first, last, out):
+    """Combine passes [P, N, D] by their log-sum-exp [P, N] (Milakov & Gimelshein 2018, arXiv 1805.02867).
 
     They are rows from the first to the last, and come into out [T, H, D]; head: the first of the group.
     """
     (passes, _, size), count = seen.shape, last - first
-    share, joined, part = np.empty((passes, count), np.float32), np.zeros((2, count, size), np.float32), seen[0, :count]
+    share, part = np.empty((passes, count), np.float32), seen[0, :count]
+    combined = np.zeros((2, count, size), np.float32)
     for row in range(count):
         top, total = lse[0, row], np.float32(0)
         for p in range(1, passes):
@@ -128,11 +129,11 @@ def join(kind, seen, lse, head, first, last, out):
         for p in range(passes):
             share[p, row] /= total
     for p in range(passes):
-        load(seen[p, :count].reshape(-1), kind, joined[1].reshape(-1))
+        load(seen[p, :count].reshape(-1), kind, combined[1].reshape(-1))
         for row in range(count):
             for d in range(size):
-                joined[0, row, d] += joined[1, row, d] * share[p, row]
-    save(joined[0].reshape(-1), kind, part.reshape(-1))
+                combined[0, row, d] += combined[1, row, d] * share[p, row]
+    save(combined[0].reshape(-1), kind, part.reshape(-1))
     for row in range(count):
         t, r = (first + row) % len(out), (first + row) // len(out)
         for d in range(size):

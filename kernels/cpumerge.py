@@ -63,7 +63,7 @@ def merge_head(arrays, weights, g, gone, grid):
     if (places[:, 1] > places[:, 0]).any() and _may_enter(arrays, g, rows, weights.gate[g]):
         target, group, weight = _nearest(arrays, g, rows, weights.gate[g], places, mean)
         if len(target):
-            _join(arrays, g, rows, target, group, weight)
+            _update(arrays, g, rows, target, group, weight)
 
 
 @compiled
@@ -316,7 +316,7 @@ def _nearest(arrays, g, rows, gate, places, mean):
 
 
 @compiled
-def _join(arrays, g, rows, target, group, weight):
+def _update(arrays, g, rows, target, group, weight):
     """entry += weight * delta / (sum of masses), see reference._merge_rest."""
     count, size = rows.plain.shape
     shape = len(target), size

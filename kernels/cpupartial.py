@@ -103,7 +103,7 @@ def _softmax(high, low, mask, first, scale, lse):
     for t in range(len(high)):
         load(high[t], BFLOAT16, logits)
         load(low[t], BFLOAT16, rest)
-        _join(logits, rest, scale, mask[(first + t) % len(mask)])
+        _logits(logits, rest, scale, mask[(first + t) % len(mask)])
         top = highest(logits)
         exponentiate(logits, top)
         total = _total(logits)
@@ -116,7 +116,7 @@ def _softmax(high, low, mask, first, scale, lse):
 
 
 @compiled
-def _join(logits, rest, scale, mask):
+def _logits(logits, rest, scale, mask):
     for i in range(len(logits)):
         logits[i] = (logits[i] + rest[i]) * scale + mask[i]
 

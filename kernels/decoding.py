@@ -20,7 +20,7 @@ def attend_token(
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One token's heads of a group over one piece of their keys. scale includes log2(e): softmax is in base 2."""
+    """One token's heads of a group over one cut of their keys. scale includes log2(e): softmax is in base 2."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     RING: tl.constexpr = WINDOW + SEGMENT
     DTYPE: tl.constexpr = q.dtype.element_ty

@@ -89,7 +89,7 @@ def merge(
     common, per_head = (slots, heads.stride, work, *rows), sequences * kv_heads
 
     if lies["TRAINED"]:
-        turned = heads.tiles(tuple(heads.held), TURNED)
+        turned = heads.tiles(tuple(heads.capacities), TURNED)
         demote[(sequences * len(turned),)](
             slots, heads.stride, *rows, cos, sin, turned, len(turned),
             ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8,
@@ -110,7 +110,7 @@ def merge(
         *common, kv_heads, forgetting(rope, policy), D=size, COLUMNS=parts, SPANS=slots.pins.shape[1],
         LEARNED=learned, **batch, **trained, num_warps=8,
     )  # fmt: skip
-    counted = heads.tiles(tuple(heads.held), COUNTED)
+    counted = heads.tiles(tuple(heads.capacities), COUNTED)
     count[(sequences * len(counted),)](*common, kv_heads, counted, len(counted), ENTRIES=COUNTED, **batch, num_warps=4)
     picking = max(8 * segment // PICKED, 1)  # about segment * ln(segment) entries of a large head are listed
     pick[(per_head * picking,)](*common, kv_heads, PARTS=picking, ENTRIES=PICKED, **batch, num_warps=4)
@@ -122,7 +122,7 @@ def merge(
     exchange[(per_head * (segment // cells),)](
         *common, cos, sin, kv_heads, CELLS=cells, **shape, **lies, **bits, num_warps=4
     )
-    if max_seq_len is not None and max_seq_len - slots.window <= min(heads.held):
+    if max_seq_len is not None and max_seq_len - slots.window <= min(heads.capacities):
         return
     targets = heads.tiles(tuple(min(coarse, slot.CANDIDATES) for coarse in heads.coarse), TARGETS)
     nearest[(sequences * len(targets),)](

@@ -42,8 +42,8 @@ def nearest(
     OPERAND: tl.constexpr = work.unit.dtype.element_ty
     candidate = first + tl.arange(0, TARGETS)
     inside = candidate < tl.minimum(coarse, CANDIDATES)
-    turned = tl.where(coarse > CANDIDATES, (gone // SEGMENT).to(tl.int64) * CANDIDATES % coarse, 0).to(tl.int32)
-    entry = (turned + candidate) % coarse
+    shift = tl.where(coarse > CANDIDATES, (gone // SEGMENT).to(tl.int64) * CANDIDATES % coarse, 0).to(tl.int32)
+    entry = (shift + candidate) % coarse
     row = coarse_first + entry
     codes = at(slots.coarse_k, slot, stride)
     affine = at(slots.coarse_k_affine, slot, stride)

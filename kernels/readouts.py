@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from . import arrays
-from .arrays import Weights
+from .arrays import LayerArrays, Weights
 from .chains import Layer
 from .cpupartial import way_of
 from .grid import Grid
@@ -72,7 +71,7 @@ class Readouts:
             self._layer = Layer(
                 way_of(like.dtype, like.shape[3]),
                 Grid.of(self.slots, rope),
-                arrays.Layer.of(self.slots, self._storage, self._start, rope),
+                LayerArrays.of(self.slots, self._storage, self._start, rope),
                 Weights.of(self._policy, rope),
             )
         return self._layer

@@ -56,7 +56,7 @@ def test_every_row_is_somebodys_task_and_a_task_waits_for_those_before_its_own(s
         seen.add((sequence, head))
         for m, (n, _, first, last, after, does, *passes, _) in enumerate(own):
             assert after <= m and (own[:after, 0] <= n).all(), "only what comes before it"
-            if does & chains.JOINS:
+            if does & chains.COMBINES:
                 assert rows.setdefault(n, 0) == first and passes[:2] == [0, passes[2]]
                 rows[n] = last
             put = does & chains.PUTS or own[:after][own[:after, 0] == n][:1, 5] & chains.PUTS
@@ -80,12 +80,12 @@ def test_a_token_is_shared_out_by_parts_of_the_memory(threads, monkeypatch):
     tasks, _ = tasks_of(slots, readouts, pieces, threads)
     large = tasks[(tasks[:, 0] == 0) & (tasks[:, 1] == 1)]
     if threads == 1:
-        assert len(large) == 1 and large[0, 5] & chains.JOINS
+        assert len(large) == 1 and large[0, 5] & chains.COMBINES
         return
-    puts, *looks, joins = large.tolist()
-    assert puts[5] & chains.PUTS and joins[5] & chains.JOINS and joins[4] == len(looks) + 1 > 2
-    assert [look[6] for look in looks] == [0, *(look[7] for look in looks[:-1])] and looks[-1][7] == looks[-1][8] == 33
-    assert all((first, last, after) == (0, 3, 1) for _, _, first, last, after, *_ in looks)
+    puts, *sees, combines = large.tolist()
+    assert puts[5] & chains.PUTS and combines[5] & chains.COMBINES and combines[4] == len(sees) + 1 > 2
+    assert [one[6] for one in sees] == [0, *(one[7] for one in sees[:-1])] and sees[-1][7] == sees[-1][8] == 33
+    assert all((first, last, after) == (0, 3, 1) for _, _, first, last, after, *_ in sees)
     shared = tasks[tasks[:, 9] >= 0]
     assert all(len({*shared[shared[:, 9] == place, 1]}) == 1 for place in shared[:, 9]), "by one head's tasks"
 

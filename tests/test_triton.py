@@ -219,17 +219,17 @@ def test_reset_clears_new_sequences_only():
     assert [int(row.max()) for row in slab] == [9, 0, 9, 0]
 
 
-def test_pieces_follow_the_heads():
+def test_cuts_follow_the_heads():
     """A head that holds eight times as much gets eight times the programs, and no part is ever left out."""
     slab, view = make_layer(exact=(10, 10, 10), coarse=(1000, 0, 8000))
     heads = launch.heads_of(view(slab))
-    pieces = heads.pieces(tuple(heads.held), 16, copies=1, resident=40, part_bytes=512)
-    programs = torch.bincount(pieces.table[:, 0].long())
+    cuts = heads.cuts(tuple(heads.capacities), 16, copies=1, resident=40, part_bytes=512)
+    programs = torch.bincount(cuts.table[:, 0].long())
     assert programs[2] >= 6 * programs[0] and programs[1] == 1
-    for head, held in enumerate(heads.held):
-        mine = pieces.table[pieces.table[:, 0] == head]
-        assert sorted(mine[:, 1].tolist()) == list(range(0, held, pieces.size))
-        parts = list(range(pieces.first_part[head], pieces.first_part[head + 1]))
+    for head, capacity in enumerate(heads.capacities):
+        mine = cuts.table[cuts.table[:, 0] == head]
+        assert sorted(mine[:, 1].tolist()) == list(range(0, capacity, cuts.size))
+        parts = list(range(cuts.first_part[head], cuts.first_part[head + 1]))
         assert sorted(mine[:, 2].tolist()) == (parts or [-1])
 
 
