@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import types
 
-from .rows import compiled
+from .rows import BFLOAT16, FLOAT16, FLOAT32, compiled
 
 llvm.load_library_permanently(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
@@ -45,7 +45,7 @@ def flash(kind, q, k, v, mask, scale, seen, lse):
     _tensor(kind, k.ctypes.data, sizes, strides, made[1:])
     _tensor(kind, v.ctypes.data, sizes, strides, made[2:])
     sizes[2], sizes[3], strides[2] = len(mask), keys, mask.strides[0] // mask.itemsize
-    _tensor(2, mask.ctypes.data, sizes, strides, made[3:])
+    _tensor(FLOAT32, mask.ctypes.data, sizes, strides, made[3:])
     factor = np.array([scale], np.float64)
     given = made[3:].ctypes.data, factor.ctypes.data, made[4:].ctypes.data, made[5:].ctypes.data
     failed = _flash(made[0], made[1], made[2], 0.0, 0, *given)
@@ -101,7 +101,7 @@ def _matrix(kind, x, transposed, made):
 @compiled
 def _tensor(kind, address, sizes, strides, made):
     """made[0] becomes a tensor of PyTorch's that lies there."""
-    dtype = _bfloat16() if kind == 0 else _float16() if kind == 1 else _float32()
+    dtype = _bfloat16() if kind == BFLOAT16 else _float16() if kind == FLOAT16 else _float32()
     _make(address, len(sizes), sizes.ctypes.data, strides.ctypes.data, 0, dtype, 0, 0, made.ctypes.data)
 
 
