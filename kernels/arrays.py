@@ -270,6 +270,7 @@ def _entries_at(arrays, g, places):
 
 @compiled
 def gather(x, places, rows):
+    """Copy the rows of x at W places into `rows` [W, D]."""
     for i in range(len(places)):
         for d in range(x.shape[1]):
             rows[i, d] = x[places[i], d]

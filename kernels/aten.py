@@ -37,7 +37,10 @@ _memcpy = _function("memcpy", *[_ADDRESS] * 3, result=_ADDRESS)
 
 @compiled
 def flash(kind, q, k, v, mask, scale, seen, lse):
-    """What queries [T, D] see of entries [K, D]: seen [T, D], log-sum-exp [T] fp32. mask: [1 or T, K] fp32."""
+    """What queries [T, D] see of entries [K, D]: seen [T, D], log-sum-exp [T] fp32. mask: [1 or T, K] fp32.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     (rows, size), keys = q.shape, len(k)
     made, sizes, strides = np.zeros(6, np.int64), np.array([1, 1, rows, size]), np.array([0, 0, size, 1])
     _tensor(kind, q.ctypes.data, sizes, strides, made[0:])
@@ -62,7 +65,10 @@ def flash(kind, q, k, v, mask, scale, seen, lse):
 
 @compiled
 def product(kind, x, y, transposed, out):
-    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is transposed."""
+    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is transposed.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     made = np.zeros(3, np.int64)
     _operands(kind, x, y, transposed, out, made)
     failed = _mm_out(made[0], made[1], made[2])
@@ -73,7 +79,10 @@ def product(kind, x, y, transposed, out):
 
 @compiled
 def product_less(kind, less, x, y, transposed, out):
-    """out [M, N] = x y - less, rounded once; x and y as for product."""
+    """out [M, N] = x y - less, rounded once; x and y as for product.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     made = np.zeros(4, np.int64)
     _operands(kind, x, y, transposed, out, made)
     _matrix(kind, less, False, made[3:])

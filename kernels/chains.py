@@ -56,7 +56,10 @@ class Pieces(NamedTuple):
 
 @compiled
 def walk(layer, tokens, pieces, merges, threads):
-    """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to."""
+    """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to.
+
+    Raises RuntimeError when a task fails: short of memory, or because PyTorch refused its operands.
+    """
     tasks, bounds, rows = _tasks(layer, tokens, pieces, merges, threads)
     claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
     seen, lse = np.empty((rows, tokens.q.shape[2]), tokens.q.dtype), np.empty(rows, np.float32)

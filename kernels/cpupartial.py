@@ -38,7 +38,7 @@ def way_of(dtype: torch.dtype, size: int) -> Way:
 def row_block(dtype: torch.dtype, size: int) -> int:
     """The rows of a call are a multiple of so many, as fewer may be multiplied otherwise.
 
-    Those of MKL's fp32 products are, of long rows on a CPU of Intel's.
+    MKL's fp32 products of rows longer than 64 columns need 16 on Intel's CPUs.
     """
     return 4 if dtype == torch.bfloat16 or size <= 64 else 16
 
@@ -58,7 +58,8 @@ def rows_at_once(keys, block):
 def partial_attention(way, q, k, v, mask, scale, seen, lse):
     """Write what queries see [T, D], and its log-sum-exp [T] fp32.
 
-    q [T, D], T a multiple of way.block; k and v [K, D]: bits; mask: [1 or T, K] fp32, finite.
+    q [T, D], T a multiple of way.block; k and v [K, D]: bits; mask: [1 or T, K] fp32, finite. Raises RuntimeError when
+    PyTorch refuses the operands.
     """
     if way.by_products and len(k) >= MANY:
         _by_products(way.block, q, k, v, mask, np.float32(scale), seen, lse)

@@ -118,6 +118,7 @@ def least_rows(most: int) -> list[int]:
 
 @cache
 def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

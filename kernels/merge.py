@@ -1,8 +1,8 @@
 """Merging in Triton: the oldest segment leaves the ring, as reference.merge defines it (README.md, 4 to 6).
 
-Seven launches, one more with a learned score and one more past the trained context, each over (sequence, head)
-and, where it pays, over entries. The number of programs is fixed; they share the sequences that complete a segment,
-and end at once when there is none.
+Nine launches, one more with a learned score and one more past the trained context, each over (sequence, head)
+and, where it pays, over entries. The number of programs is fixed, as if every sequence of the call completed a segment:
+the i-th share of them serves the i-th that does, and ends at once when there is none.
 
 The ring cells of the outgoing segment serve as the list of tokens that look for a place: whatever an entry
 gives up takes the cell of the token that won it. After a merge they hold no tokens of the ring.

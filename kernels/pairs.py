@@ -30,6 +30,7 @@ class PairCode(NamedTuple):
 
 
 def is_paired(bits: int) -> bool:
+    """Whether so many bits per value are those of a code of pairs."""
     return bits in (3, 5)
 
 
@@ -40,6 +41,7 @@ def pair_counts(head_size: int, bits: int) -> tuple[int, int]:
 
 
 def pair_bytes(head_size: int, bits: int) -> int:
+    """Bytes of the codes of one key."""
     wide, narrow = pair_counts(head_size, bits)
     return 2 * wide + narrow
 

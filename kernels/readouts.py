@@ -77,6 +77,7 @@ class Readouts:
         return self._layer
 
     def forget(self, slot: int) -> None:
+        """Have the slot read anew when it is asked for again."""
         readout = self._held.pop(slot, None)
         if readout is not None:
             self._free.append(readout.row)

@@ -58,11 +58,13 @@ def as_bits(x: torch.Tensor) -> np.ndarray:
 
 @compiled
 def to_bits(x):
+    """The bits of an fp32, int64."""
     return np.int64(np.float32(x).view(np.uint32))
 
 
 @compiled
 def from_bits(whole):
+    """The fp32 of these bits."""
     return np.uint32(whole).view(np.float32)
 
 
@@ -80,6 +82,7 @@ def half_bits(x):
 
 @compiled
 def from_half_bits(half):
+    """The bits of fp16 to fp32."""
     half = np.int64(half)
     sign, exponent, fraction = (half & 0x8000) << 16, (half >> 10) & 31, half & 0x3FF
     if exponent == 0:
