@@ -133,7 +133,7 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
         HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
         VALUE_BITS=slots.codec.value_bits, GROUP=call.group, D=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _combine_parts(call, rows, cuts, partial, lse, count, 1)
+    _combine_parts(call, rows, cuts, partial, lse, count)
 
 
 def _read(call: Call, rows: tuple) -> torch.Tensor:
@@ -177,13 +177,15 @@ def _cuts(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Cuts, torch
     return cuts, partial, buffer("lse", shape, torch.float32, call.q.device)
 
 
-def _combine_parts(call: Call, rows: tuple, cuts: Cuts, partial, lse, blocks: int, tokens: int) -> None:
+def _combine_parts(call: Call, rows: tuple, cuts: Cuts, partial, lse, blocks: int, tokens: int | None = None) -> None:
+    """tokens: of prompts in a block; None where every sequence has one, and is a block."""
     if cuts.parts:
-        single, size = tokens == 1, call.q.shape[2]
+        single, size = tokens is None, call.q.shape[2]
+        tokens = tokens or 1
         _combine[(blocks * tokens, call.q.shape[1])](
             call.out, partial, lse, cuts.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2],
             WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, GROUP=call.group, D=size, TOKENS=tokens,
-            ROWS=rows_width(len(rows[0])), num_warps=4 if single else 1,
+            ROWS=rows_width(len(rows[0])), PROMPTS=not single, num_warps=4 if single else 1,
         )  # fmt: skip
 
 
@@ -200,16 +202,19 @@ def _capability() -> int:
 
 
 def _fit(tile: Tile, call: Call) -> Tile:
-    """The tile with rows for a group at least, and so few keys and stages that its vectors fit in shared memory."""
+    """The tile with rows for a group at least, and so few keys, stages and rows that it fits in shared memory."""
     if triton.knobs.runtime.interpret:
         tile = tile._replace(keys=INTERPRETED_KEYS)
-    tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(call.group)))
+    group = triton.next_power_of_2(call.group)
+    tile = tile._replace(rows=max(tile.rows, group))
     vector, queries = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size(), 2 if call.turn["TRAINED"] else 1
     if vector > 256:  # more registers, too, for the same rows
         tile = tile._replace(warps=2 * tile.warps, resident=max(tile.resident // 2, 1))
     room = shared_memory(call.q.device)
     while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.keys > 16:
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
+    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.rows > max(group, 16):
+        tile = tile._replace(rows=tile.rows // 2)
     return tile
 
 
@@ -219,6 +224,7 @@ def _combine(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    PROMPTS: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of one query token and head (README.md, eq. 4). Heads of one cut are done already."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
@@ -228,7 +234,7 @@ def _combine(
     block = tl.program_id(0) // TOKENS
     n = block
     token = 0
-    if TOKENS > 1:
+    if PROMPTS:
         n, token = locate(rows, block, TOKENS, ROWS)
         token += tl.program_id(0) % TOKENS
         if n == ROWS:
