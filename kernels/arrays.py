@@ -20,7 +20,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-class Layer(NamedTuple):
+class LayerArrays(NamedTuple):
     """The slots and readouts of a layer.
 
     Fields of slots by address and extents: as arrays they would be of another type where one is empty.
@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     interleaved: bool
 
     @classmethod
-    def of(cls, slots: LayerSlots, storage, start: np.ndarray, rope: Rope | None) -> "Layer":
+    def of(cls, slots: LayerSlots, storage, start: np.ndarray, rope: Rope | None) -> "LayerArrays":
         """Valid as long as these slots are."""
         cos, sin = (rope.cos, rope.sin) if rope is not None else 2 * (torch.empty(1, 0),)
         key_bits, value_bits = slots.codec
@@ -162,7 +162,7 @@ def _at(typingctx, address, shape, dtype):
 
 
 @compiled
-def one_of(layer: Layer, slot, row, limit):
+def one_of(layer: LayerArrays, slot, row, limit):
     """A slot of a layer, with its readout in a row of the storage."""
     heads, size, bits, a = len(layer.exact_start) - 1, layer.k.shape[2], layer.k.dtype, layer.address
     exact, coarse, here = np.int64(layer.exact_start[-1]), np.int64(layer.coarse_start[-1]), slot * layer.stride
@@ -270,6 +270,7 @@ def _entries_at(arrays, g, places):
 
 @compiled
 def gather(x, places, rows):
+    """Copy the rows of x at W places into `rows` [W, D]."""
     for i in range(len(places)):
         for d in range(x.shape[1]):
             rows[i, d] = x[places[i], d]

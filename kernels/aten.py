@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import types
 
-from .rows import compiled
+from .rows import BFLOAT16, FLOAT16, FLOAT32, compiled
 
 llvm.load_library_permanently(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
@@ -37,7 +37,10 @@ _memcpy = _function("memcpy", *[_ADDRESS] * 3, result=_ADDRESS)
 
 @compiled
 def flash(kind, q, k, v, mask, scale, seen, lse):
-    """What queries [T, D] see of entries [K, D]: seen [T, D], log-sum-exp [T] fp32. mask: [1 or T, K] fp32."""
+    """What queries [T, D] see of entries [K, D]: seen [T, D], log-sum-exp [T] fp32. mask: [1 or T, K] fp32.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     (rows, size), keys = q.shape, len(k)
     made, sizes, strides = np.zeros(6, np.int64), np.array([1, 1, rows, size]), np.array([0, 0, size, 1])
     _tensor(kind, q.ctypes.data, sizes, strides, made[0:])
@@ -45,7 +48,7 @@ def flash(kind, q, k, v, mask, scale, seen, lse):
     _tensor(kind, k.ctypes.data, sizes, strides, made[1:])
     _tensor(kind, v.ctypes.data, sizes, strides, made[2:])
     sizes[2], sizes[3], strides[2] = len(mask), keys, mask.strides[0] // mask.itemsize
-    _tensor(2, mask.ctypes.data, sizes, strides, made[3:])
+    _tensor(FLOAT32, mask.ctypes.data, sizes, strides, made[3:])
     factor = np.array([scale], np.float64)
     given = made[3:].ctypes.data, factor.ctypes.data, made[4:].ctypes.data, made[5:].ctypes.data
     failed = _flash(made[0], made[1], made[2], 0.0, 0, *given)
@@ -61,10 +64,13 @@ def flash(kind, q, k, v, mask, scale, seen, lse):
 
 
 @compiled
-def product(kind, x, y, turned, out):
-    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is turned."""
+def product(kind, x, y, transposed, out):
+    """out [M, N] = x [M, K] y [K, N], or y [N, K] that is transposed.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     made = np.zeros(3, np.int64)
-    _operands(kind, x, y, turned, out, made)
+    _operands(kind, x, y, transposed, out, made)
     failed = _mm_out(made[0], made[1], made[2])
     _drop(made)
     if failed:
@@ -72,10 +78,13 @@ def product(kind, x, y, turned, out):
 
 
 @compiled
-def product_less(kind, less, x, y, turned, out):
-    """out [M, N] = x y - less, rounded once; x and y as for product."""
+def product_less(kind, less, x, y, transposed, out):
+    """out [M, N] = x y - less, rounded once; x and y as for product.
+
+    Raises RuntimeError when PyTorch refuses the operands.
+    """
     made = np.zeros(4, np.int64)
-    _operands(kind, x, y, turned, out, made)
+    _operands(kind, x, y, transposed, out, made)
     _matrix(kind, less, False, made[3:])
     failed = _addmm_out(made[0], made[3], made[1], made[2], -1.0, 1.0)
     _drop(made)
@@ -84,16 +93,16 @@ def product_less(kind, less, x, y, turned, out):
 
 
 @compiled
-def _operands(kind, x, y, turned, out, made):
+def _operands(kind, x, y, transposed, out, made):
     _matrix(kind, out, False, made[0:])
     _matrix(kind, x, False, made[1:])
-    _matrix(kind, y, turned, made[2:])
+    _matrix(kind, y, transposed, made[2:])
 
 
 @compiled
-def _matrix(kind, x, turned, made):
+def _matrix(kind, x, transposed, made):
     sizes, strides = np.array(x.shape), np.array([x.shape[1], 1])
-    if turned:
+    if transposed:
         sizes, strides = sizes[::-1].copy(), strides[::-1].copy()
     _tensor(kind, x.ctypes.data, sizes, strides, made)
 
@@ -101,7 +110,7 @@ def _matrix(kind, x, turned, made):
 @compiled
 def _tensor(kind, address, sizes, strides, made):
     """made[0] becomes a tensor of PyTorch's that lies there."""
-    dtype = _bfloat16() if kind == 0 else _float16() if kind == 1 else _float32()
+    dtype = _bfloat16() if kind == BFLOAT16 else _float16() if kind == FLOAT16 else _float32()
     _make(address, len(sizes), sizes.ctypes.data, strides.ctypes.data, 0, dtype, 0, 0, made.ctypes.data)
 
 

@@ -1,8 +1,8 @@
-"""Triton attention over memory, window and segment: split over keys, joined by log-sum-exp (README.md, 2).
+"""Triton attention over memory, window and segment: split over keys, combined by log-sum-exp (README.md, 2).
 
-A head's keys are numbered ring first, then exact, then coarse entries. The host cuts every head into pieces
-of equal size (launch.Pieces), so a head that holds eight times the mean gets eight times the programs. A
-program takes one piece and one tile of query rows; the heads of a group are rows of the same tile.
+A head's keys are numbered ring first, then exact, then coarse entries. The host divides those of every head into
+cuts of equal size (launch.Cuts), so a head that holds eight times the mean gets eight times the programs. A
+program takes one cut and one tile of query rows; the heads of a group are rows of the same tile.
 """
 
 import math
@@ -17,8 +17,8 @@ from .decoding import attend_token
 from .launch import (
     LARGEST_SCRATCH,
     ROW_ARGUMENTS,
+    Cuts,
     Heads,
-    Pieces,
     buffer,
     half_width,
     heads_of,
@@ -126,14 +126,14 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
     """One query token per sequence: programs are tiles of a head's keys."""
     slots, count = call.slots, len(rows[0])
     tile, size = _fit(TOKEN, call), call.q.shape[2]
-    pieces, partial, lse = _pieces(call, tile, count, 1)
-    attend_token[(count, len(pieces.table))](
-        call.q, call.out, partial, lse, slots, call.heads.stride, pieces.table, pieces.size, *rows_of(*rows),
+    cuts, partial, lse = _cuts(call, tile, count, 1)
+    attend_token[(count, len(cuts.table))](
+        call.q, call.out, partial, lse, slots, call.heads.stride, cuts.table, cuts.size, *rows_of(*rows),
         call.scale, *call.strides, *call.angles, **call.turn, **_slot_constants(slots), SLIDING=slots.sliding,
         HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
         VALUE_BITS=slots.codec.value_bits, GROUP=call.group, D=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _combine_parts(call, rows, pieces, partial, lse, count, 1)
+    _combine_parts(call, rows, cuts, partial, lse, count)
 
 
 def _read(call: Call, rows: tuple) -> torch.Tensor:
@@ -155,35 +155,37 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
     tile = _fit(PROMPT if _capability() // 10 in OPERANDS_IN_MEMORY else REGISTER_PROMPT, call)
     tokens = tile.rows // call.group
     blocks = live_tokens // tokens + len(rows[0])
-    pieces, partial, lse = _pieces(call, tile, blocks, tokens)
-    attend_prompt[(blocks, len(pieces.table))](
+    cuts, partial, lse = _cuts(call, tile, blocks, tokens)
+    attend_prompt[(blocks, len(cuts.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, *read, slots.coarse_rank.shape[1],
-        pieces.table, pieces.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, **call.turn,
+        cuts.table, cuts.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, **call.turn,
         **_slot_constants(slots), SLIDING=slots.sliding, WIDTH=max(16, triton.next_power_of_2(size)),
         TILE=tile.rows, KEYS=tile.keys, CODED=slots.codec.key_bits < 16, GROUP=call.group, D=size, TOKENS=tokens,
         ROWS=rows_width(len(rows[0])), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _combine_parts(call, rows, pieces, partial, lse, blocks, tokens)
+    _combine_parts(call, rows, cuts, partial, lse, blocks, tokens)
 
 
-def _pieces(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Pieces, torch.Tensor, torch.Tensor]:
+def _cuts(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Cuts, torch.Tensor, torch.Tensor]:
     """The cut of the heads' keys for so many blocks of query tokens, and buffers for the parts and their lse."""
     size, rows = call.q.shape[2], tokens * call.group
-    counts = tuple(call.slots.ring_k.shape[2] + held for held in call.heads.held)
+    counts = tuple(call.slots.ring_k.shape[2] + capacity for capacity in call.heads.capacities)
     resident = processors(call.q.device) * tile.resident
-    pieces = call.heads.pieces(counts, tile.keys, blocks, resident, rows * size * 4)
-    shape = (pieces.parts, blocks, rows)
+    cuts = call.heads.cuts(counts, tile.keys, blocks, resident, rows * size * 4)
+    shape = (cuts.parts, blocks, rows)
     partial = buffer("partial", (*shape, size), torch.float32, call.q.device)
-    return pieces, partial, buffer("lse", shape, torch.float32, call.q.device)
+    return cuts, partial, buffer("lse", shape, torch.float32, call.q.device)
 
 
-def _combine_parts(call: Call, rows: tuple, pieces: Pieces, partial, lse, blocks: int, tokens: int) -> None:
-    if pieces.parts:
-        single, size = tokens == 1, call.q.shape[2]
+def _combine_parts(call: Call, rows: tuple, cuts: Cuts, partial, lse, blocks: int, tokens: int | None = None) -> None:
+    """tokens: of prompts in a block; None where every sequence has one, and is a block."""
+    if cuts.parts:
+        single, size = tokens is None, call.q.shape[2]
+        tokens = tokens or 1
         _combine[(blocks * tokens, call.q.shape[1])](
-            call.out, partial, lse, pieces.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2],
+            call.out, partial, lse, cuts.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2],
             WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, GROUP=call.group, D=size, TOKENS=tokens,
-            ROWS=rows_width(len(rows[0])), num_warps=4 if single else 1,
+            ROWS=rows_width(len(rows[0])), PROMPTS=not single, num_warps=4 if single else 1,
         )  # fmt: skip
 
 
@@ -200,16 +202,19 @@ def _capability() -> int:
 
 
 def _fit(tile: Tile, call: Call) -> Tile:
-    """The tile with rows for a group at least, and so few keys and stages that its vectors fit in shared memory."""
+    """The tile with rows for a group at least, and so few keys, stages and rows that it fits in shared memory."""
     if triton.knobs.runtime.interpret:
         tile = tile._replace(keys=INTERPRETED_KEYS)
-    tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(call.group)))
+    group = triton.next_power_of_2(call.group)
+    tile = tile._replace(rows=max(tile.rows, group))
     vector, queries = triton.next_power_of_2(call.q.shape[2]) * call.q.element_size(), 2 if call.turn["TRAINED"] else 1
     if vector > 256:  # more registers, too, for the same rows
         tile = tile._replace(warps=2 * tile.warps, resident=max(tile.resident // 2, 1))
     room = shared_memory(call.q.device)
     while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.keys > 16:
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
+    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.rows > max(group, 16):
+        tile = tile._replace(rows=tile.rows // 2)
     return tile
 
 
@@ -219,8 +224,9 @@ def _combine(
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    PROMPTS: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one query token and head (README.md, eq. 4). Heads of one piece are done already."""
+    """Combine the parts of one query token and head (README.md, eq. 4). Heads of one cut are done already."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     head = tl.program_id(1)
     part = tl.load(first_part + head // GROUP)
@@ -228,7 +234,7 @@ def _combine(
     block = tl.program_id(0) // TOKENS
     n = block
     token = 0
-    if TOKENS > 1:
+    if PROMPTS:
         n, token = locate(rows, block, TOKENS, ROWS)
         token += tl.program_id(0) % TOKENS
         if n == ROWS:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from . import arrays
-from .arrays import Weights, one_of, read_plain
-from .cpuattention import join, passes, put, see
+from .arrays import LayerArrays, Weights, one_of, read_plain
+from .cpuattention import combine, count_passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
 from .grid import Grid, far_limit, leaves, left_ring, width
@@ -22,7 +21,8 @@ from .team import add, each, replace, value
 LEAST_ROWS = 64  # of a task: fewer take longer each
 UNEVEN = 0.15  # of a thread's share that one of them may have to do more before pieces are divided more finely
 FINEST = 4  # parts of a thread's share, at most
-PUTS, MERGES, READS, JOINS = 1, 2, 4, 8
+PUTS, MERGES, READS, COMBINES = 1, 2, 4, 8
+PIECE, HEAD, FIRST, LAST, AFTER, DOES, BEGIN, END, OF, PLACE = range(10)  # columns of a task, see _tasks
 _rest = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
     way: Way
     grid: Grid
-    arrays: arrays.Layer
+    arrays: LayerArrays
     weights: Weights
 
 
@@ -56,7 +56,10 @@ class Pieces(NamedTuple):
 
 @compiled
 def walk(layer, tokens, pieces, merges, threads):
-    """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to."""
+    """Do what there is to do for these pieces: put keys where T is not 0, attend likewise, merge if told to.
+
+    Raises RuntimeError when a task fails: short of memory, or because PyTorch refused its operands.
+    """
     tasks, bounds, rows = _tasks(layer, tokens, pieces, merges, threads)
     claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
     seen, lse = np.empty((rows, tokens.q.shape[2]), tokens.q.dtype), np.empty(rows, np.float32)
@@ -77,7 +80,7 @@ def _work(number, given):
             task = value(claimed, chain)
             if task < bounds[chain + 1]:
                 left = True
-                if value(done, chain) >= tasks[task, 4] and replace(claimed, chain, task, task + 1):
+                if value(done, chain) >= tasks[task, AFTER] and replace(claimed, chain, task, task + 1):
                     break
             task = -1
         if task >= 0:
@@ -92,7 +95,7 @@ def _work(number, given):
 
 @inlined
 def _do(task, layer, tokens, pieces, seen, lse):
-    n, g, does = task[0], task[1], task[5]
+    n, g, does = task[PIECE], task[HEAD], task[DOES]
     i, begin, count, position = pieces.table[n]
     own, end = slice(begin, begin + count), position + count
     slot, row = pieces.slot[i], pieces.row[i]
@@ -101,7 +104,7 @@ def _do(task, layer, tokens, pieces, seen, lse):
         read_plain(arrays, np.arange(arrays.start[g], arrays.start[g + 1]))
     if does & PUTS:
         put(tokens.k[own], tokens.v[own], g, position, arrays)
-    if task[3] > task[2]:
+    if task[LAST] > task[FIRST]:
         _attend(task, layer, arrays, tokens.q[own], position, tokens.scale, seen, lse, tokens.out[own])
     if does & MERGES:
         arrays = one_of(layer.arrays, slot, row, far_limit(end + 1, layer.grid))
@@ -110,19 +113,19 @@ def _do(task, layer, tokens, pieces, seen, lse):
 
 @compiled
 def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
-    """Do a task's passes, and join those of its rows if told to; seen and lse: rows that tasks share.
+    """Do a task's passes, and combine those of its rows if told to; seen and lse: rows that tasks share.
 
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
     """
-    _, g, first, last, _, does, begin, end, count, place = task
+    g, first, last, of, place = task[HEAD], task[FIRST], task[LAST], task[OF], task[PLACE]
     (_, heads, size), rows = q.shape, _whole(last - first, layer.way)
     if place < 0:
-        seen, lse, place = np.empty((count * rows, size), q.dtype), np.empty(count * rows, np.float32), 0
-    own = slice(place, place + count * rows)
-    seen, lse = seen[own].reshape(count, rows, size), lse[own].reshape(count, rows)
-    see(layer.way, layer.grid, arrays, g, q, position, first, last, begin, end, scale, seen, lse)
-    if does & JOINS:
-        join(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
+        seen, lse, place = np.empty((of * rows, size), q.dtype), np.empty(of * rows, np.float32), 0
+    own = slice(place, place + of * rows)
+    seen, lse = seen[own].reshape(of, rows, size), lse[own].reshape(of, rows)
+    see(layer.way, layer.grid, arrays, g, q, position, first, last, task[BEGIN], task[END], scale, seen, lse)
+    if task[DOES] & COMBINES:
+        combine(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
 
 
 @compiled
@@ -135,63 +138,72 @@ def _whole(rows, way):
 def _tasks(layer, tokens, pieces, merges, threads):
     """Tasks [N, 10], where those of each chain begin [C + 1], the longest chain first, and rows that tasks share.
 
-    piece, kv head, first and last row of the head's queries, how many tasks of the chain have to be done before, what
-    else it does (READS and PUTS before, JOINS and MERGES after), its first and last pass of how many, and where the
-    rows are that it shares with others, -1 where it has its own.
+    PIECE and kv HEAD; FIRST and LAST row of the head's queries; AFTER how many tasks of the chain it comes; what else
+    it DOES (READS and PUTS before, COMBINES and MERGES after); BEGIN and END of its passes, OF how many; and the PLACE
+    of the rows that it shares with others, -1 where it has its own.
     """
-    heads, block, table = len(layer.arrays.exact_start) - 1, layer.way.block, pieces.table
+    heads, table, puts = len(layer.arrays.exact_start) - 1, pieces.table, PUTS if len(tokens.k) else 0
     group = tokens.q.shape[1] // heads if len(tokens.q) else 0
-    chains, puts = len(pieces.slot) * heads, PUTS if len(tokens.k) else 0
-    ends = layer.arrays.exact_start + layer.arrays.coarse_start
+    order, parts, begin, passes = _shares(layer, group, pieces, threads)
+    most_tasks = len(table) * heads * (2 + parts.max()) if len(order) else 0
+    found, bounds, m, shared = np.empty((most_tasks, PLACE + 1), np.int64), np.zeros(len(order) + 1, np.int64), 0, 0
+    for j in range(len(order)):
+        i, g, before = order[j] // heads, order[j] % heads, m
+        for n in range(begin[i], begin[i + 1]):
+            _, _, count, position = table[n]
+            rows, merging = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
+            now = puts | READS if n == begin[i] and pieces.unread[i] else puts
+            of, shares = passes[n, g], min(parts[j], _most(rows, passes[n, g]))
+            if shares < 2:
+                m = _task(found, m, n, g, 0, rows, m - before, now | merging | (COMBINES if rows else 0), 0, of, of, -1)
+                continue
+            m = _task(found, m, n, g, 0, 0, m - before, now, 0, 0, of, -1)
+            after = m - before
+            if rows < 2 * LEAST_ROWS:
+                end = 0
+                for share in range(1, shares + 1):
+                    start, end = end, 1 + share * (of - 1) // shares  # the first one looks at the ring, too
+                    m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
+                m = _task(found, m, n, g, 0, rows, m - before, COMBINES | merging, 0, 0, of, shared)
+                shared += of * _whole(rows, layer.way)
+                continue
+            step = layer.way.block * shares
+            size = (rows + step - 1) // step * layer.way.block
+            for first in range(0, rows, size):
+                m = _task(found, m, n, g, first, min(first + size, rows), after, COMBINES, 0, of, of, -1)
+            m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)
+        bounds[j + 1] = m
+    return found[:m], bounds, shared
+
+
+@inlined
+def _shares(layer, group, pieces, threads):
+    """Chains [C], the longest first, and in how many parts the attention of each one's pieces is divided [C].
+
+    Also where the pieces of each sequence begin [B + 1], and how many passes each piece takes for a head [N, G].
+    """
+    heads, table = len(layer.arrays.exact_start) - 1, pieces.table
+    chains, ends = len(pieces.slot) * heads, layer.arrays.exact_start + layer.arrays.coarse_start
     cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
-    begin, looks = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
+    begin, passes = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
     for n in range(len(table)):
         i, _, count, position = table[n]
         begin[i + 1], end = n + 1, position + count
         for g in range(heads):
             chain, gone = i * heads + g, left_ring(end, layer.grid)
             entries = width(ends[g + 1] - ends[g], gone, layer.grid)
-            looks[n, g] = passes(entries, far_limit(end, layer.grid), layer.grid)
+            passes[n, g] = count_passes(entries, far_limit(end, layer.grid), layer.grid)
             last[chain] = group * count * (entries + layer.arrays.cells)
             cost[chain] += last[chain]
-            most[chain] = max(most[chain], _most(group * count, looks[n, g]))
+            most[chain] = max(most[chain], _most(group * count, passes[n, g]))
     order = np.argsort(-cost, kind="mergesort")
-    parts = _parts(cost[order], last[order], most[order], threads)
-    most_tasks = len(table) * heads * (2 + parts.max()) if chains else 0
-    found, bounds, m, shared = np.empty((most_tasks, 10), np.int64), np.zeros(chains + 1, np.int64), 0, 0
-    for j in range(chains):
-        i, g, before = order[j] // heads, order[j] % heads, m
-        for n in range(begin[i], begin[i + 1]):
-            _, _, count, position = table[n]
-            rows, merging = group * count, MERGES if merges and leaves(position + count, layer.grid) else 0
-            now = puts | READS if n == begin[i] and pieces.unread[i] else puts
-            of, cuts = looks[n, g], min(parts[j], _most(rows, looks[n, g]))
-            if cuts < 2:
-                m = _task(found, m, n, g, 0, rows, m - before, now | merging | (JOINS if rows else 0), 0, of, of, -1)
-                continue
-            m = _task(found, m, n, g, 0, 0, m - before, now, 0, 0, of, -1)
-            after = m - before
-            if rows < 2 * LEAST_ROWS:
-                end = 0
-                for cut in range(1, cuts + 1):
-                    start, end = end, 1 + cut * (of - 1) // cuts  # the first one looks at the ring, too
-                    m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
-                m = _task(found, m, n, g, 0, rows, m - before, JOINS | merging, 0, 0, of, shared)
-                shared += of * _whole(rows, layer.way)
-                continue
-            step = block * cuts
-            size = (rows + step - 1) // step * block
-            for first in range(0, rows, size):
-                m = _task(found, m, n, g, first, min(first + size, rows), after, JOINS, 0, of, of, -1)
-            m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)
-        bounds[j + 1] = m
-    return found[:m], bounds, shared
+    return order, _parts(cost[order], last[order], most[order], threads), begin, passes
 
 
 @compiled
-def _most(rows, looks):
+def _most(rows, passes):
     """How many tasks can share the attention of a piece: its rows, or, where those are few, its passes over entries."""
-    return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else looks - 1 if rows else 1
+    return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else passes - 1 if rows else 1
 
 
 @compiled
@@ -199,8 +211,9 @@ def _task(found, m, n, g, first, last, after, does, begin_pass, end_pass, of, pl
     """Note a task as the next one, unless there is nothing to do; returns how many there are."""
     if last == first and not does:
         return m
-    found[m, 0], found[m, 1], found[m, 2], found[m, 3], found[m, 4], found[m, 5] = n, g, first, last, after, does
-    found[m, 6], found[m, 7], found[m, 8], found[m, 9] = begin_pass, end_pass, of, place
+    found[m, PIECE], found[m, HEAD], found[m, FIRST], found[m, LAST] = n, g, first, last
+    found[m, AFTER], found[m, DOES], found[m, PLACE] = after, does, place
+    found[m, BEGIN], found[m, END], found[m, OF] = begin_pass, end_pass, of
     return m + 1
 
 

@@ -61,12 +61,12 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
 
 
 def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None):
-    """See reference.attend."""
+    """See reference.attend. Raises RuntimeError when walk() does."""
     walk(slots, Pieces.of([(slot_indices, cu_seqlens, seq_lens)]), rope, None, readouts, q=q, out=out, scale=scale)
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, readouts=None):
-    """See reference.merge."""
+    """See reference.merge. Raises RuntimeError when walk() does."""
     due = slot_indices.where((seq_lens % slots.segment == 0) & (seq_lens > slots.window), -1)
     walk(slots, Pieces.of([(due, cu_seqlens, seq_lens)]), rope, policy, readouts)
 
@@ -74,7 +74,8 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
 def walk(slots: LayerSlots, pieces: Pieces, rope, policy: Policy | None, readouts: Readouts | None = None, **tokens):
     """Of every piece in turn write, attend and merge: what is given of k, v and q, out, scale; and of a policy.
 
-    Sequences go together as far as there is room for their readouts.
+    k, v [T, G, D]; q, out [T, H, D]. Sequences go together as far as there is room for their readouts. Raises
+    RuntimeError when memory is short, or when PyTorch refuses the operands.
     """
     readouts = readouts or Readouts(slots)
     count, gone = len(pieces.slot), max((_memorised(slots, n) for n in pieces.end), default=0)

@@ -5,12 +5,10 @@ import math
 import numpy as np
 
 from .arrays import MASKED, rank_position
-from .cpupartial import partial_attention
+from .cpupartial import partial_attention, rows_at_once
 from .grid import left_ring, parts, width
 from .rows import compiled, load, save, turn
 from .slot import EMPTY
-
-AT_ONCE = 1 << 20  # logits of the ring, whose mask is as large
 
 
 @compiled
@@ -23,7 +21,7 @@ def put(k, v, g, position, arrays):
 
 
 @compiled
-def passes(entries, limit, grid):
+def count_passes(entries, limit, grid):
     """How many times queries look: at the ring, and at each part of the entries, once more for those that are far."""
     return 1 + parts(entries, grid) * (2 if limit else 1)
 
@@ -39,14 +37,14 @@ def see(way, grid, arrays, g, q, position, first, last, begin, end, scale, seen,
     query = np.zeros(seen.shape[1:], q.dtype)
     _side_by_side(q, g * (heads // len(arrays.ring_k)), first, last, query)
     if begin == 0:
-        step = max(AT_ONCE // arrays.ring_k.shape[1] // way.block, 1) * way.block
+        step = rows_at_once(arrays.ring_k.shape[1], way.block)
         for here in range(0, len(query), step):
             there = min(here + step, len(query))
             cells = arrays.ring_k[g], arrays.ring_v[g], _mask(grid, position, tokens, first + here, there - here)
             partial_attention(way, query[here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
     capacity = arrays.exact_start[g + 1] - arrays.exact_start[g] + arrays.coarse_start[g + 1] - arrays.coarse_start[g]
     entries = width(capacity, gone, grid)
-    near, turned = parts(entries, grid), False
+    near = parts(entries, grid)
     for p in range(max(begin, 1), end):
         part, far = (p - 1) % near, p > near
         held = slice(part * grid.part, entries if part == near - 1 else (part + 1) * grid.part)
@@ -54,9 +52,8 @@ def see(way, grid, arrays, g, q, position, first, last, begin, end, scale, seen,
         bias = arrays.bias[held]
         if arrays.limit:
             bias = _hide(bias, arrays.rank[held], arrays.limit, not far)
-        if far and not turned:
+        if p == max(begin, near + 1):  # the first that is seen from afar
             _see_from_afar(way.kind, arrays, grid, position, tokens, first, query)
-            turned = True
         partial_attention(way, query, arrays.k[held], arrays.v[held], bias.reshape(1, -1), scale, seen[p], lse[p])
 
 
@@ -111,13 +108,14 @@ def _side_by_side(q, head, first, last, query):
 
 
 @compiled
-def join(kind, seen, lse, head, first, last, out):
-    """Join passes [P, N, D] by their log-sum-exp [P, N] (Milakov & Gimelshein 2018, arXiv 1805.02867).
+def combine(kind, seen, lse, head, first, last, out):
+    """Combine passes [P, N, D] by their log-sum-exp [P, N] (Milakov & Gimelshein 2018, arXiv 1805.02867).
 
     They are rows from the first to the last, and come into out [T, H, D]; head: the first of the group.
     """
     (passes, _, size), count = seen.shape, last - first
-    share, joined, part = np.empty((passes, count), np.float32), np.zeros((2, count, size), np.float32), seen[0, :count]
+    share, part = np.empty((passes, count), np.float32), seen[0, :count]
+    combined = np.zeros((2, count, size), np.float32)
     for row in range(count):
         top, total = lse[0, row], np.float32(0)
         for p in range(1, passes):
@@ -128,11 +126,11 @@ def join(kind, seen, lse, head, first, last, out):
         for p in range(passes):
             share[p, row] /= total
     for p in range(passes):
-        load(seen[p, :count].reshape(-1), kind, joined[1].reshape(-1))
+        load(seen[p, :count].reshape(-1), kind, combined[1].reshape(-1))
         for row in range(count):
             for d in range(size):
-                joined[0, row, d] += joined[1, row, d] * share[p, row]
-    save(joined[0].reshape(-1), kind, part.reshape(-1))
+                combined[0, row, d] += combined[1, row, d] * share[p, row]
+    save(combined[0].reshape(-1), kind, part.reshape(-1))
     for row in range(count):
         t, r = (first + row) % len(out), (first + row) // len(out)
         for d in range(size):

@@ -8,15 +8,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from .arrays import gather, key_position, load_rows, rank_position, read_plain, store, store_keys
 from .aten import product
 from .grid import candidates
-from .rows import KINDS, compiled, exponentiate, highest, inlined, load, pack_rank, save, summed, turn
+from .rows import FLOAT32, compiled, exponentiate, highest, inlined, load, pack_rank, save, summed, turn
 from .slot import EMPTY
 
-FLOAT32 = KINDS[torch.float32]
 CLOSED = np.float32(0.01)  # see reference.gate
 GELU = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 FARTHEST = np.float32(80)  # of an exponent: e to it is an fp32
@@ -59,11 +57,13 @@ def merge_head(arrays, weights, g, gone, grid):
         rows.mass[c] = 1
     _keep_exact(arrays, g, rows)
     _keep_coarse(arrays, g, rows)
-    places = _among(arrays, g, gone, grid)
-    if (places[:, 1] > places[:, 0]).any() and _may_enter(arrays, g, rows, weights.gate[g]):
-        target, group, weight = _nearest(arrays, g, rows, weights.gate[g], places, mean)
-        if len(target):
-            _join(arrays, g, rows, target, group, weight)
+    places, gate = _among(arrays, g, gone, grid), weights.gate[g]
+    if (places[:, 1] > places[:, 0]).any():
+        heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
+        if _may_enter(rows, heaviest, gate):
+            target, group, weight = _nearest(arrays, g, rows, heaviest, gate, places, mean)
+            if len(target):
+                _update(arrays, g, rows, target, group, weight)
 
 
 @compiled
@@ -101,9 +101,8 @@ def _among(arrays, g, gone, grid):
 
 
 @compiled
-def _may_enter(arrays, g, rows, gate):
+def _may_enter(rows, heaviest, gate):
     """Whether anybody lost, and the gate would let it into an entry that is as close and heavy as can be."""
-    heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
     closest = np.float32(1) if gate[1] > 0 else np.float32(-1)
     return (rows.rank != EMPTY).any() and _gate(closest, heaviest, gate) > 0
 
@@ -282,7 +281,7 @@ def _gate(cosine, mass, weights):
 
 
 @compiled
-def _nearest(arrays, g, rows, gate, places, mean):
+def _nearest(arrays, g, rows, heaviest, gate, places, mean):
     """See reference._merge_rest, of all losers of a head: the places that take something up; of every row [C] which of
     them takes it, or -1, and with what weight.
     """
@@ -294,7 +293,6 @@ def _nearest(arrays, g, rows, gate, places, mean):
     _centre(arrays.plain, mean, places[0, 0], places[0, 1], unit[:front])
     _centre(arrays.plain, mean, places[1, 0], places[1, 1], unit[front:])
     product(FLOAT32, centred, unit, True, cosine)
-    heaviest = arrays.mass[arrays.start[g] : arrays.start[g + 1]].max() if gate[2] > 0 else np.float32(1)
     for c in range(count):
         if rows.rank[c] == EMPTY:
             continue
@@ -316,7 +314,7 @@ def _nearest(arrays, g, rows, gate, places, mean):
 
 
 @compiled
-def _join(arrays, g, rows, target, group, weight):
+def _update(arrays, g, rows, target, group, weight):
     """entry += weight * delta / (sum of masses), see reference._merge_rest."""
     count, size = rows.plain.shape
     shape = len(target), size

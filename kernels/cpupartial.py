@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from .aten import flash, product, product_less
-from .rows import KINDS, compiled, exponentiate, highest, load, save, summed
+from .rows import BFLOAT16, KINDS, compiled, exponentiate, highest, load, save, summed
 
-BFLOAT16 = KINDS[torch.bfloat16]
 MANY = 1 << 11  # keys from which on a decoded token loses little by the products' further calls
-AT_ONCE = 1 << 20  # logits, in two parts of two bytes each
+AT_ONCE = 1 << 20  # logits, in two parts of two bytes each, or beside a mask of as many numbers
 AMX = torch.cpu._is_amx_tile_supported()
 AMX_TILE = 32  # bfloat16 in a row
 
@@ -39,7 +38,7 @@ def way_of(dtype: torch.dtype, size: int) -> Way:
 def row_block(dtype: torch.dtype, size: int) -> int:
     """The rows of a call are a multiple of so many, as fewer may be multiplied otherwise.
 
-    Those of MKL's fp32 products are, of long rows on a CPU of Intel's.
+    MKL's fp32 products of rows longer than 64 columns need 16 on Intel's CPUs.
     """
     return 4 if dtype == torch.bfloat16 or size <= 64 else 16
 
@@ -50,13 +49,20 @@ def multiplies_bfloat16() -> bool:
 
 
 @compiled
+def rows_at_once(keys, block):
+    """Rows of so many logits that AT_ONCE holds, in whole blocks, one in any case."""
+    return max(AT_ONCE // keys // block, 1) * block
+
+
+@compiled
 def partial_attention(way, q, k, v, mask, scale, seen, lse):
     """Write what queries see [T, D], and its log-sum-exp [T] fp32.
 
-    q [T, D], T a multiple of way.block; k and v [K, D]: bits; mask: [1 or T, K] fp32, finite.
+    q [T, D], T a multiple of way.block; k and v [K, D]: bits; mask: [1 or T, K] fp32, finite. Raises RuntimeError when
+    PyTorch refuses the operands.
     """
     if way.by_products and len(k) >= MANY:
-        _by_products(q, k, v, mask, np.float32(scale), seen, lse)
+        _by_products(way.block, q, k, v, mask, np.float32(scale), seen, lse)
         return
     columns, keys = (-q.shape[1] % AMX_TILE, -len(k) % AMX_TILE) if way.in_tiles else (0, 0)
     if not columns and not keys:
@@ -82,9 +88,9 @@ def _padded(x, rows, columns, value):
 
 
 @compiled
-def _by_products(q, k, v, mask, scale, seen, lse):
+def _by_products(block, q, k, v, mask, scale, seen, lse):
     rows, keys = len(q), len(k)
-    step = min(max(AT_ONCE // keys // 4, 1) * 4, rows)
+    step = min(rows_at_once(keys, block), rows)
     parts = np.empty((2, step, keys), q.dtype)
     for first in range(0, rows, step):
         some = q[first : first + step]
@@ -103,7 +109,7 @@ def _softmax(high, low, mask, first, scale, lse):
     for t in range(len(high)):
         load(high[t], BFLOAT16, logits)
         load(low[t], BFLOAT16, rest)
-        _join(logits, rest, scale, mask[(first + t) % len(mask)])
+        _logits(logits, rest, scale, mask[(first + t) % len(mask)])
         top = highest(logits)
         exponentiate(logits, top)
         total = _total(logits)
@@ -116,7 +122,7 @@ def _softmax(high, low, mask, first, scale, lse):
 
 
 @compiled
-def _join(logits, rest, scale, mask):
+def _logits(logits, rest, scale, mask):
     for i in range(len(logits)):
         logits[i] = (logits[i] + rest[i]) * scale + mask[i]
 

@@ -20,7 +20,7 @@ def attend_token(
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One token's heads of a group over one piece of their keys. scale includes log2(e): softmax is in base 2."""
+    """One token's heads of a group over one cut of their keys. scale includes log2(e): softmax is in base 2."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     RING: tl.constexpr = WINDOW + SEGMENT
     DTYPE: tl.constexpr = q.dtype.element_ty
@@ -153,9 +153,10 @@ def _memory_logits(q_low, q_high, far_low, far_high, k_low, k_high, ranks, insid
 @triton.jit
 def _absorb(logits, v_low, v_high, mass, scale, top, total, low, high):
     """Add a tile of keys to a running softmax (README.md, eq. 3); mass is 0 where a key is not seen."""
-    new_top = tl.maximum(top, tl.max(tl.where(mass > 0, logits, float("-inf")), 1) * scale)
+    logits = tl.where(mass > 0, logits * scale, float("-inf"))  # 0 times the exponential of an unseen key may be NaN
+    new_top = tl.maximum(top, tl.max(logits, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
-    weight = mass * tl.exp2(logits * scale - base[:, None])
+    weight = mass * tl.exp2(logits - base[:, None])
     if v_low.dtype == tl.float16:
         weight = tl.minimum(weight, 65504.0)  # what fp16 holds
     shrink = tl.exp2(top - base)

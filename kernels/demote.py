@@ -12,12 +12,12 @@ from .tiles import (
     due_tile,
     far_limit,
     halves,
-    mates,
     pairs_of,
     rank_position,
     sizes,
     store_encoded,
     store_halves,
+    turn_back,
 )
 
 
@@ -44,26 +44,22 @@ def demote(
     position = rank_position(rank)
     turns = (rank > 0) & (position < limit) & (position >= limit - SEGMENT)
     if tl.max(turns.to(tl.int32)) > 0:
-        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, position, turns, D, HALF, ROTARY, INTERLEAVED)
+        here = angles(cos, sin, position, turns, D, HALF, ROTARY, INTERLEAVED)
         pairs = pairs_of(slots, head, D)
         codes = at(slots.exact_k, slot, stride)
         affine = at(slots.coarse_k_affine, slot, stride)
         row = exact_first + entry
         mine = turns & (entry < exact)
         low, high = halves(codes, row, mine, D, HALF)
-        mate_low, mate_high = mates(codes, affine, row, mine, low, high, pairs, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED)
-        low = low * cos_low - mate_low * sin_low
-        high = high * cos_high - mate_high * sin_high
+        low, high = turn_back(codes, affine, row, mine, low, high, pairs, here, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED)
         tl.debug_barrier()  # all lanes have read their mates
         store_halves(codes, row, mine, low, high, D, HALF)
         codes = at(slots.coarse_k, slot, stride)
         row = coarse_first + entry - exact
         mine = turns & (entry >= exact)
         low, high = decode(codes, affine, row, mine, pairs, D, HALF, KEY_BITS, DTYPE)
-        mate_low, mate_high = mates(
-            codes, affine, row, mine, low, high, pairs, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
+        low, high = turn_back(
+            codes, affine, row, mine, low, high, pairs, here, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
         )
-        low = low.to(tl.float32) * cos_low - mate_low * sin_low
-        high = high.to(tl.float32) * cos_high - mate_high * sin_high
         tl.debug_barrier()
         store_encoded(codes, affine, row, mine, low, high, pairs, D, HALF, KEY_BITS)

@@ -16,7 +16,7 @@ _SKEW = tl.constexpr(37)  # odd, and far from a divisor of any segment
 
 # Work.plan of a head: duels won against exact entries (empty ones included) and exact entries that lose, the same
 # for coarse ones, how many entries of either tier were picked, and how many coarse ones were listed.
-_EXACT, _COARSE, _PICKED, _LISTED = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4), tl.constexpr(6)
+EXACT, COARSE, _PICKED, _LISTED = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4), tl.constexpr(6)
 
 
 @triton.jit
@@ -149,30 +149,32 @@ def pick(
     head = tile // PARTS
     part = tile % PARTS
     base = index * kv_heads + head
-    plan = _plan(slots, work, base, head, gone, SEGMENT)
+    won_exact, lost_exact, won_coarse, lost_coarse, exact_limit, coarse_limit, under = _plan(
+        slots, work, base, head, gone, SEGMENT
+    )
     if part == 0:
-        tl.store(work.plan + base * 8 + _EXACT, plan[0])
-        tl.store(work.plan + base * 8 + _EXACT + 1, plan[1])
-        tl.store(work.plan + base * 8 + _COARSE, plan[2])
-        tl.store(work.plan + base * 8 + _COARSE + 1, plan[3])
-        tl.store(work.under + base * (2 * SEGMENT) + tl.arange(0, 2 * SEGMENT), plan[6])
+        tl.store(work.plan + base * 8 + EXACT, won_exact)
+        tl.store(work.plan + base * 8 + EXACT + 1, lost_exact)
+        tl.store(work.plan + base * 8 + COARSE, won_coarse)
+        tl.store(work.plan + base * 8 + COARSE + 1, lost_coarse)
+        tl.store(work.under + base * (2 * SEGMENT) + tl.arange(0, 2 * SEGMENT), under)
     left = tl.maximum(gone - SEGMENT, 0)
-    if plan[1] > 0:
+    if lost_exact > 0:
         _, _, _, _, held_exact, _ = sizes(slots, head, left)
         picked = work.picked_exact + _list_start(slots.exact_start, index, head, kv_heads)
         for start in range(part * ENTRIES, held_exact, PARTS * ENTRIES):
             entry = start + tl.arange(0, ENTRIES)
             entry = tl.where(entry < held_exact, entry, NOWHERE)
             rank = held_ranks(slots, stride, slot, head, left, entry)
-            _append(work.plan + base * 8 + _PICKED, picked, entry, (rank > 0) & (rank < plan[4]))
-    if plan[3] > 0:
+            _append(work.plan + base * 8 + _PICKED, picked, entry, (rank > 0) & (rank < exact_limit))
+    if lost_coarse > 0:
         first = _list_start(slots.coarse_start, index, head, kv_heads)
         listed = tl.load(work.plan + base * 8 + _LISTED)
         for start in range(part * ENTRIES, listed, PARTS * ENTRIES):
             k = start + tl.arange(0, ENTRIES)
             entry = tl.load(work.listed + first + k, mask=k < listed, other=NOWHERE)
             rank = held_ranks(slots, stride, slot, head, left, entry)
-            low = (rank > 0) & (rank < plan[5])
+            low = (rank > 0) & (rank < coarse_limit)
             _append(work.plan + base * 8 + _PICKED + 1, work.picked_coarse + first, entry, low)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .duels import above
+from .duels import COARSE, EXACT, above
 from .launch import ROW_ARGUMENTS
 from .tiles import (
     angles,
@@ -14,12 +14,12 @@ from .tiles import (
     far_limit,
     halves,
     key_position,
-    mates,
     outgoing,
     pairs_of,
     sizes,
     store_encoded,
     store_halves,
+    turn_back,
 )
 
 
@@ -49,9 +49,9 @@ def exchange(
     )
     _, live, cell = outgoing(head, gone, c, WINDOW, SEGMENT)
     rank = tl.load(work.rank + base * SEGMENT + c)
-    won_exact = tl.load(work.plan + base * 8)
-    lost_exact = tl.load(work.plan + base * 8 + 1)
-    won_coarse = tl.load(work.plan + base * 8 + 2)
+    won_exact = tl.load(work.plan + base * 8 + EXACT)
+    lost_exact = tl.load(work.plan + base * 8 + EXACT + 1)
+    won_coarse = tl.load(work.plan + base * 8 + COARSE)
     pivot = work.pivot + base * (2 * SEGMENT)
     fresh = work.fresh + base * (2 * SEGMENT)
     losing = work.losing + base * (2 * SEGMENT)
@@ -136,13 +136,11 @@ def exchange(
         loses = rank > 0
         low, high = halves(ring_k, cell, loses, D, HALF)
         if ROTARY > 0:
-            mate_low, mate_high = mates(
-                ring_k, k_affine, cell, loses, low, high, pairs, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
-            )
             lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
-            cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, loses, D, HALF, ROTARY, INTERLEAVED)
-            low = low * cos_low - mate_low * sin_low
-            high = high * cos_high - mate_high * sin_high
+            here = angles(cos, sin, lies, loses, D, HALF, ROTARY, INTERLEAVED)
+            low, high = turn_back(
+                ring_k, k_affine, cell, loses, low, high, pairs, here, D, HALF, 16, DTYPE, ROTARY, INTERLEAVED
+            )
         low, high = centred_unit(
             low.to(tl.float32), high.to(tl.float32), at(slots.key_sum, slot, stride) + head * D, gone, D, HALF
         )

@@ -32,6 +32,7 @@ left_ring = compiled(reference.left_ring)  # of a Grid
 
 @compiled
 def far_limit(seq_len, grid):
+    """See reference.far_limit."""
     return max(((seq_len - 1) // grid.segment + 1) * grid.segment - grid.trained, 0) if grid.trained else 0
 
 

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .slot import LayerSlots
 
-PIECE_COST = 256  # keys' worth of time that starting a piece and writing its part take (an estimate)
+CUT_COST = 256  # keys' worth of time that starting a cut and writing its part take (an estimate)
 LARGEST_SCRATCH = 128 << 20  # bytes of partial results
 INTERPRETED_PROCESSORS = 3  # an odd handful, so that tests loop, split and leave programs without work
 INTERPRETED_SHARED_MEMORY = 227 << 10  # bytes: an H100's
@@ -24,10 +24,10 @@ _buffers: dict[tuple, torch.Tensor] = {}
 _outgrown: list[torch.Tensor] = []  # captured graphs may still point into these
 
 
-class Pieces(NamedTuple):
-    """Heads cut into pieces of at most `size` keys, the largest first.
+class Cuts(NamedTuple):
+    """Heads in cuts of at most `size` keys, the largest first.
 
-    A head of one piece has part -1. The others share numbered parts: head g owns first_part[g]:first_part[g+1].
+    A head of one cut has part -1. The others share numbered parts: head g owns first_part[g]:first_part[g+1].
     """
 
     table: torch.Tensor  # [I, 4] int32: head, first key, part, 0 (to keep rows aligned)
@@ -43,17 +43,17 @@ class Heads:
     def __init__(self, slots: LayerSlots):
         self.exact = _sizes(slots.exact_start)
         self.coarse = _sizes(slots.coarse_start)
-        self.held = [x + y for x, y in zip(self.exact, self.coarse, strict=True)]
+        self.capacities = [x + y for x, y in zip(self.exact, self.coarse, strict=True)]
         self.stride = _slot_stride(slots)
         self._device = slots.exact_start.device
-        self._cuts: dict[tuple, list[Pieces]] = {}
-        self._choices: dict[tuple, Pieces] = {}
+        self._cuts: dict[tuple, list[Cuts]] = {}
+        self._choices: dict[tuple, Cuts] = {}
         self._tiles: dict[tuple, torch.Tensor] = {}
 
-    def pieces(self, counts: tuple[int, ...], tile: int, copies: int, resident: int, part_bytes: int) -> Pieces:
+    def cuts(self, counts: tuple[int, ...], tile: int, copies: int, resident: int, part_bytes: int) -> Cuts:
         """Cut heads of `counts` keys so that the last program ends soonest.
 
-        Every piece runs `copies` times, `resident` programs at once, and leaves a part of `part_bytes` each time.
+        Every cut runs `copies` times, `resident` programs at once, and leaves a part of `part_bytes` each time.
         The sizes to choose from, whole tiles of keys, are all made at the first call: a CUDA graph that is being
         captured cannot wait for a copy.
         """
@@ -66,7 +66,7 @@ class Heads:
         return self._choices[key]
 
     def tiles(self, counts: tuple[int, ...], tile: int) -> torch.Tensor:
-        """Heads of `counts` keys as a table of tiles, see Pieces.table; every head has at least one."""
+        """Heads of `counts` keys as a table of tiles, see Cuts.table; every head has at least one."""
         key = (counts, tile)
         if key not in self._tiles:
             self._tiles[key] = _cut(counts, tile, self._device).table
@@ -118,6 +118,7 @@ def least_rows(most: int) -> list[int]:
 
 @cache
 def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -161,7 +162,7 @@ def _cut_sizes(longest: int, tile: int) -> list[int]:
     return sizes
 
 
-def _cut(counts, size, device) -> Pieces:
+def _cut(counts, size, device) -> Cuts:
     rows, first_part = [], [0]
     for head, count in enumerate(counts):
         starts = range(0, max(count, 1), size)
@@ -172,10 +173,10 @@ def _cut(counts, size, device) -> Pieces:
     rows.sort(key=lambda row: -row[0])
     lengths = [row[0] for row in rows]
     table = torch.tensor([row[1:] for row in rows], dtype=torch.int32, device=device)
-    return Pieces(table, torch.tensor(first_part, dtype=torch.int32, device=device), first_part[-1], size, lengths)
+    return Cuts(table, torch.tensor(first_part, dtype=torch.int32, device=device), first_part[-1], size, lengths)
 
 
 def _makespan(lengths: list[int], copies: int, resident: int) -> int:
-    """Keys' worth of time that the pieces take, the longest first, in rounds of `resident` programs."""
+    """Keys' worth of time that the cuts take, the longest first, in rounds of `resident` programs."""
     rounds = range(0, len(lengths) * copies, resident)
-    return sum(lengths[i // copies] + PIECE_COST for i in rounds)
+    return sum(lengths[i // copies] + CUT_COST for i in rounds)

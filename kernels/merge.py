@@ -1,8 +1,8 @@
 """Merging in Triton: the oldest segment leaves the ring, as reference.merge defines it (README.md, 4 to 6).
 
-Seven launches, one more with a learned score and one more past the trained context, each over (sequence, head)
-and, where it pays, over entries. The number of programs is fixed; they share the sequences that complete a segment,
-and end at once when there is none.
+Nine launches, one more with a learned score and one more past the trained context, each over (sequence, head)
+and, where it pays, over entries. The number of programs is fixed, as if every sequence of the call completed a segment:
+the i-th share of them serves the i-th that does, and ends at once when there is none.
 
 The ring cells of the outgoing segment serve as the list of tokens that look for a place: whatever an entry
 gives up takes the cell of the token that won it. After a merge they hold no tokens of the ring.
@@ -89,7 +89,7 @@ def merge(
     common, per_head = (slots, heads.stride, work, *rows), sequences * kv_heads
 
     if lies["TRAINED"]:
-        turned = heads.tiles(tuple(heads.held), TURNED)
+        turned = heads.tiles(tuple(heads.capacities), TURNED)
         demote[(sequences * len(turned),)](
             slots, heads.stride, *rows, cos, sin, turned, len(turned),
             ENTRIES=TURNED, KEY_BITS=bits["KEY_BITS"], **shape, **lies, num_warps=8,
@@ -110,7 +110,7 @@ def merge(
         *common, kv_heads, forgetting(rope, policy), D=size, COLUMNS=parts, SPANS=slots.pins.shape[1],
         LEARNED=learned, **batch, **trained, num_warps=8,
     )  # fmt: skip
-    counted = heads.tiles(tuple(heads.held), COUNTED)
+    counted = heads.tiles(tuple(heads.capacities), COUNTED)
     count[(sequences * len(counted),)](*common, kv_heads, counted, len(counted), ENTRIES=COUNTED, **batch, num_warps=4)
     picking = max(8 * segment // PICKED, 1)  # about segment * ln(segment) entries of a large head are listed
     pick[(per_head * picking,)](*common, kv_heads, PARTS=picking, ENTRIES=PICKED, **batch, num_warps=4)
@@ -122,7 +122,7 @@ def merge(
     exchange[(per_head * (segment // cells),)](
         *common, cos, sin, kv_heads, CELLS=cells, **shape, **lies, **bits, num_warps=4
     )
-    if max_seq_len is not None and max_seq_len - slots.window <= min(heads.held):
+    if max_seq_len is not None and max_seq_len - slots.window <= min(heads.capacities):
         return
     targets = heads.tiles(tuple(min(coarse, slot.CANDIDATES) for coarse in heads.coarse), TARGETS)
     nearest[(sequences * len(targets),)](

@@ -12,10 +12,10 @@ from .tiles import (
     due_tile,
     far_limit,
     key_position,
-    mates,
     pack_rank,
     pairs_of,
     sizes,
+    turn_back,
 )
 
 
@@ -42,8 +42,8 @@ def nearest(
     OPERAND: tl.constexpr = work.unit.dtype.element_ty
     candidate = first + tl.arange(0, TARGETS)
     inside = candidate < tl.minimum(coarse, CANDIDATES)
-    turned = tl.where(coarse > CANDIDATES, (gone // SEGMENT).to(tl.int64) * CANDIDATES % coarse, 0).to(tl.int32)
-    entry = (turned + candidate) % coarse
+    shift = tl.where(coarse > CANDIDATES, (gone // SEGMENT).to(tl.int64) * CANDIDATES % coarse, 0).to(tl.int32)
+    entry = (shift + candidate) % coarse
     row = coarse_first + entry
     codes = at(slots.coarse_k, slot, stride)
     affine = at(slots.coarse_k_affine, slot, stride)
@@ -51,13 +51,11 @@ def nearest(
     low, high = decode(codes, affine, row, inside, pairs, D, HALF, KEY_BITS, DTYPE)
     if ROTARY > 0:
         rank = tl.load(at(slots.coarse_rank, slot, stride) + row, mask=inside, other=0)
-        mate_low, mate_high = mates(
-            codes, affine, row, inside, low, high, pairs, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
-        )
         lies = key_position(rank, far_limit(gone + WINDOW + 1, SEGMENT, TRAINED))
-        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, lies, inside, D, HALF, ROTARY, INTERLEAVED)
-        low = low * cos_low - mate_low * sin_low
-        high = high * cos_high - mate_high * sin_high
+        here = angles(cos, sin, lies, inside, D, HALF, ROTARY, INTERLEAVED)
+        low, high = turn_back(
+            codes, affine, row, inside, low, high, pairs, here, D, HALF, KEY_BITS, DTYPE, ROTARY, INTERLEAVED
+        )
     key_sum = at(slots.key_sum, slot, stride) + head * D
     low, high = centred_unit(low.to(tl.float32), high.to(tl.float32), key_sum, gone, D, HALF)
     # one product of whole vectors: of two in a row, Triton lets all warps do the first

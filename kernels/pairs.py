@@ -30,6 +30,7 @@ class PairCode(NamedTuple):
 
 
 def is_paired(bits: int) -> bool:
+    """Whether so many bits per value are those of a code of pairs."""
     return bits in (3, 5)
 
 
@@ -40,6 +41,7 @@ def pair_counts(head_size: int, bits: int) -> tuple[int, int]:
 
 
 def pair_bytes(head_size: int, bits: int) -> int:
+    """Bytes of the codes of one key."""
     wide, narrow = pair_counts(head_size, bits)
     return 2 * wide + narrow
 
@@ -55,18 +57,16 @@ def pair_code(pairs: Pairs | None, bits: int, kv_heads: int, device: torch.devic
     return PairCode(*(part.contiguous().to(device) for part in (pairs.place, step)))
 
 
-def encode(
-    x: torch.Tensor, bits: int, pairs: PairCode, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [..., D] fp32 -> (codes [..., bytes] uint8, gain [..., 1, 1] fp16, and what decode makes of them).
+def encode(x: torch.Tensor, bits: int, pairs: PairCode) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] fp32 -> (codes [..., bytes] uint8, gain [..., 1, 1] fp16).
 
     The gain is the least that keeps every coded value within reach. A wide pair has a byte for each value, the first
     ones first; a narrow one has a byte after these, with column i in its low half and i + D / 2 in its high half.
     """
     wide, narrow = pair_counts(x.shape[-1], bits)
     low, high = x.chunk(2, -1)
-    coded, most = pairs.step > 0, _most(pairs.place, wide)
-    reach = (pairs.step * most).masked_fill(~coded, torch.inf)
+    most = _most(pairs.place, wide)
+    reach = (pairs.step * most).masked_fill(pairs.step == 0, torch.inf)
     gain = torch.maximum(low.abs(), high.abs()).div_(reach).amax(-1, keepdim=True).clamp_(max=LARGEST).half()
     step = gain.float() * pairs.step
     level = step.masked_fill(step == 0, torch.inf)
@@ -75,7 +75,7 @@ def encode(
     first, second = (code.gather(-1, order).to(torch.uint8) for code in (low, high))
     both = (first | (second << 4))[..., wide : wide + narrow]
     codes = torch.cat([first[..., :wide], second[..., :wide], both], -1)
-    return codes, gain.unsqueeze(-1), _values(low, high, most, step, coded, dtype)
+    return codes, gain.unsqueeze(-1)
 
 
 def decode(codes: torch.Tensor, gain: torch.Tensor, bits: int, pairs: PairCode, dtype: torch.dtype) -> torch.Tensor:
@@ -88,15 +88,11 @@ def decode(codes: torch.Tensor, gain: torch.Tensor, bits: int, pairs: PairCode, 
     second = torch.cat([codes[..., wide : 2 * wide], both >> 4, none], -1)
     place = pairs.place.long().expand(first.shape)
     low, high = (code.gather(-1, place).float() for code in (first, second))
-    step = gain.squeeze(-1).float() * pairs.step
-    return _values(low, high, _most(pairs.place, wide), step, pairs.step > 0, dtype)
+    step, most = gain.squeeze(-1).float() * pairs.step, _most(pairs.place, wide)
+    halves = (((2 * code - most) * step).masked_fill_(pairs.step == 0, 0) for code in (low, high))  # one rounding
+    return torch.cat(list(halves), -1).to(dtype)
 
 
 def _most(place: torch.Tensor, wide: int) -> torch.Tensor:
     """The highest code of each pair."""
     return 15.0 + 240.0 * (place < wide)
-
-
-def _values(low, high, most, step, coded, dtype):
-    halves = (((2 * code - most) * step).masked_fill_(~coded, 0) for code in (low, high))  # one rounding on every path
-    return torch.cat(list(halves), -1).to(dtype)

@@ -61,7 +61,7 @@ def attend_prompt(
     KEYS: tl.constexpr, CODED: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows over one piece of a head's keys. scale includes log2(e): softmax is in base 2.
+    """One tile of query rows over one cut of a head's keys. scale includes log2(e): softmax is in base 2.
 
     CODED: coarse entries lie decoded in read_k, read_v; else they are read where they are.
     """

@@ -78,9 +78,11 @@ class Readout:
         self.has_plain = not held or (outgrown is not None and outgrown.has_plain)
 
     def widths(self, gone: int) -> list[int]:
+        """See widths()."""
         return widths(self.capacities, gone)
 
     def has_room(self, gone: int) -> bool:
+        """Whether there is a place for every entry that may hold something after `gone` tokens."""
         return all(width <= room for width, room in zip(self.widths(gone), self.rooms, strict=True))
 
     def _take(self, outgrown):

@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from . import arrays
-from .arrays import Weights
+from .arrays import LayerArrays, Weights
 from .chains import Layer
 from .cpupartial import way_of
 from .grid import Grid
@@ -72,12 +71,13 @@ class Readouts:
             self._layer = Layer(
                 way_of(like.dtype, like.shape[3]),
                 Grid.of(self.slots, rope),
-                arrays.Layer.of(self.slots, self._storage, self._start, rope),
+                LayerArrays.of(self.slots, self._storage, self._start, rope),
                 Weights.of(self._policy, rope),
             )
         return self._layer
 
     def forget(self, slot: int) -> None:
+        """Have the slot read anew when it is asked for again."""
         readout = self._held.pop(slot, None)
         if readout is not None:
             self._free.append(readout.row)

@@ -1,6 +1,7 @@
 """The definition of correct, in plain PyTorch: loops over sequences and heads, fp32 arithmetic.
 
-Every kernel has a function of the same name and signature here. README.md beside this file has the maths.
+cpu.py and cuda.py have `write`, `attend` and `merge`, too, which may take further arguments. README.md beside this file
+has the maths.
 A batch is N sequences; sequence i owns query rows cu_seqlens[i]:cu_seqlens[i+1], the last tokens of its
 seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range marks padding.
 """

@@ -17,7 +17,8 @@ from .pairs import LARGEST
 from .slot import MAX_POSITION, POSITION_BITS
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by bytes
-KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BFLOAT16, FLOAT16, FLOAT32 = range(3)
+KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 LOG2_E = np.float32(math.log2(math.e))
 TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))  # of 2^x about 0
 
@@ -57,11 +58,13 @@ def as_bits(x: torch.Tensor) -> np.ndarray:
 
 @compiled
 def to_bits(x):
+    """The bits of an fp32, int64."""
     return np.int64(np.float32(x).view(np.uint32))
 
 
 @compiled
 def from_bits(whole):
+    """The fp32 of these bits."""
     return np.uint32(whole).view(np.float32)
 
 
@@ -79,6 +82,7 @@ def half_bits(x):
 
 @compiled
 def from_half_bits(half):
+    """The bits of fp16 to fp32."""
     half = np.int64(half)
     sign, exponent, fraction = (half & 0x8000) << 16, (half >> 10) & 31, half & 0x3FF
     if exponent == 0:
@@ -120,10 +124,10 @@ def exponentiate(x, top):
 @compiled
 def load(row, kind, out):
     """A row of the model's dtype as fp32."""
-    if kind == 0:
+    if kind == BFLOAT16:
         for d in range(len(row)):
             out[d] = from_bits(np.uint32(row[d]) << 16)
-    elif kind == 1:
+    elif kind == FLOAT16:
         for d in range(len(row)):
             out[d] = from_half_bits(row[d])
     else:
@@ -134,11 +138,11 @@ def load(row, kind, out):
 @compiled
 def save(x, kind, row):
     """Round fp32 to a row of the model's dtype."""
-    if kind == 0:
+    if kind == BFLOAT16:
         for d in range(len(row)):
             whole = to_bits(x[d])
             row[d] = (whole + 0x7FFF + ((whole >> 16) & 1)) >> 16
-    elif kind == 1:
+    elif kind == FLOAT16:
         for d in range(len(row)):
             row[d] = half_bits(x[d])
     else:

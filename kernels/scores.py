@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .duels import NOWHERE, UNBOUND, held_ranks, lowest
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, due_tile, halves, mates, outgoing, pack_rank, pairs_of, rank_position, sizes, unit
+from .tiles import angles, at, due_tile, halves, outgoing, pack_rank, pairs_of, rank_position, sizes, turn_back, unit
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
@@ -32,13 +32,11 @@ def score(
     field = at(slots.ring_k, slot, stride)
     low, high = halves(field, cell, live, D, HALF)
     if ROTARY > 0:
-        mate_low, mate_high = mates(
-            field, slots.coarse_k_affine, cell, live, low, high, pairs_of(slots, head, D),
+        here = angles(cos, sin, position, live, D, HALF, ROTARY, INTERLEAVED)
+        low, high = turn_back(
+            field, slots.coarse_k_affine, cell, live, low, high, pairs_of(slots, head, D), here,
             D, HALF, 16, DTYPE, ROTARY, INTERLEAVED,
         )  # fmt: skip
-        cos_low, sin_low, cos_high, sin_high = angles(cos, sin, position, live, D, HALF, ROTARY, INTERLEAVED)
-        low = low * cos_low - mate_low * sin_low
-        high = high * cos_high - mate_high * sin_high
     k_low, k_high = unit(low.to(tl.float32), high.to(tl.float32))
     low, high = halves(at(slots.ring_v, slot, stride), cell, live, D, HALF)
     v_low, v_high = unit(low.to(tl.float32), high.to(tl.float32))

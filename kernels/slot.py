@@ -159,18 +159,11 @@ def encode(
 
     At 4 bits a byte holds element i in its low half and element i + D/2 in its high half. 5 and 3 bits: pairs.encode.
     """
-    return encode_and_read(x, bits, dtype, pairs)[:2]
-
-
-def encode_and_read(
-    x: torch.Tensor, bits: int, dtype: torch.dtype, pairs: PairCode | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The codes and affine of encode, and what decode makes of them, to the bit."""
     if bits == 16:
         x = x.to(dtype)
-        return x, x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16), x
+        return x, x.new_empty(*x.shape[:-1], 0, 2, dtype=torch.float16)
     if is_paired(bits):
-        return pair_codes.encode(x, bits, pairs, dtype)
+        return pair_codes.encode(x, bits, pairs)
     grouped = x.unflatten(-1, (-1, group_size(x.shape[-1], bits)))
     zero = grouped.amin(-1, keepdim=True).half().float()
     scale = grouped.amax(-1, keepdim=True).sub_(zero).div_(2**bits - 1).half().float()
@@ -180,7 +173,7 @@ def encode_and_read(
     if bits == 4:
         low, high = codes.chunk(2, -1)
         codes = low | (high << 4)
-    return codes, torch.cat([scale, zero], -1).half(), _affine(code, scale, zero, dtype)
+    return codes, torch.cat([scale, zero], -1).half()
 
 
 def decode(
@@ -195,11 +188,7 @@ def decode(
         codes = torch.cat([codes & 15, codes >> 4], -1)
     grouped = codes.unflatten(-1, (affine.shape[-2], -1)).float()
     scale, zero = affine.float().unsqueeze(-1).unbind(-2)  # [..., D / group, 1] each
-    return _affine(grouped, scale, zero, dtype)
-
-
-def _affine(code, scale, zero, dtype):
-    return code.mul_(scale).add_(zero).flatten(-2).to(dtype)  # two roundings on every path, never an fma
+    return grouped.mul_(scale).add_(zero).flatten(-2).to(dtype)
 
 
 def rotate(x: torch.Tensor, position: torch.Tensor, rope: Rope | None, inverse: bool = False) -> torch.Tensor:

@@ -378,6 +378,18 @@ def turn(low, high, mate_low, mate_high, here, there):
 
 
 @triton.jit
+def turn_back(
+    codes, affine, row, inside, low, high, pairs, here,
+    D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows [B] that decode returned as low and high, turned to position 0, fp32; here: the angles() where they lie."""
+    mate_low, mate_high = mates(codes, affine, row, inside, low, high, pairs, D, HALF, BITS, DTYPE, ROTARY, INTERLEAVED)
+    low = low.to(tl.float32) * here[0] - mate_low * here[1]
+    return low, high.to(tl.float32) * here[2] - mate_high * here[3]
+
+
+@triton.jit
 def store_encoded(
     codes, affine, row, inside, low, high, pairs, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr
 ):
@@ -385,60 +397,72 @@ def store_encoded(
     if BITS == 16:
         store_halves(codes, row, inside, low, high, D, HALF)
     elif _is_paired(BITS):
-        WIDE: tl.constexpr = _pair_counts(D, BITS)[0]
-        CODED: tl.constexpr = WIDE + _pair_counts(D, BITS)[1]
-        i = tl.arange(0, HALF)
-        place, step, most = _pair(pairs, i, i < D // 2, D, BITS)
-        most = most.to(tl.float32)
-        coded = (step > 0)[None, :]
-        reach = tl.where(coded, (step * most)[None, :], 1.0)
-        farthest = tl.maximum(tl.abs(low), tl.abs(high))
-        gain = tl.max(tl.where(coded, tl.div_rn(farthest, tl.broadcast_to(reach, farthest.shape)), 0.0), 1)
-        gain = tl.minimum(gain, _LARGEST).to(tl.float16)
-        tl.store(affine + row, gain, mask=inside)
-        level = gain.to(tl.float32)[:, None] * step[None, :]
-        level = tl.where(level > 0, level, float("inf"))
-        code_low = _pair_code(low, level, most)
-        code_high = _pair_code(high, level, most)
-        wide = (place < WIDE)[None, :]
-        byte = codes + row[:, None] * (WIDE + CODED) + place[None, :]
-        second = tl.where(wide, code_high, code_low | (code_high << 4))
-        tl.store(byte, code_low.to(tl.uint8), mask=inside[:, None] & wide)
-        tl.store(byte + WIDE, second.to(tl.uint8), mask=inside[:, None] & (place < CODED)[None, :])
+        _store_pairs(codes, affine, row, inside, low, high, pairs, D, HALF, BITS)
     else:
-        i = tl.arange(0, HALF)[None, :]
-        mask = inside[:, None] & (i < D // 2)
-        GROUP: tl.constexpr = _group_size(D, BITS)
-        scale_low = tl.zeros_like(low)
-        scale_high = tl.zeros_like(low)
-        zero_low = tl.zeros_like(low)
-        zero_high = tl.zeros_like(low)
-        for group in tl.static_range(D // GROUP):
-            in_low = (i < D // 2) & (i // GROUP == group)
-            in_high = (i < D // 2) & ((i + D // 2) // GROUP == group)
-            least = tl.minimum(
-                tl.min(tl.where(in_low, low, float("inf")), 1), tl.min(tl.where(in_high, high, float("inf")), 1)
-            )
-            most = tl.maximum(
-                tl.max(tl.where(in_low, low, float("-inf")), 1), tl.max(tl.where(in_high, high, float("-inf")), 1)
-            )
-            zero = least.to(tl.float16)
-            scale = tl.div_rn(most - zero.to(tl.float32), tl.full(most.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
-            tl.store(affine + (row * (D // GROUP) + group) * 2, scale, mask=inside)
-            tl.store(affine + (row * (D // GROUP) + group) * 2 + 1, zero, mask=inside)
-            scale = scale.to(tl.float32)[:, None]
-            zero = zero.to(tl.float32)[:, None]
-            scale_low = tl.where(in_low, scale, scale_low)
-            scale_high = tl.where(in_high, scale, scale_high)
-            zero_low = tl.where(in_low, zero, zero_low)
-            zero_high = tl.where(in_high, zero, zero_high)
-        code_low = _code(low, scale_low, zero_low, BITS)
-        code_high = _code(high, scale_high, zero_high, BITS)
-        if BITS == 8:
-            store_halves(codes, row, inside, code_low, code_high, D, HALF)
-        else:
-            both = (code_low | (code_high << 4)).to(tl.uint8)
-            tl.store(codes + row[:, None] * (D // 2) + i, both, mask=mask)
+        _store_affine(codes, affine, row, inside, low, high, D, HALF, BITS)
+
+
+@triton.jit
+def _store_pairs(codes, gains, row, inside, low, high, pairs, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    """See pairs.encode."""
+    WIDE: tl.constexpr = _pair_counts(D, BITS)[0]
+    CODED: tl.constexpr = WIDE + _pair_counts(D, BITS)[1]
+    i = tl.arange(0, HALF)
+    place, step, most = _pair(pairs, i, i < D // 2, D, BITS)
+    most = most.to(tl.float32)
+    coded = (step > 0)[None, :]
+    reach = tl.where(coded, (step * most)[None, :], 1.0)
+    farthest = tl.maximum(tl.abs(low), tl.abs(high))
+    gain = tl.max(tl.where(coded, tl.div_rn(farthest, tl.broadcast_to(reach, farthest.shape)), 0.0), 1)
+    gain = tl.minimum(gain, _LARGEST).to(tl.float16)
+    tl.store(gains + row, gain, mask=inside)
+    level = gain.to(tl.float32)[:, None] * step[None, :]
+    level = tl.where(level > 0, level, float("inf"))
+    code_low = _pair_code(low, level, most)
+    code_high = _pair_code(high, level, most)
+    wide = (place < WIDE)[None, :]
+    byte = codes + row[:, None] * (WIDE + CODED) + place[None, :]
+    second = tl.where(wide, code_high, code_low | (code_high << 4))
+    tl.store(byte, code_low.to(tl.uint8), mask=inside[:, None] & wide)
+    tl.store(byte + WIDE, second.to(tl.uint8), mask=inside[:, None] & (place < CODED)[None, :])
+
+
+@triton.jit
+def _store_affine(codes, affine, row, inside, low, high, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    """In 8 or 4 bits, with a scale and a zero for each group."""
+    i = tl.arange(0, HALF)[None, :]
+    mask = inside[:, None] & (i < D // 2)
+    GROUP: tl.constexpr = _group_size(D, BITS)
+    scale_low = tl.zeros_like(low)
+    scale_high = tl.zeros_like(low)
+    zero_low = tl.zeros_like(low)
+    zero_high = tl.zeros_like(low)
+    for group in tl.static_range(D // GROUP):
+        in_low = (i < D // 2) & (i // GROUP == group)
+        in_high = (i < D // 2) & ((i + D // 2) // GROUP == group)
+        least = tl.minimum(
+            tl.min(tl.where(in_low, low, float("inf")), 1), tl.min(tl.where(in_high, high, float("inf")), 1)
+        )
+        most = tl.maximum(
+            tl.max(tl.where(in_low, low, float("-inf")), 1), tl.max(tl.where(in_high, high, float("-inf")), 1)
+        )
+        zero = least.to(tl.float16)
+        scale = tl.div_rn(most - zero.to(tl.float32), tl.full(most.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
+        tl.store(affine + (row * (D // GROUP) + group) * 2, scale, mask=inside)
+        tl.store(affine + (row * (D // GROUP) + group) * 2 + 1, zero, mask=inside)
+        scale = scale.to(tl.float32)[:, None]
+        zero = zero.to(tl.float32)[:, None]
+        scale_low = tl.where(in_low, scale, scale_low)
+        scale_high = tl.where(in_high, scale, scale_high)
+        zero_low = tl.where(in_low, zero, zero_low)
+        zero_high = tl.where(in_high, zero, zero_high)
+    code_low = _code(low, scale_low, zero_low, BITS)
+    code_high = _code(high, scale_high, zero_high, BITS)
+    if BITS == 8:
+        store_halves(codes, row, inside, code_low, code_high, D, HALF)
+    else:
+        both = (code_low | (code_high << 4)).to(tl.uint8)
+        tl.store(codes + row[:, None] * (D // 2) + i, both, mask=mask)
 
 
 @triton.jit

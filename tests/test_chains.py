@@ -8,6 +8,7 @@ import torch
 
 from tests.layers import make_layer, make_policy, make_rope, make_tokens
 from vllm_deltamem.kernels import chains, cpu, grid, readout
+from vllm_deltamem.kernels.chains import AFTER, BEGIN, DOES, END, FIRST, HEAD, LAST, OF, PIECE, PLACE
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.rows import as_bits
 
@@ -50,24 +51,25 @@ def test_every_row_is_somebodys_task_and_a_task_waits_for_those_before_its_own(s
     seen = set()
     for begin, end in itertools.pairwise(bounds):
         own, rows = tasks[begin:end], {}
-        (head,) = set(own[:, 1])
-        (sequence,) = set(pieces.table[own[:, 0], 0])
+        (head,) = set(own[:, HEAD])
+        (sequence,) = set(pieces.table[own[:, PIECE], 0])
         assert (sequence, head) not in seen
         seen.add((sequence, head))
-        for m, (n, _, first, last, after, does, *passes, _) in enumerate(own):
-            assert after <= m and (own[:after, 0] <= n).all(), "only what comes before it"
-            if does & chains.JOINS:
-                assert rows.setdefault(n, 0) == first and passes[:2] == [0, passes[2]]
+        for m, task in enumerate(own):
+            n, first, last, after, does = task[[PIECE, FIRST, LAST, AFTER, DOES]]
+            assert after <= m and (own[:after, PIECE] <= n).all(), "only what comes before it"
+            if does & chains.COMBINES:
+                assert rows.setdefault(n, 0) == first and (task[BEGIN], task[END]) == (0, task[OF])
                 rows[n] = last
-            put = does & chains.PUTS or own[:after][own[:after, 0] == n][:1, 5] & chains.PUTS
+            put = does & chains.PUTS or own[:after][own[:after, PIECE] == n][:1, DOES] & chains.PUTS
             assert put, "keys are there before queries attend"
             if does & chains.MERGES:
                 assert rows[n] == 3 * pieces.table[n, 2] and (last > first or after == m), "all have attended"
-            assert all(rows[i] == 3 * pieces.table[i, 2] for i in own[:after, 0] if i < n), "pieces do not overlap"
+            assert all(rows[i] == 3 * pieces.table[i, 2] for i in own[:after, PIECE] if i < n), "pieces do not overlap"
         due = pieces.table[:, 2] + pieces.table[:, 3]
         due = (pieces.table[:, 0] == sequence) & (due % slots.segment == 0) & (due > slots.window)
-        assert sorted(own[own[:, 5] & chains.MERGES > 0, 0]) == np.flatnonzero(due).tolist()
-        assert own[0, 5] & chains.READS and not (own[1:, 5] & chains.READS).any()
+        assert sorted(own[own[:, DOES] & chains.MERGES > 0, PIECE]) == np.flatnonzero(due).tolist()
+        assert own[0, DOES] & chains.READS and not (own[1:, DOES] & chains.READS).any()
         assert rows == {n: 3 * pieces.table[n, 2] for n in np.flatnonzero(pieces.table[:, 0] == sequence)}
     assert len(seen) == 3 * len(sequences)
 
@@ -78,16 +80,18 @@ def test_a_token_is_shared_out_by_parts_of_the_memory(threads, monkeypatch):
     _, slots, readouts = make((40, 2000, 500))
     pieces = pieces_of(slots, (1, 4000, 4001), (2, 100, 101))
     tasks, _ = tasks_of(slots, readouts, pieces, threads)
-    large = tasks[(tasks[:, 0] == 0) & (tasks[:, 1] == 1)]
+    large = tasks[(tasks[:, PIECE] == 0) & (tasks[:, HEAD] == 1)]
     if threads == 1:
-        assert len(large) == 1 and large[0, 5] & chains.JOINS
+        assert len(large) == 1 and large[0, DOES] & chains.COMBINES
         return
-    puts, *looks, joins = large.tolist()
-    assert puts[5] & chains.PUTS and joins[5] & chains.JOINS and joins[4] == len(looks) + 1 > 2
-    assert [look[6] for look in looks] == [0, *(look[7] for look in looks[:-1])] and looks[-1][7] == looks[-1][8] == 33
-    assert all((first, last, after) == (0, 3, 1) for _, _, first, last, after, *_ in looks)
-    shared = tasks[tasks[:, 9] >= 0]
-    assert all(len({*shared[shared[:, 9] == place, 1]}) == 1 for place in shared[:, 9]), "by one head's tasks"
+    puts, sees, combines = large[0], large[1:-1], large[-1]
+    assert puts[DOES] & chains.PUTS and combines[DOES] & chains.COMBINES and combines[AFTER] == len(sees) + 1 > 2
+    assert sees[:, BEGIN].tolist() == [0, *sees[:-1, END]] and sees[-1, END] == sees[-1, OF] == 33
+    assert (sees[:, [FIRST, LAST, AFTER]] == (0, 3, 1)).all()
+    shared = tasks[tasks[:, PLACE] >= 0]
+    assert all(len({*shared[shared[:, PLACE] == place, HEAD]}) == 1 for place in shared[:, PLACE]), (
+        "by one head's tasks"
+    )
 
 
 @pytest.mark.parametrize("trained", [0, 150], ids=["near", "far"])
@@ -122,8 +126,8 @@ def test_few_heads_are_divided_among_many_threads():
     pieces = pieces_of(slots, (0, 0, 4096))
     for threads in (1, 2, 3, 8):
         tasks, bounds = tasks_of(slots, readouts, pieces, threads, group=14)
-        last = tasks[tasks[:, 0] == len(pieces.table) - 1]
-        parts = [(last[:, 3] > last[:, 2])[last[:, 1] == head].sum() for head in (0, 1)]
+        last = tasks[tasks[:, PIECE] == len(pieces.table) - 1]
+        parts = [(last[:, LAST] > last[:, FIRST])[last[:, HEAD] == head].sum() for head in (0, 1)]
         assert (parts == [1, 1]) if threads == 1 else parts[1] > 1, "the large head has most of the work"
 
 

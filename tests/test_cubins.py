@@ -26,6 +26,7 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, segment, tra
     ("bf16", 64, 3, "interleaved", False, 64, 0),
     ("k3v4", 128, 4, "neox", True, 512, 0),
     ("k3v4", 96, 7, "partial", False, 16, 512),
+    ("bf16", 256, 4, "neox", False, 64, 2048),
 ]
 
 

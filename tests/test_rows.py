@@ -55,7 +55,8 @@ def test_codes(dtype, width, size, spread):
     torch.manual_seed(0)
     x = torch.randn(50, size) * spread + torch.randn(50, 1)
     x[0] = 3.0  # a constant vector has no range to scale
-    codes, affine, read = slot.encode_and_read(x, width, dtype)
+    codes, affine = slot.encode(x, width, dtype)
+    read = slot.decode(codes, affine, width, dtype)
     mine = torch.zeros_like(codes), torch.zeros_like(affine), torch.zeros_like(read)
     rows.encode(x.numpy(), width, rows.KINDS[dtype], mine[0].view(torch.uint8).numpy(), *map(rows.as_bits, mine[1:]))
     for actual, expected in zip(mine, (codes, affine, read), strict=True):
@@ -71,7 +72,8 @@ def test_codes_of_pairs(dtype, bits, size, spread):
     x = torch.randn(50, size) * spread + torch.randn(50, 1) * spread
     pairs = pair_code(make_pairs(1, size), bits, 1, "cpu").of(0)
     x[0], x[1, ::3] = 0, 1e9
-    codes, gain, read = slot.encode_and_read(x, bits, dtype, pairs)
+    codes, gain = slot.encode(x, bits, dtype, pairs)
+    read = slot.decode(codes, gain, bits, dtype, pairs)
     mine = torch.zeros_like(codes), torch.zeros_like(gain), torch.zeros_like(read)
     place, step, wide = pairs.place.numpy(), pairs.step.numpy(), pair_counts(size, bits)[0]
     rows.encode_pairs(x.numpy(), place, step, wide, rows.KINDS[dtype], *map(rows.as_bits, mine))

@@ -41,8 +41,8 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, dtype, train
 ]
 
 
-def make_memory(fidelity, size, group, kind, learned, dtype, trained, lengths=(150, 9, 64), **sizes):
-    """Three sequences of the given lengths in slots 2, 0 and 1, by the reference, and one more segment of tokens."""
+def make_memory(fidelity, size, group, kind, learned, dtype, trained, lengths=(150, 9, 64), far=0.0, **sizes):
+    """Three sequences in slots 2, 0 and 1, by the reference; far: is added to a column of all keys."""
     torch.manual_seed(0)
     slab, view = make_layer(fidelity, size, dtype=dtype, **{**RAGGED, **sizes})
     slots = view(slab)
@@ -50,6 +50,7 @@ def make_memory(fidelity, size, group, kind, learned, dtype, trained, lengths=(1
     rope, policy = make_rope(kind, size, trained), make_policy(kv_heads, size, learned)
     for slot, length in zip((2, 0, 1), lengths, strict=True):
         k, v, _ = make_tokens(length, kv_heads, size, group, dtype)
+        k[..., -1] += far
         advance(slots, slot, k, v, rope, policy)
     return slab, view, rope, policy
 
@@ -73,6 +74,32 @@ def test_attend(shape, rows):
     cuda.attend(q, view(slab), *make_batch(batch), size**-0.5, actual, rope, **hints)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-3
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("rows", ["decode", "pieces"])
+@pytest.mark.parametrize("fidelity", ["bf16", "k8v4"])
+def test_attend_where_all_logits_are_low(fidelity, rows):
+    """About -120 nats, whose exponential is none in fp32; as in heads of Qwen2.5-Coder-0.5B."""
+    slab, view, rope, _ = make_memory(fidelity, 32, 3, "partial", False, torch.float32, 0, far=26.0)
+    batch = [(2, 1, 150), (0, 1, 9), (1, 1, 64)] if rows == "decode" else [(0, 7, 9), (1, 16, 64), (2, 5, 150)]
+    tokens = sum(count for _, count, _ in batch)
+    q = torch.randn(tokens, 9, 32)
+    q[..., -1] = -26.0
+    expected, actual = torch.zeros_like(q), torch.zeros_like(q)
+    reference.attend(q, view(slab), *make_batch(batch), 32**-0.5, expected, rope)
+    cuda.attend(q, view(slab), *make_batch(batch), 32**-0.5, actual, rope, max_query_len=max(row[1] for row in batch))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_of_a_group_with_a_block_for_every_token():
+    """48 query heads of a kv head, as StarCoder has."""
+    sizes = dict(exact=(600,), coarse=(100,), lengths=(700, 9, 64))
+    slab, view, rope, _ = make_memory("bf16", 32, 48, "neox", False, torch.float32, 0, **sizes)
+    q, batch = torch.randn(2, 48, 32), [(2, 2, 700)]
+    expected, actual = torch.zeros_like(q), torch.zeros_like(q)
+    reference.attend(q, view(slab), *make_batch(batch), 32**-0.5, expected, rope)
+    cuda.attend(q, view(slab), *make_batch(batch), 32**-0.5, actual, rope, max_query_len=2)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [13, 90])
@@ -219,17 +246,17 @@ def test_reset_clears_new_sequences_only():
     assert [int(row.max()) for row in slab] == [9, 0, 9, 0]
 
 
-def test_pieces_follow_the_heads():
+def test_cuts_follow_the_heads():
     """A head that holds eight times as much gets eight times the programs, and no part is ever left out."""
     slab, view = make_layer(exact=(10, 10, 10), coarse=(1000, 0, 8000))
     heads = launch.heads_of(view(slab))
-    pieces = heads.pieces(tuple(heads.held), 16, copies=1, resident=40, part_bytes=512)
-    programs = torch.bincount(pieces.table[:, 0].long())
+    cuts = heads.cuts(tuple(heads.capacities), 16, copies=1, resident=40, part_bytes=512)
+    programs = torch.bincount(cuts.table[:, 0].long())
     assert programs[2] >= 6 * programs[0] and programs[1] == 1
-    for head, held in enumerate(heads.held):
-        mine = pieces.table[pieces.table[:, 0] == head]
-        assert sorted(mine[:, 1].tolist()) == list(range(0, held, pieces.size))
-        parts = list(range(pieces.first_part[head], pieces.first_part[head + 1]))
+    for head, capacity in enumerate(heads.capacities):
+        mine = cuts.table[cuts.table[:, 0] == head]
+        assert sorted(mine[:, 1].tolist()) == list(range(0, capacity, cuts.size))
+        parts = list(range(cuts.first_part[head], cuts.first_part[head + 1]))
         assert sorted(mine[:, 2].tolist()) == (parts or [-1])
 
 
