@@ -50,7 +50,7 @@ def multiplies_bfloat16() -> bool:
 
 @compiled
 def rows_at_once(keys, block):
-    """Rows of so many logits that AT_ONCE holds, in whole blocks, one in any case."""
+    """How many rows of `keys` logits are AT_ONCE at most, in whole blocks; one block in any case."""
     return max(AT_ONCE // keys // block, 1) * block
 
 
