@@ -32,8 +32,8 @@ SLIDING = ("bf16", 256, 2, "neox", False, dict(exact=(0, 0), coarse=(0, 0), segm
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
-def make_memory(shape, dtype, lengths):
-    """Sequences of the given lengths in slots 2, 0, 1; lengths are in segments, and in tokens over."""
+def make_memory(shape, dtype, lengths, far=0.0):
+    """Sequences in slots 2, 0, 1; lengths: in segments, and in tokens over; far: is added to a column of all keys."""
     fidelity, size, group, kind, learned, sizes, trained = shape
     torch.manual_seed(0)
     slab, view = make_layer(fidelity, size, dtype=dtype, **sizes)
@@ -43,6 +43,7 @@ def make_memory(shape, dtype, lengths):
     lengths = [segments * slots.segment + over for segments, over in lengths]
     for slot, length in zip((2, 0, 1), lengths, strict=True):
         k, v, _ = make_tokens(length, kv_heads, size, group, dtype)
+        k[..., -1] += far
         advance(slots, slot, k, v, rope, policy)
     return slab, view, rope, policy, lengths
 
@@ -80,6 +81,25 @@ def test_attend(shape, rows, dtype):
     rope, _ = to_cuda(rope, policy)
     cuda.attend(q.cuda(), view(slab.cuda()), *on_cuda(make_batch(batch)), size**-0.5, actual, rope, **hints)
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[11]], ids=lambda s: str(sum(s[5]["coarse"])))
+def test_decode_where_all_logits_are_low(shape, dtype):
+    """About -120 nats, in a column that is not rotated; heads of one piece, and of many."""
+    far = (120 * shape[1] ** 0.5) ** 0.5
+    slab, view, rope, policy, lengths = make_memory(shape, dtype, [(6, 5), (0, 9), (3, 0)], far)
+    batch = [(slot, 1, length) for slot, length in zip((2, 0, 1), lengths, strict=True)]
+    q = torch.randn(3, view(slab).ring_k.shape[1] * shape[2], shape[1]).to(dtype)
+    q[..., -1] = -far
+    expected = torch.zeros_like(q)
+    actual = expected.cuda()
+    reference.attend(q, view(slab), *make_batch(batch), shape[1] ** -0.5, expected, rope)
+    rope, _ = to_cuda(rope, policy)
+    rows = on_cuda(make_batch(batch))
+    cuda.attend(q.cuda(), view(slab.cuda()), *rows, shape[1] ** -0.5, actual, rope, max_query_len=1)
+    tolerance = {torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float32: 1e-3}[dtype]
     torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
