@@ -13,7 +13,7 @@ import torch
 from . import chains
 from .readouts import Readouts
 from .reference import left_ring
-from .rows import as_bits
+from .rows import as_bits, compiling
 from .slot import LayerSlots, Policy, Rope
 
 
@@ -92,7 +92,8 @@ def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
     """Compile what steps of this layer call, or load it from Numba's cache; slot 0 is looked at, and left as it is."""
     readouts = Readouts(slots)
     readouts.of(0, 1)
-    _walk(slots, Pieces([], [], [], np.zeros((0, 4), np.int64)), rope, None, readouts)
+    with compiling():
+        _walk(slots, Pieces([], [], [], np.zeros((0, 4), np.int64)), rope, None, readouts)
 
 
 def _memorised(slots, tokens):

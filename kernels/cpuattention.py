@@ -36,7 +36,7 @@ def see(way, grid, arrays, g, q, position, first, last, begin, end, scale, seen,
     (tokens, heads, _), gone = q.shape, left_ring(position + len(q), grid)
     query = np.zeros(seen.shape[1:], q.dtype)
     _side_by_side(q, g * (heads // len(arrays.ring_k)), first, last, query)
-    if begin == 0:
+    if begin == 0 < end:
         step = rows_at_once(arrays.ring_k.shape[1], way.block)
         for here in range(0, len(query), step):
             there = min(here + step, len(query))

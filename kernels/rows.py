@@ -4,9 +4,14 @@ Numba knows neither bfloat16 nor float16, so that a row [D] of the model's dtype
 with a `kind` that says what they mean. Everything here rounds as the functions of slot.py do, to the bit.
 """
 
+import fcntl
 import functools
 import hashlib
 import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +31,17 @@ TAYLOR = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7
 def _cache_folder() -> str:
     """One for every version of these files: Numba itself asks only whether the function's own file has changed."""
     folder = Path(__file__).parent
-    version = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))), digest_size=6)
-    return str(Path(config.CACHE_DIR or folder / "__pycache__") / version.hexdigest())
+    files = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    version = hashlib.blake2b(files, digest_size=6).hexdigest()
+    for place in (config.CACHE_DIR or folder / "__pycache__", os.path.expanduser("~/.cache/deltamem")):
+        try:
+            path = Path(place) / version
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+            return str(path)
+        except OSError:
+            continue
+    return os.devnull  # nowhere: every process compiles anew
 
 
 CACHE_FOLDER = _cache_folder()
@@ -37,11 +51,25 @@ def compiled(function, **options):
     """Numba's compiler, whose work stays on disk for the next process, if there is a folder that it may write to."""
     elsewhere, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
     try:
-        return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+        cached = njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+        if cached._cache.cache_path.startswith(CACHE_FOLDER):
+            return cached  # where that can't be, Numba has folders of its own, for any version
     except RuntimeError:
-        return njit(nogil=True, error_model="numpy", **options)(function)
+        pass
     finally:
         config.CACHE_DIR = elsewhere
+    return njit(nogil=True, error_model="numpy", **options)(function)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """One process at a time: two that compile for different dtypes may give one file in Numba's cache to both."""
+    if CACHE_FOLDER == os.devnull:
+        yield
+        return
+    with open(Path(CACHE_FOLDER) / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # Where the order of a sum may be the compiler's, which only the extents of a call decide.

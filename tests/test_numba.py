@@ -1,5 +1,6 @@
 """vLLM's CPU worker beside Numba, and Numba without a cache, in processes of their own: this one may be patched."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_what_another_version_of_any_file_compiled_is_not_used(tmp_path):
         with open(tmp_path / "kernels" / "pairs.py", "a") as file:
             file.write("# another version\n")
     assert len(set(folders)) == 2 and str(tmp_path) in folders[0]
+
+
+def test_without_its_own_folder_the_cache_is_in_the_users(tmp_path):
+    """Not in one that Numba chooses, which is the same for all versions."""
+    shutil.copytree(Path(rows.__file__).parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kernels" / "__pycache__").touch()  # even root can't make a folder there
+    ask = [sys.executable, "-B", "-c", "from kernels import rows; print(rows.half_bits._cache.cache_path)"]
+    found = []
+    for home in (tmp_path, "/dev/null"):
+        environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(tmp_path)}
+        found.append(subprocess.run(ask, capture_output=True, text=True, cwd=tmp_path, env=environment))
+    assert found[0].stdout.startswith(f"{tmp_path}/.cache/deltamem/")
+    assert found[1].stdout == "None\n", found[1].stderr
 
 
 def test_without_a_folder_to_write_to_every_process_compiles_anew():
