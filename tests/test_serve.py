@@ -55,7 +55,7 @@ def test_session_of_a_request(body, session):
     assert session_of(json.dumps(body).encode()) == session
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_what_is_not_json_has_no_session(body):
     assert session_of(body) == ""
 

@@ -71,6 +71,46 @@ def test_planning_ignores_the_default_device(llama, tmp_path):
         assert rope.cos.shape == (4096, 16) and rope.cos.device.type == "cpu"
 
 
+def test_a_rope_is_found_again_as_it_was_found_first(llama):
+    """What looking for it leaves in vLLM's dictionary is no rope of the loaded model's."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    from vllm_deltamem.rope import find_rope
+
+    config = vllm_config(llama)
+    text = config.model_config.hf_text_config
+    with set_current_vllm_config(config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotary_embedding, "_ROPE_DICT", {})
+        assert find_rope(text, 32, torch.float32, 512) is find_rope(text, 32, torch.float32, 512) is None
+        rotary_embedding.get_rope(32, text.max_position_embeddings, False, text.rope_parameters, torch.float32)
+        assert all(find_rope(text, 32, torch.float32, 512).interleaved for _ in range(2))
+
+
+def test_longrope_has_the_table_that_it_uses(llama):
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_deltamem.rope import find_rope
+
+    config = vllm_config(llama)
+    text = config.model_config.hf_text_config
+    text.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024,
+        "short_factor": [1.0] * 16, "long_factor": [float(i + 1) for i in range(16)],
+    }  # fmt: skip
+    with set_current_vllm_config(config):
+        rope = get_rope(32, text.max_position_embeddings, True, text.rope_parameters, torch.float32)
+        found = find_rope(text, 32, torch.float32, 2048)
+    key, positions = torch.randn(1, 32), torch.tensor([1500])
+    turned = rope(positions, key.clone(), key.clone())[1]
+    low, high = (turned / turned.norm() * key.norm()).chunk(2, -1)
+    cos, sin = found.cos[1500], found.sin[1500]
+    torch.testing.assert_close(torch.cat([low * cos + high * sin, high * cos - low * sin], -1), key, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

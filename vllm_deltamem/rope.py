@@ -72,10 +72,17 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
     trained = getattr(hf_config, TRAINED, 0)
     parameters = getattr(hf_config, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
-    known = {id(rope) for rope in _ROPE_DICT.values()}
+    loaded, known = set(_ROPE_DICT), {id(rope) for rope in _ROPE_DICT.values()}
+    longest = getattr(hf_config, "max_position_embeddings", positions)
     for neox in (True, False):
-        with torch.device("cpu"):
-            rope = get_rope(head_size, hf_config.max_position_embeddings, neox, parameters or None, dtype)
+        try:
+            with torch.device("cpu"):
+                rope = get_rope(head_size, longest, neox, parameters or None, dtype)
+        except ValueError:  # some kinds are of one style only
+            continue
+        finally:
+            for made in _ROPE_DICT.keys() - loaded:  # or it would be known to the next call
+                del _ROPE_DICT[made]
         if id(rope) in known:
             break
     else:
@@ -87,10 +94,19 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
         logger.warning("deltamem found no rotary embedding it knows: merging compares rotated keys.")
         return None
     with torch.device("cpu"):
-        cos, sin = rope._compute_cos_sin_cache().float().cpu().chunk(2, -1)
+        cos, sin = _table(rope).float().cpu().chunk(2, -1)
     norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
     if len(cos) < positions:
         raise ValueError(
             f"max_model_len {positions} is past the {len(cos)} positions of the model's rotary embedding: lower it."
         )
     return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox, trained=trained)
+
+
+def _table(rope) -> torch.Tensor:
+    """What vLLM's rotary embedding reads angles from; LongRoPE's long or short one, as it does."""
+    if not hasattr(rope, "long_short_cos_sin_cache"):
+        return rope._compute_cos_sin_cache()
+    which = "long" if rope.use_long_rope else "short"
+    scaling = getattr(rope, f"{which}_factor"), getattr(rope, f"{which}_mscale")
+    return rope._compute_cos_sin_cache(rope.max_position_embeddings, *scaling)

@@ -109,7 +109,7 @@ class Engine:
                         break
                     if message["type"] == "http.response.start":
                         yield message["status"], [*message["headers"], (b"x-deltamem-replica", self.replica)]
-                    elif message["body"]:
+                    elif message.get("body"):
                         yield message["body"]
         finally:
             if self.engine.errored:
@@ -262,5 +262,5 @@ def session_of(body: bytes) -> str:
     try:
         options = json.loads(body)["vllm_xargs"]
         return str(options.get("deltamem_session_from") or options["deltamem_session"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
