@@ -211,10 +211,13 @@ def _fit(tile: Tile, call: Call) -> Tile:
     if vector > 256:  # more registers, too, for the same rows
         tile = tile._replace(warps=2 * tile.warps, resident=max(tile.resident // 2, 1))
     room = shared_memory(call.q.device)
-    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.keys > 16:
-        tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
-    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room and tile.rows > max(group, 16):
-        tile = tile._replace(rows=tile.rows // 2)
+    while vector * (queries * tile.rows + 2 * tile.keys * tile.stages) > room:
+        if tile.keys > 16:
+            tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
+        elif tile.rows > max(group, 16):
+            tile = tile._replace(rows=tile.rows // 2)
+        else:
+            break  # as small as it gets: Triton says what it lacks
     return tile
 
 
