@@ -29,11 +29,12 @@ from .launch import (
 )
 from .prompt import attend_prompt, read_coarse
 from .slot import LayerSlots, Rope
-from .tiles import locate, row_at
+from .tiles import locate, row_at, sink_logit
 
 INTERPRETED_KEYS = 16
 READ = 512 << 20  # bytes of decoded entries that a call keeps for the prompts it works on
 READ_ENTRIES = 64  # that a program decodes
+LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
@@ -62,6 +63,8 @@ class Call(NamedTuple):
     scale: float  # includes log2(e): softmax is in base 2
     angles: tuple[torch.Tensor, torch.Tensor]  # cos and sin, any tensors where no key can be far
     turn: dict  # constants of the kernels that say how angles are read
+    sink_logits: torch.Tensor  # [H], any tensor where there are none
+    sunk: bool  # whether there are
 
     @property
     def group(self) -> int:
@@ -74,7 +77,8 @@ class Call(NamedTuple):
 
 def attend(
     q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope: Rope | None = None,
-    max_query_len: int | None = None, live_tokens: int | None = None, max_seq_len: int | None = None,
+    sink_logits: torch.Tensor | None = None, max_query_len: int | None = None, live_tokens: int | None = None,
+    max_seq_len: int | None = None,
 ) -> None:  # fmt: skip
     """See reference.attend. q, out [T, H, D] may be strided in their first two dimensions.
 
@@ -86,7 +90,8 @@ def attend(
     if rope is not None and rope.trained and not slots.sliding:
         angles = rope.cos, rope.sin
         turn = dict(TRAINED=rope.trained, ROTARY=2 * rope.cos.shape[1], INTERLEAVED=rope.interleaved)
-    call = Call(q, out, slots, heads_of(slots), scale * math.log2(math.e), angles, turn)
+    sinks = q if sink_logits is None else sink_logits
+    call = Call(q, out, slots, heads_of(slots), scale * LOG2E, angles, turn, sinks, sink_logits is not None)
     if max_query_len == 1:
         _attend_tokens(call, (slot_indices, cu_seqlens, seq_lens))
         return
@@ -129,7 +134,8 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
     cuts, partial, lse = _cuts(call, tile, count, 1)
     attend_token[(count, len(cuts.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, cuts.table, cuts.size, *rows_of(*rows),
-        call.scale, *call.strides, *call.angles, **call.turn, **_slot_constants(slots), SLIDING=slots.sliding,
+        call.scale, *call.strides, *call.angles, call.sink_logits, **call.turn, **_slot_constants(slots),
+        SUNK=call.sunk, SLIDING=slots.sliding,
         HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
         VALUE_BITS=slots.codec.value_bits, GROUP=call.group, D=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -158,8 +164,8 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
     cuts, partial, lse = _cuts(call, tile, blocks, tokens)
     attend_prompt[(blocks, len(cuts.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, *read, slots.coarse_rank.shape[1],
-        cuts.table, cuts.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, **call.turn,
-        **_slot_constants(slots), SLIDING=slots.sliding, WIDTH=max(16, triton.next_power_of_2(size)),
+        cuts.table, cuts.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, call.sink_logits, **call.turn,
+        **_slot_constants(slots), SUNK=call.sunk, SLIDING=slots.sliding, WIDTH=max(16, triton.next_power_of_2(size)),
         TILE=tile.rows, KEYS=tile.keys, CODED=slots.codec.key_bits < 16, GROUP=call.group, D=size, TOKENS=tokens,
         ROWS=rows_width(len(rows[0])), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -183,9 +189,9 @@ def _combine_parts(call: Call, rows: tuple, cuts: Cuts, partial, lse, blocks: in
         single, size = tokens is None, call.q.shape[2]
         tokens = tokens or 1
         _combine[(blocks * tokens, call.q.shape[1])](
-            call.out, partial, lse, cuts.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2],
-            WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, GROUP=call.group, D=size, TOKENS=tokens,
-            ROWS=rows_width(len(rows[0])), PROMPTS=not single, num_warps=4 if single else 1,
+            call.out, partial, lse, cuts.first_part, *rows_of(*rows), blocks, *call.out.stride()[:2], call.sink_logits,
+            SUNK=call.sunk, WIDTH=triton.next_power_of_2(size), PARTS=64 if single else 8, GROUP=call.group, D=size,
+            TOKENS=tokens, ROWS=rows_width(len(rows[0])), PROMPTS=not single, num_warps=4 if single else 1,
         )  # fmt: skip
 
 
@@ -225,7 +231,7 @@ def _fit(tile: Tile, call: Call) -> Tile:
 def _combine(
     out, partial, lse, first_part,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    blocks, out_token, out_head, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    blocks, out_token, out_head, sink_logits, SUNK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     PROMPTS: tl.constexpr,
 ):  # fmt: skip
@@ -248,6 +254,9 @@ def _combine(
     d = tl.arange(0, WIDTH)
     top = float("-inf")
     total = 0.0
+    if SUNK:
+        top = sink_logit(sink_logits, head, head >= 0)
+        total = 1.0
     mean = tl.zeros([WIDTH], tl.float32)
     for first in range(part, end, PARTS):
         p = first + tl.arange(0, PARTS)

@@ -43,6 +43,7 @@ class Tokens(NamedTuple):
     q: np.ndarray  # [T, H, D]
     out: np.ndarray  # [T, H, D]
     scale: float
+    sink_logits: np.ndarray  # [H] fp32, minus infinity where a head has none
 
 
 class Pieces(NamedTuple):
@@ -105,14 +106,14 @@ def _do(task, layer, tokens, pieces, seen, lse):
     if does & PUTS:
         put(tokens.k[own], tokens.v[own], g, position, arrays)
     if task[LAST] > task[FIRST]:
-        _attend(task, layer, arrays, tokens.q[own], position, tokens.scale, seen, lse, tokens.out[own])
+        _attend(task, layer, arrays, tokens.q[own], position, tokens, seen, lse, tokens.out[own])
     if does & MERGES:
         arrays = one_of(layer.arrays, slot, row, far_limit(end + 1, layer.grid))
         merge_head(arrays, layer.weights, g, leaves(end, layer.grid), layer.grid)
 
 
 @compiled
-def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
+def _attend(task, layer, arrays, q, position, tokens, seen, lse, out):
     """Do a task's passes, and combine those of its rows if told to; seen and lse: rows that tasks share.
 
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
@@ -123,9 +124,9 @@ def _attend(task, layer, arrays, q, position, scale, seen, lse, out):
         seen, lse, place = np.empty((of * rows, size), q.dtype), np.empty(of * rows, np.float32), 0
     own = slice(place, place + of * rows)
     seen, lse = seen[own].reshape(of, rows, size), lse[own].reshape(of, rows)
-    see(layer.way, layer.grid, arrays, g, q, position, first, last, task[BEGIN], task[END], scale, seen, lse)
+    see(layer.way, layer.grid, arrays, g, q, position, first, last, task[BEGIN], task[END], tokens.scale, seen, lse)
     if task[DOES] & COMBINES:
-        combine(layer.way.kind, seen, lse, g * (heads // len(arrays.ring_k)), first, last, out)
+        combine(layer.way.kind, seen, lse, tokens.sink_logits, g * (heads // len(arrays.ring_k)), first, last, out)
 
 
 @compiled

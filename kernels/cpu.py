@@ -60,9 +60,13 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     _walk(slots, pieces, None, None, Readouts(slots), k=k, v=v)
 
 
-def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, readouts=None):
+def attend(
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, sink_logits=None,
+    readouts=None,
+):  # fmt: skip
     """See reference.attend. Raises RuntimeError when walk() does."""
-    walk(slots, Pieces.of([(slot_indices, cu_seqlens, seq_lens)]), rope, None, readouts, q=q, out=out, scale=scale)
+    pieces, tokens = Pieces.of([(slot_indices, cu_seqlens, seq_lens)]), dict(q=q, out=out, scale=scale)
+    walk(slots, pieces, rope, None, readouts, sink_logits=sink_logits, **tokens)
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy, readouts=None):
@@ -74,8 +78,8 @@ def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | No
 def walk(slots: LayerSlots, pieces: Pieces, rope, policy: Policy | None, readouts: Readouts | None = None, **tokens):
     """Of every piece in turn write, attend and merge: what is given of k, v and q, out, scale; and of a policy.
 
-    k, v [T, G, D]; q, out [T, H, D]. Sequences go together as far as there is room for their readouts. Raises
-    RuntimeError when memory is short, or when PyTorch refuses the operands.
+    k, v [T, G, D]; q, out [T, H, D]; sink_logits [H] or None. Sequences go together as far as there is room for
+    their readouts. Raises RuntimeError when memory is short, or when PyTorch refuses the operands.
     """
     readouts = readouts or Readouts(slots)
     count, gone = len(pieces.slot), max((_memorised(slots, n) for n in pieces.end), default=0)
@@ -101,7 +105,7 @@ def _memorised(slots, tokens):
     return 0 if slots.sliding else left_ring(tokens + 1, slots)
 
 
-def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0):
+def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=None, scale=1.0, sink_logits=None):
     row, unread = np.zeros(len(pieces.slot), np.int64), np.zeros(len(pieces.slot), np.bool_)
     if q is not None or policy is not None:
         for i, (slot, *tokens) in enumerate(zip(*pieces[:3], strict=True)):
@@ -113,6 +117,10 @@ def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=Non
     layer, like = readouts.layer(rope, policy), slots.ring_k
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
-    tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale))
+    if sink_logits is None:
+        sink_logits = torch.full((tokens[2].shape[1],), -torch.inf)
+    tokens = chains.Tokens(
+        *tokens, as_bits(nothing if out is None else out), float(scale), sink_logits.detach().float().numpy()
+    )
     some = chains.Pieces(np.array(pieces.slot, np.int64), row, unread, pieces.table)
     chains.walk(layer, tokens, some, policy is not None, torch.get_num_threads())

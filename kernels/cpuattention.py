@@ -108,18 +108,21 @@ def _side_by_side(q, head, first, last, query):
 
 
 @compiled
-def combine(kind, seen, lse, head, first, last, out):
+def combine(kind, seen, lse, sink_logits, head, first, last, out):
     """Combine passes [P, N, D] by their log-sum-exp [P, N] (Milakov & Gimelshein 2018, arXiv 1805.02867).
 
-    They are rows from the first to the last, and come into out [T, H, D]; head: the first of the group.
+    They are rows from the first to the last, and come into out [T, H, D]; head: the first of the group. sink_logits [H]
+    take part of a head's weight.
     """
     (passes, _, size), count = seen.shape, last - first
     share, part = np.empty((passes, count), np.float32), seen[0, :count]
     combined = np.zeros((2, count, size), np.float32)
     for row in range(count):
-        top, total = lse[0, row], np.float32(0)
-        for p in range(1, passes):
+        sink = sink_logits[head + (first + row) // len(out)]
+        top = sink
+        for p in range(passes):
             top = max(top, lse[p, row])
+        total = np.float32(math.exp(sink - top))
         for p in range(passes):
             share[p, row] = math.exp(lse[p, row] - top)
             total += share[p, row]

@@ -7,15 +7,29 @@ import triton
 import triton.language as tl
 
 from .launch import ROW_ARGUMENTS
-from .tiles import angles, at, decode, far_limit, halves, left_ring, mate, pairs_of, rank_position, row_at, sizes, turn
+from .tiles import (
+    angles,
+    at,
+    decode,
+    far_limit,
+    halves,
+    left_ring,
+    mate,
+    no_keys,
+    pairs_of,
+    rank_position,
+    row_at,
+    sizes,
+    turn,
+)
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + ["size"])
 def attend_token(
     q, out, partial, lse, slots, stride, table, size,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    scale, q_token, q_head, out_token, out_head, cos, sin,
-    TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    scale, q_token, q_head, out_token, out_head, cos, sin, sink_logits,
+    SUNK: tl.constexpr, TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr,
@@ -52,8 +66,7 @@ def attend_token(
     gone = left_ring(seq_len, WINDOW, SEGMENT)
     exact_first, coarse_first, exact, _, held_exact, held_coarse = sizes(slots, head, gone)
     key = tl.arange(0, KEYS)
-    top = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
+    top, total = no_keys(sink_logits, query_head, valid, SUNK, part)
     low = tl.zeros([TILE, HALF], tl.float32)
     high = tl.zeros([TILE, HALF], tl.float32)
 

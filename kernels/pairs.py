@@ -10,6 +10,7 @@ import torch
 
 WIDER = 1.5  # reach of 8-bit columns, in units of the others': the few that count most must not raise the gain
 LARGEST = 65504.0  # of fp16
+LARGEST_CODED = 65440.0  # of what is coded in fp16 numbers: read again it is in fp16's range, however they round
 
 
 class Pairs(NamedTuple):

@@ -16,6 +16,7 @@ from .tiles import (
     left_ring,
     locate,
     mate,
+    no_keys,
     pairs_of,
     rank_position,
     row_at,
@@ -55,8 +56,8 @@ def read_coarse(
 def attend_prompt(
     q, out, partial, lse, slots, stride, read_k, read_v, coarse_total, table, size,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
-    scale, q_token, q_head, out_token, out_head, cos, sin,
-    TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    scale, q_token, q_head, out_token, out_head, cos, sin, sink_logits,
+    SUNK: tl.constexpr, TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, CODED: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -95,8 +96,7 @@ def attend_prompt(
     exact_first, coarse_first, exact, _, held_exact, held_coarse = sizes(slots, head, gone)
     newest = seq_len - count + tl.minimum(first + TOKENS, count) - 1
     key = tl.arange(0, KEYS)
-    top = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
+    top, total = no_keys(sink_logits, query_head, valid, SUNK, part)
     sums = tl.zeros([TILE, WIDTH], tl.float32)
 
     ring_k = at(slots.ring_k, slot, stride) + head * (RING * D)

@@ -57,7 +57,9 @@ def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
         slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
 
 
-def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None) -> None:
+def attend(
+    q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: float, out, rope=None, sink_logits=None
+) -> None:
     """Attention of q [T, H, D] over memory, window and segment; writes out [T, H, D].
 
     A token sees every memory entry with log(mass) added to its logit (Bolya & Hoffman 2023, arXiv
@@ -65,6 +67,8 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
     In a sliding layer it sees the last `window` tokens, itself among them, and no memory.
     Entries past the trained distance are seen from that distance (as in Xiao et al. 2024, arXiv 2402.04617);
     rope: may be None where no sequence gets that long.
+    sink_logits [H]: of a key without a value that every query of a head sees, where the model has learned them
+    (gpt-oss, arXiv 2508.10925).
     """
     kv_heads, ring = slots.ring_k.shape[1:3]
     group = q.shape[1] // kv_heads
@@ -88,7 +92,10 @@ def attend(q, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, scale: floa
             for h in range(g * group, (g + 1) * group):
                 near, afar = (x.float() @ keys.T * scale for x in (q[begin:end, h], seen_from_afar[:, h]))
                 logits = torch.where(far, afar, near) + bias
-                out[begin:end, h] = (logits.softmax(-1) @ values).to(out.dtype)
+                if sink_logits is not None:
+                    logits = torch.cat([logits, sink_logits[h].float().expand(len(query), 1)], -1)
+                weights = logits.softmax(-1)[:, : len(keys)]
+                out[begin:end, h] = (weights @ values).to(out.dtype)
 
 
 def merge(slots: LayerSlots, slot_indices, cu_seqlens, seq_lens, rope: Rope | None, policy: Policy) -> None:

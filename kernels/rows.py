@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import config, njit
 
-from .pairs import LARGEST
+from .pairs import LARGEST, LARGEST_CODED
 from .slot import MAX_POSITION, POSITION_BITS
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}  # by bytes
@@ -235,9 +235,14 @@ def _fit(x, most, affine):
             for d in range(x.shape[2]):
                 order = ordered(bits[j, g, d])
                 low, high = min(low, order), max(high, order)
-            affine[j, g, 1] = half_bits(np.int32(ordered(low)).view(np.float32))
+            affine[j, g, 1] = half_bits(_within_half(np.int32(ordered(low)).view(np.float32)))
             zero = from_half_bits(affine[j, g, 1])
-            affine[j, g, 0] = half_bits((np.int32(ordered(high)).view(np.float32) - zero) / most)
+            affine[j, g, 0] = half_bits((_within_half(np.int32(ordered(high)).view(np.float32)) - zero) / most)
+
+
+@inlined
+def _within_half(x):
+    return min(max(x, np.float32(-LARGEST_CODED)), np.float32(LARGEST_CODED))
 
 
 @compiled

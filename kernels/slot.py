@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import pairs as pair_codes
-from .pairs import PairCode, is_paired
+from .pairs import LARGEST_CODED, PairCode, is_paired
 
 # Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, rounding apart,
 # or bytes are read otherwise: memories that were saved under another one are then computed anew.
@@ -165,8 +165,9 @@ def encode(
     if is_paired(bits):
         return pair_codes.encode(x, bits, pairs)
     grouped = x.unflatten(-1, (-1, group_size(x.shape[-1], bits)))
-    zero = grouped.amin(-1, keepdim=True).half().float()
-    scale = grouped.amax(-1, keepdim=True).sub_(zero).div_(2**bits - 1).half().float()
+    low, high = (x.clamp_(-LARGEST_CODED, LARGEST_CODED) for x in grouped.aminmax(dim=-1, keepdim=True))
+    zero = low.half().float()
+    scale = high.sub_(zero).div_(2**bits - 1).half().float()
     step = torch.where(scale > 0, scale, torch.inf)  # every code of a group without spread is 0
     code = (grouped - zero).div_(step).add_(0.5).clamp_(0, 2**bits - 1).floor_()
     codes = code.to(torch.uint8).flatten(-2)

@@ -4,15 +4,19 @@ A vector of D columns is handled as two halves of HALF >= D / 2 columns, the res
 4-bit code, and both members of a NeoX pair, then lie in the same lane. B is the rows of a tile.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-from .pairs import LARGEST, is_paired, pair_counts
+from .pairs import LARGEST, LARGEST_CODED, is_paired, pair_counts
 from .slot import MAX_POSITION, POSITION_BITS, group_size
 
 _POSITION_BITS = tl.constexpr(POSITION_BITS)
 _MAX_POSITION = tl.constexpr(MAX_POSITION)
 _LARGEST = tl.constexpr(LARGEST)
+_LARGEST_CODED = tl.constexpr(LARGEST_CODED)
+_LOG2E = tl.constexpr(math.log2(math.e))
 _group_size = triton.constexpr_function(group_size)
 _is_paired = triton.constexpr_function(is_paired)
 _pair_counts = triton.constexpr_function(pair_counts)
@@ -114,6 +118,27 @@ def pack_rank(score, position):
 def rank_position(rank):
     """See slot.rank_position; int32."""
     return ((rank & _MAX_POSITION) ^ _MAX_POSITION).to(tl.int32)  # all bits of MAX_POSITION are ones
+
+
+@triton.jit
+def sink_logit(sink_logits, head, mask):
+    """Of query heads, in base 2; minus infinity where masked."""
+    return tl.load(sink_logits + head, mask=mask, other=float("-inf")).to(tl.float32) * _LOG2E
+
+
+@triton.jit
+def no_keys(sink_logits, head, valid, SUNK: tl.constexpr, part):
+    """The state of a running softmax before its first key, [TILE] each: the largest logit and the sum of weights.
+
+    A sink counts once: here where the head's keys are not parted, else where its parts are combined.
+    """
+    top = tl.full(head.shape, float("-inf"), tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    if SUNK:
+        if part < 0:
+            top = sink_logit(sink_logits, head, valid)
+            total = tl.where(valid, 1.0, 0.0)
+    return top, total
 
 
 @triton.jit
@@ -446,6 +471,8 @@ def _store_affine(codes, affine, row, inside, low, high, D: tl.constexpr, HALF: 
         most = tl.maximum(
             tl.max(tl.where(in_low, low, float("-inf")), 1), tl.max(tl.where(in_high, high, float("-inf")), 1)
         )
+        least = tl.minimum(tl.maximum(least, -_LARGEST_CODED), _LARGEST_CODED)
+        most = tl.minimum(tl.maximum(most, -_LARGEST_CODED), _LARGEST_CODED)
         zero = least.to(tl.float16)
         scale = tl.div_rn(most - zero.to(tl.float32), tl.full(most.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
         tl.store(affine + (row * (D // GROUP) + group) * 2, scale, mask=inside)

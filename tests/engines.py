@@ -24,6 +24,9 @@ FAMILIES = {  # name: (transformers model type, what its config adds)
     "qwen2-bias": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3-norms": ("qwen3", {}),
+    "cohere": ("cohere", {}),  # interleaved RoPE
+    "glm": ("glm", {}),  # of half the dimensions, interleaved; Transformers' own modules in vLLM
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),  # none in the second layer; Transformers' own modules
 }
 MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 SLIDING = {"num_hidden_layers": len(MIXED), "layer_types": MIXED, "sliding_window": 48}
@@ -32,6 +35,7 @@ FAMILIES |= {  # a window of 48 tokens in some layers
     "mistral-mixed": ("mistral", SLIDING),
     "cohere2-mixed": ("cohere2", SLIDING),  # no RoPE in full layers; windows count the tokens before the query
     "exaone4-mixed": ("exaone4", SLIDING),  # no RoPE in full layers
+    "gpt-oss-mixed": ("gpt_oss", {"num_hidden_layers": 4, "sliding_window": 48, "num_local_experts": 4}),  # sink logits
     "qwen3-mixed": ("qwen3", SLIDING | {"use_sliding_window": True}),
 }
 OPTIONS = {"qwen3-mixed": {"model_impl": "transformers"}}  # vLLM's own Qwen has no mixed layers
@@ -45,7 +49,7 @@ def save_model(folder, family: str, **others):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | extra | others)))
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder)
     return folder

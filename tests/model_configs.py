@@ -47,6 +47,12 @@ SHARED = MIXED | {
     "num_kv_shared_layers": 2,
     "activation_sparsity_pattern": [0.0] * 4,
 }
+GEMMA4 = MIXED | {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "head_dim": 32,
+    "per_layer_config": {"3": {"head_dim": 64}},
+}
 BLOOM = {
     "architectures": ["BloomForCausalLM"],
     "model_type": "bloom",

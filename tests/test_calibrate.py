@@ -95,7 +95,7 @@ def test_observed_keys_are_those_before_rotation(model):
 
     model.logits(ids, attention, torch.tensor([99]))
     seen = influence.observe(model, prompts.Prompt(ids, ((90, 100),), recall=False), seed=0)
-    turned = rotate(seen.key[1].float(), torch.arange(36), model.rope(100))
+    turned = rotate(seen.key[1].float(), torch.arange(36), model.rope(1, 100))
     torch.testing.assert_close(turned, torch.nn.functional.normalize(rotated[1][:, :36], dim=-1), atol=2e-3, rtol=0)
 
 
@@ -322,6 +322,46 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
     assert seen == {2, 4}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation="sdpa")
     torch.testing.assert_close(logits, theirs(ids[None]).logits[0, :-1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "family, interleaved",
+    [("llama3-rope", [False] * 2), ("cohere", [True] * 2), ("glm", [True] * 2), ("smollm3", [False, None])],
+)
+def test_keys_are_turned_back_as_the_model_turned_them(family, interleaved, tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    model = FrozenModel(str(save_model(tmp_path, family)))
+    ropes = [model.rope(layer, 64) for layer in range(2)]
+    assert [rope and rope.interleaved for rope in ropes] == interleaved
+    wrong = ropes[0]._replace(interleaved=not ropes[0].interleaved)
+    monkeypatch.setattr(FrozenModel, "rope", lambda *_: wrong)
+    with pytest.raises(ValueError, match=f"does not know how {model.config.model_type} models turn keys"):
+        FrozenModel(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"held_out": 0}, "at least one prompt of each kind"),
+        ({"out": "."}, "Cannot write the profile"),
+        ({"out": "missing/a.safetensors"}, "Cannot write the profile"),
+        ({"device": "abacus"}, "Cannot calibrate on the device 'abacus'"),
+    ],
+)
+def test_what_calibrate_cannot_do_it_says_at_once(folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(observations, "observe", None)
+    given = {"out": "a.safetensors", "texts": [TEXT * 8], "prompts": 12, "length": 1024} | changes
+    with pytest.raises(ValueError, match=message):
+        calibrate.calibrate(folder, out=tmp_path / given.pop("out"), **given)
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+def test_a_model_whose_attention_cannot_be_replaced_is_not_calibrated(family, tokenizer, tmp_path):
+    shape = dict(hidden_size=32, n_layer=2, n_head=2, rotary_dim=16, num_key_value_heads=2, vocab_size=96)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"does not let calibration into the attention of {family} models"):
+        FrozenModel(str(tmp_path))
 
 
 def test_calibrate_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ def pieces_of(slots, *sequences):
 def tasks_of(slots, readouts, pieces, threads, group=3, merges=True):
     count = sum(pieces.end) - sum(pieces.begin)
     kv, q = torch.zeros(count, len(slots.exact_start) - 1, 64), torch.zeros(count, group * slots.ring_k.shape[1], 64)
-    tokens = chains.Tokens(*(as_bits(x.bfloat16()) for x in (kv, kv, q, q)), 1.0)
+    tokens = chains.Tokens(
+        *(as_bits(x.bfloat16()) for x in (kv, kv, q, q)), 1.0, np.full(q.shape[1], -np.inf, np.float32)
+    )
     sequences = np.array(pieces.slot), np.zeros(len(pieces.slot), np.int64), np.ones(len(pieces.slot), np.bool_)
     given = chains.Pieces(*sequences, pieces.table)
     return chains._tasks(readouts.layer(None, make_policy(3, 64)), tokens, given, merges, threads)[:2]

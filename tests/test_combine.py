@@ -17,11 +17,14 @@ def make(passes, tokens, group, size, dtype):
     return torch.randn(passes, rows, size).to(dtype), 4 * torch.randn(passes, rows)
 
 
-def combined(seen, lse, head, group, out, cut=0):
+def combined(seen, lse, head, group, out, cut=0, sink_logits=None):
     """All rows of a group, those before a cut apart from the others."""
+    sink_logits = torch.full(out.shape[1:2], -torch.inf) if sink_logits is None else sink_logits
     for first, last in ((0, cut), (cut, group * len(out))):
         part = [x[:, first : max(last, first + 1)].contiguous() for x in (seen, lse)]
-        combine(KINDS[out.dtype], as_bits(part[0]), part[1].numpy(), head, first, last, as_bits(out))
+        combine(
+            KINDS[out.dtype], as_bits(part[0]), part[1].numpy(), sink_logits.numpy(), head, first, last, as_bits(out)
+        )
 
 
 @pytest.mark.parametrize("dtype,close", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])

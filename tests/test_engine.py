@@ -16,6 +16,7 @@ from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
 from vllm_deltamem.calibration import pairs  # noqa: E402
+from vllm_deltamem.pool import SlotPool  # noqa: E402
 
 SMALL = {"memory": 96, "segment": 16, "window": 24, "pinned": 8}  # runs out of entries soon
 
@@ -85,6 +86,29 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     difference = (found["DELTAMEM"] - found[STOCK]).abs().max().item()
     print(f"{family}: largest difference in log-probability {difference:.2e}")
     assert difference < 2e-4
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("qwen3-norms", [(False, 16)] * 2),
+        ("cohere", [(True, 16)] * 2),
+        ("glm", [(True, 8)] * 2),
+        ("smollm3", [(False, 16), None]),
+        ("cohere2-mixed", [None] * 5),
+    ],
+)
+def test_every_layer_has_the_rope_that_turns_its_keys(folders, family, expected):
+    with engine(folders(family), settings=SMALL) as llm:
+        generate(llm, [tokens(40)], greedy(2))
+        ropes = SlotPool.serving().ropes
+    assert [rope and (rope.interleaved, rope.cos.shape[1]) for rope in ropes] == expected
+    theta = AutoConfig.from_pretrained(folders(family)).rope_parameters["rope_theta"]
+    for rope in filter(None, ropes):
+        angles = torch.outer(
+            torch.arange(float(len(rope.cos))), theta ** -(torch.arange(rope.cos.shape[1]) / rope.cos.shape[1])
+        )
+        torch.testing.assert_close(rope.cos, angles.cos(), atol=1e-4, rtol=0)
 
 
 def save_profile(folder, path):

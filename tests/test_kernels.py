@@ -40,7 +40,7 @@ def make_slots(settings, dtype=torch.float32, count=4, kv_heads=3, size=32, memo
     return layout.views(slab, 1, make_pairs(kv_heads, size)), slab
 
 
-def run(module, slots, k, v, q, slot, chunks, rope, policy):
+def run(module, slots, k, v, q, slot, chunks, rope, policy, sink_logits=None):
     """Feed one sequence in chunks, cut further at segment boundaries, as the backend does."""
     out, done = torch.zeros_like(q), 0
     for chunk in chunks:
@@ -49,7 +49,7 @@ def run(module, slots, k, v, q, slot, chunks, rope, policy):
             piece = slice(done, done + n)
             batch = torch.tensor([slot], dtype=torch.int32), torch.tensor([0, n]), torch.tensor([done + n])
             module.write(k[piece], v[piece], slots, *batch)
-            module.attend(q[piece], slots, *batch, q.shape[-1] ** -0.5, out[piece], rope)
+            module.attend(q[piece], slots, *batch, q.shape[-1] ** -0.5, out[piece], rope, sink_logits)
             module.merge(slots, *batch, rope, policy)
             done, chunk = done + n, chunk - n
     return out
@@ -68,6 +68,16 @@ def test_cpu_path_matches_reference(settings, rope, learned):
     assert torch.equal(rank_position(actual_slots.exact_rank), rank_position(expected_slots.exact_rank))
     torch.testing.assert_close(actual_slots.coarse_mass, expected_slots.coarse_mass, atol=1e-3, rtol=1e-3)
     assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
+
+
+def test_sink_logits_take_part_of_the_weight():
+    """As gpt-oss has. Without any memory, too, and far beyond what is seen."""
+    k, v, q = make_tokens(173)
+    sink_logits = torch.tensor([-200.0, -3, 0, 2, 4, 200])[: q.shape[1]]
+    rope, policy = make_rope("neox", 32, 0), make_policy()
+    found = [run(m, make_slots({})[0], k, v, q, 2, [173], rope, policy, sink_logits) for m in (reference, cpu)]
+    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
+    assert found[0][:, 0].abs().max() > 0.1 and found[0][:, 5].abs().max() == 0
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -21,7 +21,7 @@ def make_pool():
     slab = torch.zeros(SLOTS + 1, layout.slot_bytes, dtype=torch.uint8)
     caches = [slab[:, None, None, i * layout.page_bytes : (i + 1) * layout.page_bytes] for i in range(2)]
     angles = torch.outer(torch.arange(512.0), 1e4 ** -(torch.arange(16) / 16))
-    return SlotPool.from_caches(plan, caches, Rope(angles.cos(), angles.sin(), False))
+    return SlotPool.from_caches(plan, caches, [Rope(angles.cos(), angles.sin(), False)] * 2)
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def run(pool, slot, length, seed, mark=0.0):
         rows = torch.tensor([slot]), torch.tensor([0, count]), torch.tensor([begin + count])
         cpu.reset(pool.slab, *rows)
         pool.write_pins()
-        for slots, policy in zip(pool.layers, pool.policies, strict=True):
+        for slots, policy, rope in zip(pool.layers, pool.policies, pool.ropes, strict=True):
             q = torch.randn(count, 4, 32, generator=generator)
             k, v = torch.randn(2, count, 2, 32, generator=generator)
             cpu.write(k, v + mark, slots, *rows)
             cpu.attend(q, slots, *rows, SCALE, outputs[begin : begin + count])
-            cpu.merge(slots, *rows, pool.rope, policy)
+            cpu.merge(slots, *rows, rope, policy)
     return outputs
 
 
@@ -85,4 +85,4 @@ def test_pages_must_lie_side_by_side(pool):
     plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2), workers=1)
     apart = [torch.zeros(2, 1, 1, layout.page_bytes, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(RuntimeError, match="needs the layout BLHNC"):
-        SlotPool.from_caches(plan, apart, None)
+        SlotPool.from_caches(plan, apart, [None, None])

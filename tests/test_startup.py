@@ -14,6 +14,7 @@ from model_configs import (
     DEEPSEEK,
     FALCON,
     GEMMA2,
+    GEMMA4,
     JAMBA,
     LLAMA,
     MAMBA,
@@ -52,7 +53,7 @@ def test_planning_ignores_the_default_device(llama, tmp_path):
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
     from vllm_deltamem.plan import plan_memory
-    from vllm_deltamem.rope import find_rope
+    from vllm_deltamem.rope import find_ropes
 
     config = vllm_config(llama, {"memory": 320, "segment": 32})
     text = config.model_config.hf_text_config
@@ -66,7 +67,7 @@ def test_planning_ignores_the_default_device(llama, tmp_path):
             plan = plan_memory(chosen)
             policy = plan.policy(1, "cpu")
             get_rope(32, 4096, True, text.rope_parameters, torch.bfloat16)
-            rope = find_rope(text, 32, torch.bfloat16, 4096)
+            rope = find_ropes(chosen.model_config, plan.layout.shape, "cpu")[0]
         assert plan.layout == expected and policy.gate.device.type == "cpu"
         assert rope.cos.shape == (4096, 16) and rope.cos.device.type == "cpu"
 
@@ -77,15 +78,20 @@ def test_a_rope_is_found_again_as_it_was_found_first(llama):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers import rotary_embedding
 
-    from vllm_deltamem.rope import find_rope
+    from vllm_deltamem.plan import plan_memory
+    from vllm_deltamem.rope import find_ropes
 
-    config = vllm_config(llama)
-    text = config.model_config.hf_text_config
+    config = vllm_config(llama, dtype="float32")
+    text, shape = config.model_config.hf_text_config, plan_memory(config).layout.shape
+
+    def found():
+        return find_ropes(config.model_config, shape, "cpu")[0]
+
     with set_current_vllm_config(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotary_embedding, "_ROPE_DICT", {})
-        assert find_rope(text, 32, torch.float32, 512) is find_rope(text, 32, torch.float32, 512) is None
+        assert found() is found() is None
         rotary_embedding.get_rope(32, text.max_position_embeddings, False, text.rope_parameters, torch.float32)
-        assert all(find_rope(text, 32, torch.float32, 512).interleaved for _ in range(2))
+        assert all(found().interleaved for _ in range(2))
 
 
 def test_longrope_has_the_table_that_it_uses(llama):
@@ -93,17 +99,18 @@ def test_longrope_has_the_table_that_it_uses(llama):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from vllm_deltamem.rope import find_rope
+    from vllm_deltamem.plan import plan_memory
+    from vllm_deltamem.rope import find_ropes
 
-    config = vllm_config(llama)
-    text = config.model_config.hf_text_config
+    config = vllm_config(llama, dtype="float32")
+    text, shape = config.model_config.hf_text_config, plan_memory(config).layout.shape
     text.rope_parameters = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024,
         "short_factor": [1.0] * 16, "long_factor": [float(i + 1) for i in range(16)],
     }  # fmt: skip
     with set_current_vllm_config(config):
         rope = get_rope(32, text.max_position_embeddings, True, text.rope_parameters, torch.float32)
-        found = find_rope(text, 32, torch.float32, 2048)
+        found = find_ropes(config.model_config, shape, "cpu")[0]
     key, positions = torch.randn(1, 32), torch.tensor([1500])
     turned = rope(positions, key.clone(), key.clone())[1]
     low, high = (turned / turned.norm() * key.norm()).chunk(2, -1)
@@ -115,13 +122,16 @@ def test_longrope_has_the_table_that_it_uses(llama):
     "settings, message",
     [
         ({"memroy": 512}, "Unknown deltamem setting 'memroy'; known settings: memory, "),
-        ({"memory": "512"}, "'memory' must be a non-negative integer"),
+        ({"memory": "512"}, "'memory' must be an integer from 0"),
+        ({"memory": 10**20}, "'memory' must be an integer from 0"),
+        ({"memory": 0}, "A deltamem memory of 0 tokens"),
         ({"memory": 512, "memory_bytes": 1 << 20}, "'memory' and 'memory_bytes' both give the size"),
         ({"memory": 64, "window": 256, "segment": 64}, "too small for window 256, segment 64"),
         ({"memory_bytes": 1000}, "is too small for"),
         ({"segment": 24}, "'segment' must be a power of two"),
         ({"window": 0}, "'window' must be at least 1"),
         ({"fidelity": "k2v2"}, "'fidelity' must be one of bf16, k8v8, k8v4, k5v4, k3v4"),
+        ({"fidelity": ["k8v4"]}, "'fidelity' must be one of bf16"),
         ({"merge": "no"}, "'merge' must be true or false"),
         ({"profile": "missing.safetensors"}, "Cannot read the deltamem profile 'missing.safetensors'"),
         ({"sessions": {"dir": "x"}}, "Unknown deltamem setting 'sessions.dir'"),
@@ -136,6 +146,12 @@ def test_settings_refused(llama, settings, message):
     assert "VllmConfig" not in str(error.value), "ours alone, without pydantic's words"
 
 
+@pytest.mark.parametrize("misplaced", [{"memory": 512}, {"deltamen": {"memory": 512}}])
+def test_settings_in_the_wrong_place_are_not_passed_over(llama, misplaced):
+    with pytest.raises(ValueError, match="settings go into .*deltamem"):
+        vllm_config(llama, additional_config=misplaced)
+
+
 def test_a_key_or_directory_that_cannot_hold_sessions_is_refused(llama, tmp_path):
     def start(**sessions):
         return vllm_config(llama, {"sessions": {"directory": str(tmp_path / "kept")} | sessions})
@@ -146,6 +162,10 @@ def test_a_key_or_directory_that_cannot_hold_sessions_is_refused(llama, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot use the directory .*file: File exists"):
         start(directory=str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="cannot make the directory .*file/in/it: .*file is no folder"):
+        start(directory=str(tmp_path / "file" / "in" / "it"))
+    with pytest.raises(ValueError, match="'sessions.directory' must be a non-empty string"):
+        start(directory="a\0b")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "store.json").write_text("[]")
     with pytest.raises(ValueError, match="store.json is damaged"):
@@ -209,6 +229,8 @@ def test_features_refused(llama, options, message):
         (CHUNKED, "layers of chunked attention"),
         (GEMMA2, "soft-capped attention logits"),
         (SHARED, "layers that share a KV cache"),
+        (GEMMA4, "layers whose heads differ in number or size"),
+        (LLAMA | {"model_type": "hrm_text", "architectures": ["HrmTextForCausalLM"]}, "prompts that are read in both"),
         (BLOOM, "ALiBi"),
         (FALCON, "ALiBi"),
     ],

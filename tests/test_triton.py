@@ -91,6 +91,24 @@ def test_attend_where_all_logits_are_low(fidelity, rows):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("parted", [True, False])
+@pytest.mark.parametrize("rows", ["decode", "pieces"])
+def test_attend_with_sink_logits(rows, parted, monkeypatch):
+    """As gpt-oss has: they count once, however a head's keys are divided among programs."""
+    monkeypatch.setattr(attend, "processors", lambda device: 100 if parted else 1)
+    slab, view, rope, _ = make_memory("k8v4", 32, 3, "neox", False, torch.float32, 0)
+    batch = (
+        [(2, 1, 150), (-1, 1, 0), (0, 1, 1), (1, 1, 64)] if rows == "decode" else [(0, 7, 9), (1, 16, 64), (2, 5, 150)]
+    )
+    q, sink_logits = torch.randn(28, 9, 32), torch.tensor([-9.0, -1, 0, 1, 2, 3, 4, 9, 200]).bfloat16()
+    expected, actual = torch.zeros_like(q), torch.zeros_like(q)
+    reference.attend(q, view(slab), *make_batch(batch), 32**-0.5, expected, rope, sink_logits)
+    slots, longest = view(slab), max(row[1] for row in batch)
+    cuda.attend(q, slots, *make_batch(batch), 32**-0.5, actual, rope, sink_logits, max_query_len=longest)
+    assert any(cuts.parts for cuts in launch.heads_of(slots)._choices.values()) == parted
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_prompts_of_a_group_with_a_block_for_every_token():
     """48 query heads of a kv head, as StarCoder has."""
     sizes = dict(exact=(600,), coarse=(100,), lengths=(700, 9, 64))
@@ -136,6 +154,22 @@ def test_merge(shape):
         view(actual), view(expected), 4e-3 if half else 1e-4, flipped=0.05 if half else 0, turned=shape[6] > 0
     )
     assert (view(expected).coarse_mass > 1.5).any(), "the test must merge"
+
+
+def test_merge_of_values_past_fp16():
+    """What codes can not hold is held as the most that they can."""
+    torch.manual_seed(0)
+    slab, view = make_layer("k8v4", 32, dtype=torch.float32, **RAGGED)
+    rope, policy = make_rope("neox", 32), make_policy(3, 32)
+    k, v, _ = make_tokens(160, 3, 32, 1)
+    advance(view(slab), 2, k, 5e4 * v, rope, policy)
+    actual, batch = slab.clone(), make_batch([(2, 16, 160)])
+    for module, x in ((cuda, actual), (reference, slab)):
+        view(x).ring_v[2] *= 2
+        module.merge(view(x), *batch, rope, policy)
+    expected, found = view(slab).coarse_v_affine[2], view(actual).coarse_v_affine[2]
+    assert expected.abs().amax() > 60_000
+    torch.testing.assert_close(found, expected, atol=64, rtol=1e-2)
 
 
 @pytest.mark.parametrize("bound", [20, 32])
@@ -212,6 +246,7 @@ def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
         torch.manual_seed(4)
         held, impl = make_pool(), backend.DeltaMemImpl.__new__(backend.DeltaMemImpl)
         builder, outputs, impl.scale = make_builder(held), [], 32**-0.5
+        impl.sink_logits = torch.randn(4)
         for rows in steps:
             metadata = builder.build(0, serve(rows))
             q = torch.randn(sum(count for _, count, _ in rows), 4, 32)

@@ -28,7 +28,7 @@ from vllm_deltamem.heap import keep_freed
 from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels, reserve
-from vllm_deltamem.rope import find_rope
+from vllm_deltamem.rope import find_ropes
 from vllm_deltamem.spec import make_spec
 from vllm_deltamem.windows import check_windows
 
@@ -45,6 +45,10 @@ class DeltaMemBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
         return True
 
     @staticmethod
@@ -145,11 +149,12 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         shape = self.plan.layout.shape
         model = self.vllm_config.model_config
         with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
-            rope = find_rope(model.hf_text_config, shape.head_size, model.dtype, shape.max_model_len)
-        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], rope)
+            ropes = find_ropes(model, shape, self.device)
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], ropes)
         if not ON_CPU:
-            impl = next(iter(self._layers().values())).impl
-            pool.warm_up(impl.num_heads, impl.most_rows, shape.max_model_len)
+            impls = [layer.impl for layer in self._layers().values()]
+            sinks = [impl.sink_logits for impl in impls]
+            pool.warm_up(impls[0].num_heads, impls[0].most_rows, shape.max_model_len, sinks)
         return pool
 
     def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
@@ -255,10 +260,12 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported,
     ):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        self.sink_logits = sinks
         refusals = {
             "ALiBi": alibi_slopes is not None,
             "soft-capped attention logits": bool(logits_soft_cap),
@@ -297,19 +304,21 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
                 reserve(self.plan, self.most_rows, TOGETHER, output.device)
             return output.zero_()
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
-        slots = pool.layers[self.position]
+        slots, rope = pool.layers[self.position], pool.ropes[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
         if ON_CPU:
-            read, given = pool.readouts[self.position], dict(k=key, v=value, q=query, out=out, scale=self.scale)
+            read = pool.readouts[self.position]
+            given = dict(k=key, v=value, q=query, out=out, scale=self.scale, sink_logits=self.sink_logits)
             for piece, pieces, merges in attn_metadata.walks:
                 policy = pool.policies[self.position] if merges else None
-                kernels.walk(slots, pieces, pool.rope, policy, read, **given)
+                kernels.walk(slots, pieces, rope, policy, read, **given)
                 pool.copy_branches(self.position, piece)
             return output
         for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
             known = {"max_query_len": step.longest, "live_tokens": step.tokens}
             kernels.write(key, value, slots, *step.rows, **known)
-            kernels.attend(query, slots, *step.rows, self.scale, out, pool.rope, max_seq_len=step.reach, **known)
+            known |= {"sink_logits": self.sink_logits, "max_seq_len": step.reach}
+            kernels.attend(query, slots, *step.rows, self.scale, out, rope, **known)
             pool.merge(self.position, step.due)
             pool.copy_branches(self.position, piece)
         return output

@@ -6,6 +6,7 @@ prints what the profile gains on held-out prompts.
 """
 
 import argparse
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from vllm_deltamem.calibration.tables import table_prompt
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.profile import DEFAULT_GATE, Profile, save
+from vllm_deltamem.startup import engine_config
 
 # Of training prompts, in turn
 KINDS = recall_prompt, dialogue_prompt, table_prompt, recall_prompt, case_prompt, text_prompt
@@ -46,11 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ValueError when a text cannot be read or is too short."""
-    try:
-        texts = args.texts and [path.read_text() for path in args.texts]
-    except OSError as error:
-        raise ValueError(f"Cannot read a text to calibrate with: {error}") from error
+    """Raises ValueError for a model that the backend does not serve, and when a text cannot be read or is too short."""
+    texts = args.texts and [_text(path) for path in args.texts]
+    engine_config(args.model)
     calibrate(args.model, args.output, texts, args.seed, args.device, args.prompts, args.length, args.held_out)
 
 
@@ -67,7 +67,8 @@ def calibrate(
     """Make and save a profile. Interrupted, it goes on where it was when called alike again.
 
     The same arguments give the same profile on the same machine. Raises ValueError when the prompts are too
-    few or too short, or a text is, or when every layer of the model has a sliding window.
+    few or too short, or a text is, when the profile cannot be written or the device used, or when every layer of the
+    model has a sliding window.
     """
     texts = texts or [default_text()]
     if prompts < 2 * len(KINDS):
@@ -77,6 +78,14 @@ def calibrate(
     for text in texts:
         if len(text) < 8 * length:
             raise ValueError(f"A text to calibrate with has {len(text)} characters: it takes at least {8 * length}.")
+    if held_out < 1:
+        raise ValueError(f"The closing comparison takes at least one prompt of each kind, got held_out {held_out}.")
+    if out.is_dir() or not out.name or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"Cannot write the profile {str(out)!r}: name a file in a folder that is there, with -o.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Cannot calibrate on the device {device!r}: {str(error).splitlines()[0]}") from error
     model = FrozenModel(model_folder, device, fast=True)
     shape = model.shape(budgets.CONTEXT)
     partial = out.with_name(out.name + ".partial")
@@ -109,10 +118,18 @@ def calibrate(
     tuning = [_draw(model, draw, texts, length, f"{seed}-gate-{i}") for i, draw in enumerate(dict.fromkeys(KINDS))]
     profile.meta["gate"], profile = gates.choose(model, profile, fitted, recall, tuning)
     profile = windowshare.choose(model, profile, tuning)
+    save(profile, out)  # the comparison takes its time, too
     profile.meta["gains"] = compare(model, profile, texts, seed, length, held_out)
     save(profile, out)
     shutil.rmtree(partial)
     return profile
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"Cannot read the text {str(path)!r} to calibrate with: {error}") from error
 
 
 def compare(model: FrozenModel, profile: Profile, texts: list[str], seed: int, length: int, count: int) -> dict:
@@ -162,4 +179,9 @@ def _mean(scores: list[Score]) -> Score:
 
 def _draw(model: FrozenModel, draw: Callable[..., Prompt], texts: list[str], length: int, seed: str) -> Prompt:
     rng = random.Random(seed)
-    return draw(model.tokenizer, rng.choice(texts), length, rng)
+    prompt = draw(model.tokenizer, rng.choice(texts), length, rng)
+    if len(prompt.ids) < length // 2:
+        raise ValueError(
+            f"Prompts of {length} tokens from these texts have {len(prompt.ids)}: give texts with more words."
+        )
+    return prompt

@@ -1,6 +1,7 @@
 """The command `deltamem`. What goes wrong ends it with one line on stderr and exit code 2."""
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -61,25 +62,21 @@ def _parser(calibrates: bool) -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_deltamem import BACKEND, register
     from vllm_deltamem.layoutreport import report
     from vllm_deltamem.plan import plan_memory
+    from vllm_deltamem.startup import engine_config
 
-    register()
-    config = EngineArgs(
-        model=args.model,
-        attention_backend=BACKEND,
+    config = engine_config(
+        args.model,
         additional_config=args.additional_config,
         max_model_len=args.max_model_len,
         tensor_parallel_size=args.tensor_parallel_size,
-    ).create_engine_config()
+    )
     print(report(plan_memory(config)))
 
 
 def _list(args: argparse.Namespace) -> None:
-    found = _ask(args, "GET", "")["data"] if args.url else _open(args).summaries(_tenant(args))
+    found = _open(args).summaries(_tenant(args)) if args.url is None else _ask(args, "GET", "")["data"]
     print(f"{'name':<32}{'tokens':>10}{'bytes':>16}{'age':>12}")
     for session in found:
         tokens, size, age = session["tokens"], session["bytes"], session["age_s"]
@@ -87,7 +84,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _erase(args: argparse.Namespace) -> None:
-    if args.url:
+    if args.url is not None:
         _ask(args, "DELETE", "/" + urllib.parse.quote(args.name, safe=""))
     elif not _open(args).erase(_tenant(args), args.name):
         raise ValueError(f"there is no session {args.name}")
@@ -123,14 +120,19 @@ def _ask(args: argparse.Namespace, method: str, path: str) -> dict:
     """Call the server's session routes. Raises ValueError with what it said."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     url = f"{args.url.rstrip('/').removesuffix('/v1')}/v1/deltamem/sessions"
-    request = urllib.request.Request(url + path, method=method, headers=headers)
     try:
+        request = urllib.request.Request(url + path, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+            answer = json.load(response)
+            if not str(answer["object"]).startswith(("list", "deltamem")):
+                raise ValueError
+            return answer
     except urllib.error.HTTPError as error:
         raise ValueError(f"{args.url} answers {error.code}: {_message(error.read())}") from error
     except urllib.error.URLError as error:
         raise ValueError(f"cannot reach {args.url}: {error.reason}") from error
+    except (ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        raise ValueError(f"{args.url!r} is no server with sessions of deltamem, or answers as none") from error
 
 
 def _message(body: bytes) -> str:

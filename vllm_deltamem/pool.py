@@ -45,7 +45,7 @@ class SlotPool:
     layers: list[LayerSlots]
     extents: list[slice]  # of a slab's row, what is a layer's alone
     policies: list[Policy]
-    rope: Rope | None
+    ropes: list[Rope | None]
     readouts: "list[Readouts]"  # per layer, on a CPU
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the slots that have any
     branches: list[Branch] = field(default_factory=list)  # of the step under way
@@ -73,7 +73,7 @@ class SlotPool:
         """Merge in one layer."""
         for rows, longest in due:
             known = {"readouts": self.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
-            kernels.merge(self.layers[layer], *rows, self.rope, self.policies[layer], **known)
+            kernels.merge(self.layers[layer], *rows, self.ropes[layer], self.policies[layer], **known)
 
     @torch.inference_mode()
     def merge_due(self) -> None:
@@ -84,10 +84,11 @@ class SlotPool:
                 self.merge(layer, due)
 
     @torch.inference_mode()
-    def warm_up(self, heads: int, most_rows: int, longest: int) -> None:
+    def warm_up(self, heads: int, most_rows: int, longest: int, sink_logits: list[torch.Tensor | None]) -> None:
         """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
 
-        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence. What more than
+        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence; sink_logits: of every
+        layer. What more than
         USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes.
         """
         (_, kv_heads, _, size), tokens = self.layers[0].ring_k.shape, 2
@@ -97,11 +98,11 @@ class SlotPool:
         for count in kernels.least_rows(min(most_rows, USUAL_ROWS)):
             rows = Rows(*map(self.upload, ([-1] * count, [0] + [tokens] * count, [tokens] * count)))
             self.reset(rows)
-            for slots in self.layers:
+            for slots, rope, sinks in zip(self.layers, self.ropes, sink_logits, strict=True):
                 for query_len in (1, tokens):
                     known = {"max_query_len": query_len, "live_tokens": tokens}
                     kernels.write(k, v, slots, *rows, **known)
-                    kernels.attend(q, slots, *rows, 1.0, out, self.rope, **known)
+                    kernels.attend(q, slots, *rows, 1.0, out, rope, sinks, **known)
         self.due = [Due(Rows(*map(self.upload, ([-1], [0, 1], [0]))), longest)]
         self.merge_due()
 
@@ -163,7 +164,7 @@ class SlotPool:
         return values.to(self.slab.device, non_blocking=True)
 
     @classmethod
-    def from_caches(cls, plan: MemoryPlan, caches: list[torch.Tensor], rope: Rope | None) -> "SlotPool":
+    def from_caches(cls, plan: MemoryPlan, caches: list[torch.Tensor], ropes: list[Rope | None]) -> "SlotPool":
         """View the layers' pages [S, 1, 1, page] uint8 of one allocation as slabs.
 
         Raises RuntimeError when vLLM did not lay the pages of a block side by side.
@@ -179,11 +180,10 @@ class SlotPool:
             )
         slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
         device = slab.device
-        rope = rope and rope._replace(cos=rope.cos.to(device), sin=rope.sin.to(device))
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:
             logger.info("deltamem compiles its CPU kernels, which takes a minute or two the first time.")
-            for slots in layers:
+            for slots, rope in zip(layers, ropes, strict=True):
                 kernels.compile_walk(slots, rope)
         return cls(
             slab=slab,
@@ -191,7 +191,7 @@ class SlotPool:
             extents=[layout.extent(i) for i in range(layout.shape.layers)],
             policies=[plan.policy(i, device) for i in range(layout.shape.layers)],
             readouts=Readouts.of_layers(layers) if ON_CPU else [],
-            rope=rope,
+            ropes=ropes,
         )
 
 

@@ -3,8 +3,10 @@
 import torch
 from vllm.logger import init_logger
 
+from vllm_deltamem.hfrope import rope_of
 from vllm_deltamem.kernels.slot import Rope
-from vllm_deltamem.windows import is_unrotated
+from vllm_deltamem.memory import Shape
+from vllm_deltamem.windows import FULL, find_rotated
 
 logger = init_logger(__name__)
 
@@ -42,9 +44,7 @@ def extend(model_config, least: int) -> None:
 
 def _obstacle(text) -> str | None:
     """What keeps positions from being continued, if anything does."""
-    from vllm.transformers_utils.config import iter_rope_parameters
-
-    ropes = list(iter_rope_parameters(text))
+    ropes = _ropes(text)
     for rope in ropes:
         if rope["rope_type"] not in EXTENDABLE:
             return f"a rotary embedding of type {rope['rope_type']}"
@@ -52,28 +52,59 @@ def _obstacle(text) -> str | None:
             return "a multimodal or Fourier rotary embedding"
     if getattr(text, "dual_chunk_attention_config", None):
         return "dual chunk attention"
-    if not ropes or 0 in (getattr(text, "no_rope_layers", None) or ()) or is_unrotated(text):
+    if not ropes or not all(find_rotated(text)):
         return "layers that have no rotary embedding"
     return None
 
 
-def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> Rope | None:
-    """Tables of the rope that the model just loaded uses in its full-attention layers, [positions, rotary / 2].
+def find_ropes(model_config, shape: Shape, device: torch.device | str) -> list[Rope | None]:
+    """Of every layer, the tables of the rope that it uses in the model just loaded, [max_model_len, rotary / 2].
 
     Scaled ropes (llama3, YaRN) included; their magnitude factor is taken out, as a key keeps it when turned.
-    None when those layers have none, or when no rope of the loaded model fits: keys are then compared and merged as
-    they are.
+    None for layers that have none, and for all when no rope that is known is the loaded model's: keys are then compared
+    and merged as they are. In sliding layers, where nothing is merged, it may be another one than theirs.
     Raises ValueError where positions go past the tables, or past the trained ones of such a model.
     """
+    text, positions = model_config.hf_text_config, shape.max_model_len
+    rotated, trained = find_rotated(text), getattr(text, TRAINED, 0)
+    if not any(rotated[layer] for layer in shape.full_layers):
+        return [None] * shape.layers
+    if model_config.using_transformers_backend():
+        rope = _transformers(model_config, positions)
+    else:
+        rope = _vllms(text, shape.head_size, model_config.dtype, positions)
+    if rope is None:
+        if trained:
+            raise ValueError(
+                f"max_model_len {positions} is past the {trained} tokens that the model was made for, and deltamem "
+                "found no rotary embedding that it knows: lower --max-model-len."
+            )
+        if _ropes(text):
+            logger.warning("deltamem found no rotary embedding it knows: merging compares rotated keys.")
+    elif len(rope.cos) < positions:
+        raise ValueError(
+            f"max_model_len {positions} is past the {len(rope.cos)} positions of the model's rotary embedding: "
+            "lower it."
+        )
+    rope = rope and Rope(rope.cos.to(device), rope.sin.to(device), rope.interleaved, trained)
+    return [rope if has else None for has in rotated]
+
+
+def _ropes(text) -> list[dict]:
+    """The parameters of every rope that a config tells."""
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    return list(iter_rope_parameters(text))
+
+
+def _vllms(text, head_size: int, dtype: torch.dtype, positions: int) -> Rope | None:
+    """Of the ropes that vLLM has made, the one of a config's full-attention layers; else the only one there is."""
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
-    if is_unrotated(hf_config):
-        return None
-    trained = getattr(hf_config, TRAINED, 0)
-    parameters = getattr(hf_config, "rope_parameters", None) or {}
-    parameters = parameters.get("full_attention", parameters)
-    loaded, known = set(_ROPE_DICT), {id(rope) for rope in _ROPE_DICT.values()}
-    longest = getattr(hf_config, "max_position_embeddings", positions)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    parameters = parameters.get(FULL, parameters)
+    made = dict(_ROPE_DICT)
+    longest, found = getattr(text, "max_position_embeddings", positions), None
     for neox in (True, False):
         try:
             with torch.device("cpu"):
@@ -81,26 +112,32 @@ def find_rope(hf_config, head_size: int, dtype: torch.dtype, positions: int) -> 
         except ValueError:  # some kinds are of one style only
             continue
         finally:
-            for made in _ROPE_DICT.keys() - loaded:  # or it would be known to the next call
-                del _ROPE_DICT[made]
-        if id(rope) in known:
+            for probe in _ROPE_DICT.keys() - made.keys():  # or it would be known to the next call
+                del _ROPE_DICT[probe]
+        if any(rope is other for other in made.values()):
+            found = rope
             break
-    else:
-        if trained:
-            raise ValueError(
-                f"max_model_len {positions} is past the {trained} tokens that the model was made for, and deltamem "
-                "found no rotary embedding that it knows: lower --max-model-len."
-            )
-        logger.warning("deltamem found no rotary embedding it knows: merging compares rotated keys.")
+    if found is None and len(made) == 1:  # some models tell theirs otherwise (GPT-J, DBRX, gpt-oss)
+        found = next(iter(made.values()))
+    if found is None:
         return None
     with torch.device("cpu"):
-        cos, sin = _table(rope).float().cpu().chunk(2, -1)
+        cos, sin = _table(found).float().cpu().chunk(2, -1)
     norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
-    if len(cos) < positions:
-        raise ValueError(
-            f"max_model_len {positions} is past the {len(cos)} positions of the model's rotary embedding: lower it."
-        )
-    return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox, trained=trained)
+    neox = getattr(found, "is_neox_style", True)  # LongRoPE knows no other
+    return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox)
+
+
+def _transformers(model_config, positions: int) -> Rope | None:
+    """Of a model that vLLM runs with Transformers' own modules."""
+    from transformers import AutoModel
+
+    text = model_config.hf_text_config
+    with torch.device("meta"):
+        made = AutoModel.from_config(text, trust_remote_code=model_config.trust_remote_code)
+    with torch.device("cpu"):
+        embedding = getattr(made, "rotary_emb", None)
+        return rope_of(embedding and type(embedding)(text), text, positions)
 
 
 def _table(rope) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """What happens at start-up once the backend is chosen: checks, adjustments of vLLM's config, patches."""
 
 import os
+from pathlib import Path
 
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_deltamem import BACKEND
+from vllm_deltamem import BACKEND, register
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.precision import fast_dtype
@@ -27,6 +28,17 @@ def is_chosen(vllm_config) -> bool:
     """Whether any layers of this config use the backend."""
     attention = vllm_config.attention_config
     return any(b is not None and b.name == BACKEND for b in (attention.backend, *attention.backend_per_kind.values()))
+
+
+def engine_config(model: str, **options):
+    """vLLM's config of a model with the backend chosen, checked and adjusted; options as for vLLM's EngineArgs.
+
+    Raises ValueError as configure() does, and what vLLM raises.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    return EngineArgs(model=model, attention_backend=BACKEND, **options).create_engine_config()
 
 
 def configure(vllm_config) -> None:
@@ -109,6 +121,14 @@ def _refuse_unsupported(vllm_config) -> None:
         "soft-capped attention logits": bool(getattr(hf, "attn_logit_softcapping", None)),
         "ALiBi": hf.model_type in ("bloom", "step1") or getattr(hf, "alibi", False),
         "layers that share a KV cache": bool(getattr(hf, "num_kv_shared_layers", 0)),
+        "layers whose heads differ in number or size": bool(
+            {"head_dim", "num_key_value_heads"} & set(getattr(hf, "per_layer_attributes", None) or ())
+        ),
+        "prompts that are read in both directions": hf.model_type == "hrm_text",
+        "images that are read in both directions (--language-model-only serves text)": model.is_mm_prefix_lm,
+        "MiniCPM3 and MiMo-V2, whose configs do not tell the sizes of their heads": hf.model_type.startswith(
+            ("minicpm3", "mimo_v2")
+        ),
         "pooling models": model.runner_type == "pooling",
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
@@ -137,8 +157,14 @@ def _continues(vllm_config) -> bool:
 def _check_sessions(settings: SessionSettings) -> None:
     """Raise ValueError here, not in the engine, for a bad key or directory. Makes no directory: the engine does."""
     Seal.of(settings)
-    if settings.directory is not None and os.path.lexists(settings.directory):
+    if settings.directory is None:
+        return
+    if os.path.lexists(settings.directory):
         SessionDirectory.of(settings)
+        return
+    parent = next(p for p in Path(settings.directory).absolute().parents if os.path.lexists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"sessions: cannot make the directory {settings.directory}: {parent} is no folder to write in")
 
 
 def _foreign_connector(vllm_config) -> bool:

@@ -1,4 +1,4 @@
-"""Which layers of a model see a sliding window only, how wide it is, and whether the others have a RoPE."""
+"""Which layers of a model see a sliding window only, how wide it is, and which layers have a RoPE."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
@@ -40,6 +40,10 @@ def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None],
             )
 
 
-def is_unrotated(hf_config) -> bool:
-    """Whether the full-attention layers of a model have no rotary embedding, as its sliding layers have one."""
-    return hf_config.model_type in UNROTATED and SLIDING in (getattr(hf_config, "layer_types", None) or ())
+def find_rotated(hf_config) -> tuple[bool, ...]:
+    """Whether each layer of a model that has a rotary embedding uses it."""
+    layers, kinds = hf_config.num_hidden_layers, getattr(hf_config, "layer_types", None) or ()
+    if hf_config.model_type in UNROTATED and SLIDING in kinds:
+        return tuple(kind == SLIDING for kind in kinds[:layers])
+    listed = getattr(hf_config, "no_rope_layers", None) or ()  # despite its name, of those that have one
+    return tuple(bool(has) for has in listed[:layers]) or (True,) * layers

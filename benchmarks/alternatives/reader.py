@@ -49,9 +49,10 @@ class Reader:
         first, end = len(self.seen), len(self.seen) + len(ids)
         cuts = [first, *range((first // self.segment + 1) * self.segment, end, self.segment), end]
         sizes = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-        rope = self.model.rope((end // FUTURE + 2) * FUTURE)
+        angles = (end // FUTURE + 2) * FUTURE
 
         def attention(layer, q, k, v, scale):
+            rope = self.model.rope(layer, angles)
             pieces = zip(*(x.split(sizes, 1) for x in (q, k, v)), cuts[:-1], strict=True)
             return torch.cat([self.layers[layer].read(Segment(*piece, rope, scale)) for piece in pieces], 1)
 

@@ -3,16 +3,19 @@
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_deltamem.kernels.slot import Rope
+from vllm_deltamem.hfrope import rope_of
+from vllm_deltamem.kernels.slot import Rope, rotate
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.profile import fingerprint_of
-from vllm_deltamem.windows import FULL, find_windows, is_unrotated
+from vllm_deltamem.windows import find_rotated, find_windows
 
 IMPLEMENTATION = "deltamem_calibration"
+CLOSED = "Transformers does not let calibration into the attention of"
+POSITIONS, TOLERANCE = 32, 0.05  # of the check of how keys are turned; bfloat16 errs by 0.01
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -28,41 +31,40 @@ class FrozenModel:
     def __init__(self, folder: str, device: str = "cpu", fast: bool = False):
         """fast: compute in float32 on a CPU that is slow at the model's own dtype.
 
-        Raises ValueError for a model whose config does not say how many kv heads it has.
+        Raises ValueError for a model whose config does not say how many kv heads it has, whose attention Transformers
+        does not let be replaced, or that turns keys in a way that is not known.
         """
+        config = AutoConfig.from_pretrained(folder)
+        self.fingerprint = fingerprint_of(config)
+        if self.fingerprint["kv_heads"] is None:
+            raise ValueError(f"Calibration does not know the kv heads of {config.model_type} models.")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=IMPLEMENTATION, dtype="auto")
+        except KeyError as error:  # it has a table of attentions of its own
+            raise ValueError(f"{CLOSED} {config.model_type} models.") from error
         self.dtype = self.model.dtype
         computed = fast_dtype(self.dtype, device) if fast else self.dtype
         self.model.to(device, computed).eval().requires_grad_(False)
         self.device = device
         self.config = self.model.config.get_text_config()
-        self.fingerprint = fingerprint_of(self.config)
-        if self.fingerprint["kv_heads"] is None:
-            raise ValueError(f"Calibration does not know the kv heads of {self.config.model_type} models.")
         self._rope: Rope | None = None
+        self._check_turning()
 
     def shape(self, context: int) -> Shape:
         """What decides the size of its memory in a context of that many tokens."""
         layers, kv_heads, size = (self.fingerprint[name] for name in ("layers", "kv_heads", "head_size"))
         return Shape(layers, kv_heads, size, self.dtype, context, find_windows(self.config, context))
 
-    def rope(self, positions: int) -> Rope | None:
-        """Tables of the rotary embedding for at least that many positions, with unit norm.
+    def rope(self, layer: int, positions: int) -> Rope | None:
+        """Tables of a full-attention layer's rotary embedding for at least that many positions, with unit norm.
 
-        None when the layers with full attention have none.
+        None when the layer has none.
         """
-        if is_unrotated(self.config):
+        if not find_rotated(self.config)[layer]:
             return None
         if self._rope is None or len(self._rope.cos) < positions:
-            embedding = self.model.base_model.rotary_emb
-            count = torch.arange(positions, device=self.device)[None]
-            own = {"layer_type": FULL} if FULL in (self.config.rope_parameters or {}) else {}
-            cos, sin = embedding(torch.zeros(1, device=self.device), count, **own)
-            half = cos.shape[-1] // 2
-            cos, sin = cos[0, :, :half].float(), sin[0, :, :half].float()
-            norm = (cos.square() + sin.square()).sqrt()
-            self._rope = Rope(cos / norm, sin / norm, interleaved=False)
+            self._rope = rope_of(getattr(self.model.base_model, "rotary_emb", None), self.config, positions)
         return self._rope
 
     def logits(self, ids: torch.Tensor, attention: Attention, wanted: torch.Tensor, grad: bool = False) -> torch.Tensor:
@@ -89,6 +91,27 @@ class FrozenModel:
         finally:
             ACTIVE.pop()
 
+    @torch.no_grad()
+    def _check_turning(self) -> None:
+        """Raise ValueError unless rope() says how every layer turns keys: as it does one token at many positions."""
+        turning = []
+
+        def nothing(layer, q, k, v, scale):  # leaves the token the same at all positions
+            position = torch.arange(k.shape[1], device=k.device)
+            plain = rotate(k.float(), position, self.rope(layer, k.shape[1]), inverse=True)
+            turning.append((plain - plain[:, :1]).norm(dim=-1).amax() / plain.norm(dim=-1).amax())
+            return torch.zeros_like(q)
+
+        any_token = torch.tensor([self.config.vocab_size // 2], device=self.device)  # the first may be all zeros
+        token = self.model.get_input_embeddings()(any_token)
+        self.hidden(token.expand(POSITIONS, -1), nothing)
+        if not turning:
+            raise ValueError(f"{CLOSED} {self.config.model_type} models.")
+        if not max(turning) <= TOLERANCE:
+            raise ValueError(
+                f"Calibration does not know how {self.config.model_type} models turn keys to their positions."
+            )
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] fp32 of the tokens that follow last hidden states [..., E]."""
         return self.model.get_output_embeddings()(hidden).float() * getattr(self.config, "logit_scale", 1.0)
@@ -97,7 +120,9 @@ class FrozenModel:
 ACTIVE: list[Attention] = []
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **_):
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
+    if softcap is not None or s_aux is not None:
+        raise ValueError("Calibration does not know attention with soft-capped logits or learned sinks.")
     out = ACTIVE[-1](module.layer_idx, query[0], key[0], value[0], scaling)
     return out.transpose(0, 1)[None].contiguous(), None
 

@@ -40,16 +40,16 @@ class _Recording:
     """The attention of one forward and backward pass, and what it saw."""
 
     def __init__(self, model: FrozenModel, tokens: int, seed: int):
-        self.rope, self.tokens = model.rope(tokens), tokens
+        self.model, self.tokens = model, tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
         self.key_square, self.query_square = {}, {}
 
     def __call__(self, layer, q, k, v, scale):
         unit = torch.nn.functional.normalize
-        position = torch.arange(self.tokens, device=k.device)
+        position, rope = torch.arange(self.tokens, device=k.device), self.model.rope(layer, self.tokens)
         rotated, value = k.detach().float(), v.detach().float()
-        plain = rotate(rotated, position, self.rope, inverse=True)
+        plain = rotate(rotated, position, rope, inverse=True)
         mean = plain.cumsum(-2) / (position[:, None] + 1)
         keydiff = -(unit(plain, dim=-1) * unit(mean, dim=-1)).sum(-1)
         self.key[layer], self.value[layer] = (
@@ -58,7 +58,7 @@ class _Recording:
         )
         self.keydiff[layer] = keydiff.cpu()
         query = q.detach().float()
-        self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, self.rope, scale, self.generator)
+        self.trials[layer] = trial_merges(query, rotated, value, plain, keydiff, rope, scale, self.generator)
         self.errors[layer] = logit_errors(query, rotated, scale, self.generator)
         self.key_square[layer] = squares(rotated[:, SINKS:]).cpu()
         self.query_square[layer] = squares((query * scale).unflatten(0, (len(k), -1)).flatten(1, 2)).cpu()

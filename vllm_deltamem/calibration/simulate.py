@@ -39,7 +39,8 @@ class MemoryAttention:
     def __call__(self, layer, q, k, v, scale):
         computed, held = q.dtype, self.model.dtype
         q, k, v = (x.transpose(0, 1).to(held).contiguous() for x in (q, k, v))
-        slots, policy, rope, out = self.slots[layer], self.policies[layer], self.model.rope(len(q)), torch.empty_like(q)
+        slots, policy, out = self.slots[layer], self.policies[layer], torch.empty_like(q)
+        rope = self.model.rope(layer, len(q))
         self.slab.zero_()
         pieces = [(begin, min(begin + slots.segment, len(q))) for begin in range(0, len(q), slots.segment)]
         if self.on_cpu:

@@ -30,7 +30,7 @@ class Trials(NamedTuple):
     size: torch.Tensor  # d.d
 
 
-def trial_merges(q, k, v, plain, score, rope: Rope, scale: float, generator: torch.Generator) -> Trials:
+def trial_merges(q, k, v, plain, score, rope: Rope | None, scale: float, generator: torch.Generator) -> Trials:
     """Try merges inside the first half of a prompt with queries of its second half. Trials [G, LOSERS].
 
     q [H, T, D], k and v [G, T, D] rotated, plain [G, T, D] the keys before RoPE, score [G, T]; all fp32.
