@@ -1,6 +1,8 @@
 """The command `deltamem`: layouts, sessions in a directory, and errors that end it with exit code 2."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -122,7 +124,9 @@ def test_sessions_of_a_directory(directory, capsys):
     [
         (["list", "--directory", "nowhere"], "nowhere is not a directory of sessions"),
         (["list", "--url", "http://127.0.0.1:9"], "cannot reach http://127.0.0.1:9"),
-        (["list", "--url", "127.0.0.1"], "unknown url type"),
+        (["list", "--url", "127.0.0.1"], "'127.0.0.1' is no server with sessions"),
+        (["list", "--url", ""], "'' is no server with sessions"),
+        (["list", "--url", "http://127.0.0.1:port"], "is no server with sessions"),
         (["list"], "one of the arguments --directory --url is required"),
     ],
 )
@@ -132,6 +136,21 @@ def test_sessions_errors(capsys, arguments, message):
     except SystemExit as exit:
         code = exit.code
     assert code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b"<html>", b'{"object": "error"}'])
+def test_a_server_without_sessions(capsys, answer):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert sessions("list", "--url", f"http://127.0.0.1:{server.server_port}") == 2
+        server.shutdown()
+    assert "is no server with sessions of deltamem" in capsys.readouterr().err
 
 
 def test_sessions_of_an_encrypted_directory(tmp_path, capsys):

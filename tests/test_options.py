@@ -111,6 +111,8 @@ def test_a_session_belongs_to_the_caller():
         ({"deltamem_session": "a", "deltamem_session_from": "../b"}, "a session name has"),
         ({"deltamem_pin": 7}, "must be a text or a list of texts"),
         ({"deltamem_pin": ["4711", ""]}, "must be a text or a list of texts"),
+        ({"deltamem_pin": ""}, "must be a text or a list of texts"),
+        ({"deltamem_pin": False}, "must be a text or a list of texts"),
         ({"deltamem_pin": "4712"}, "the prompt does not contain '4712'"),
         ({"deltamem_pin_tokens": "0,4"}, "must be a list"),
         ({"deltamem_pin_tokens": [0]}, "must be a list"),

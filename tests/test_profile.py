@@ -1,9 +1,12 @@
 """vllm_deltamem/profile.py: what is saved is what is loaded, and only for the model it was made for."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import FalconConfig, GPTBigCodeConfig, LlamaConfig
 
 from vllm_deltamem import profile as profiles
@@ -143,6 +146,7 @@ def test_choose_none_and_unknown_models():
         (dict(budgets=torch.ones(2, 3, 3)), "budgets must be finite with shape"),
         (dict(gate=torch.full((2, 3, 3), torch.nan)), "gate must be finite"),
         (dict(sizes=(0.2, 0.05)), "sizes must rise"),
+        (dict(sizes=(0.0, 0.05)), "sizes must rise"),
         (dict(window_share=1.5), "window_share must be above 0 and at most 1, is 1.5"),
         (dict(window_share="wide"), "window_share must be"),
         (
@@ -160,6 +164,21 @@ def test_damaged_profile_is_refused(tmp_path, changes, message):
     profiles.save(make_profile(**changes), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
         profiles.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "lost", ["fingerprint", "sizes", "meta", "budgets", "gate", "b1", "w2", "pair_reach", "header"]
+)
+def test_profile_that_lacks_a_part_is_refused(tmp_path, lost):
+    path = tmp_path / "a.safetensors"
+    profiles.save(make_profile(), path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["deltamem"])
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != lost}
+    header = [] if lost == "header" else {name: value for name, value in header.items() if name != lost}
+    save_file(tensors, path, {"deltamem": json.dumps(header)})
+    with pytest.raises(ValueError, match="is damaged|is not a deltamem profile"):
+        profiles.load(path)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -14,8 +14,20 @@ pytest.importorskip("ray.serve")
 from ray.exceptions import ActorDiedError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_deltamem.serve import ATTEMPTS, Gateway, SlotScaling, app, command_line, run_app, session_of
+from vllm_deltamem.serve import (
+    ATTEMPTS,
+    Gateway,
+    SlotScaling,
+    app,
+    command_line,
+    refuse,
+    run_app,
+    session_of,
+    several_of,
+)
 
 
 def test_options_become_a_command_line():
@@ -26,16 +38,30 @@ def test_options_become_a_command_line():
         "enable-prefix-caching": False,
         "served-model-name": ["a", "b"],
         "additional-config": {"deltamem": {"memory": 64}},
+        "chat-template": None,
+        "allowed-origins": ["x"],
+        "lora-modules": [{"name": "l", "path": "p"}],
+        "api-key": ["-k"],
     }
-    assert command_line(options) == [
-        *("--model", "m", "--max-model-len", "8192", "--enforce-eager", "--no-enable-prefix-caching"),
-        *("--served-model-name", "a", "b", "--additional-config", '{"deltamem": {"memory": 64}}'),
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments = command_line(options, several_of(parser))
+    assert arguments == [
+        *("--model=m", "--max-model-len=8192", "--enforce-eager", "--no-enable-prefix-caching"),
+        *("--served-model-name", "a", "b", '--additional-config={"deltamem": {"memory": 64}}'),
+        *('--allowed-origins=["x"]', "--lora-modules", '{"name": "l", "path": "p"}', "--api-key", "-k"),
     ]
 
 
 def test_a_model_must_be_named():
     with pytest.raises(ValueError, match="set `model`"):
         app({"max-model-len": 8192})
+
+
+def test_what_a_parser_refuses_is_an_error_not_an_end(monkeypatch):
+    parser = make_arg_parser(FlexibleArgumentParser())
+    monkeypatch.setattr(parser, "error", refuse)
+    with pytest.raises(ValueError, match="args of the application: argument --max-model-len.*many"):
+        parser.parse_args(command_line({"max-model-len": "many"}, ()))
 
 
 @pytest.mark.parametrize(
@@ -49,15 +75,25 @@ def test_a_model_must_be_named():
         ({"vllm_xargs": None}, ""),
         ({"messages": []}, ""),
         ([1], ""),
+        ({"vllm_xargs": {"deltamem_session": "\ud800"}}, ""),  # Ray's router cannot send it
+        ({"vllm_xargs": {"deltamem_session": ["chat-1"]}}, ""),
     ],
 )
 def test_session_of_a_request(body, session):
-    assert session_of(json.dumps(body).encode()) == session
+    assert session_of("/v1/chat/completions", json.dumps(body).encode()) == session
+
+
+@pytest.mark.parametrize(
+    "path, session",
+    [("/v1/deltamem/sessions/a:1", "a:1"), ("/v1/deltamem/sessions", ""), ("/v1/deltamem/sessions/a/b", "")],
+)
+def test_session_in_a_path(path, session):
+    assert session_of(path, b"") == session
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_what_is_not_json_has_no_session(body):
-    assert session_of(body) == ""
+    assert session_of("/v1/completions", body) == ""
 
 
 def scaling_context(slots: dict, wanted: dict, queued: float = 0) -> SimpleNamespace:

@@ -1,8 +1,11 @@
 """The plugin's settings: `--additional-config '{"deltamem": {...}}'`."""
 
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 
 from vllm_deltamem.kernels.slot import FIDELITIES
+
+LARGEST = 1 << 48  # of a setting: what is computed from it stays exact
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,13 @@ class DeltaMemConfig:
             value = getattr(self, name)
             if value is None and name != "sinks":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"deltamem setting {name!r} must be a non-negative integer, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST:
+                raise ValueError(f"deltamem setting {name!r} must be an integer from 0 to 2^48, got {value!r:.200}.")
         if self.memory is not None and self.memory_bytes is not None:
             raise ValueError(
                 "deltamem settings 'memory' and 'memory_bytes' both give the size of a slot: set one of them."
             )
-        if self.fidelity is not None and self.fidelity not in FIDELITIES:
+        if self.fidelity is not None and self.fidelity not in list(FIDELITIES):
             raise ValueError(
                 f"deltamem setting 'fidelity' must be one of {', '.join(FIDELITIES)}; got {self.fidelity!r}."
             )
@@ -52,12 +55,18 @@ class DeltaMemConfig:
 
     @classmethod
     def from_vllm(cls, vllm_config) -> "DeltaMemConfig":
-        """Read `additional_config["deltamem"]`. Raises ValueError for an unknown setting, naming it."""
+        """Read `additional_config["deltamem"]`.
+
+        Raises ValueError for an unknown setting, naming it, and for settings that lie beside "deltamem".
+        """
         additional = vllm_config.additional_config
-        settings = additional.get("deltamem", {}) if isinstance(additional, dict) else {}
+        additional = additional if isinstance(additional, dict) else {}
+        settings, known = additional.get("deltamem", {}), [f.name for f in fields(cls)]
         if not isinstance(settings, dict):
-            raise ValueError(f"additional-config 'deltamem' must be an object of settings, got {settings!r}.")
-        known = [f.name for f in fields(cls)]
+            raise ValueError(f"additional-config 'deltamem' must be an object of settings, got {settings!r:.200}.")
+        for name in additional:
+            if name != "deltamem" and (name in known or get_close_matches(name, ["deltamem"])):
+                raise ValueError(f'additional-config {name!r}: settings go into {{"deltamem": {{...}}}}.')
         for name in settings:
             if name not in known:
                 raise ValueError(f"Unknown deltamem setting {name!r}; known settings: {', '.join(known)}.")

@@ -214,7 +214,8 @@ def plan_layout(
     """
     layers, full = shape.full_layers, shape.full_token_bytes
     if config.memory_bytes is None:
-        memory = config.memory or max(256, round(DEFAULT_SHARE * shape.max_model_len))
+        default = max(256, round(DEFAULT_SHARE * shape.max_model_len))
+        memory = default if config.memory is None else config.memory
         segment = config.segment or _default_segment(memory)
         total = memory * full
     else:

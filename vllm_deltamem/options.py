@@ -9,9 +9,11 @@ They are checked where the request enters, so that a malformed one fails alone; 
 `SESSION`, `SOURCE` and `TENANT` below, already resolved.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 
+from tokenizers.decoders import DecodeStream
+from transformers import TokenizersBackend
 from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
 
 from vllm_deltamem.memory import MAX_PINS
@@ -40,8 +42,7 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     resolved = {name: value for name, value in extra_args.items() if name not in options}
     spans = _token_ranges(options.get("deltamem_pin_tokens", []), len(prompt))
     texts = options.get("deltamem_pin", [])
-    if texts:
-        spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer, quota)
+    spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer, quota)
     if spans:
         resolved[PINS] = _united(spans)
         _check_quota(resolved[PINS], quota)
@@ -102,6 +103,8 @@ def _text_spans(texts, prompt: list[int], tokenizer, quota: int) -> list[tuple[i
     """Token ranges of every occurrence of every text in the prompt, looked for as long as they are within the quota."""
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"deltamem_pin must be a text or a list of texts, got {texts!r:.200}.")
+    if not texts:
+        return []
     if tokenizer is None:
         raise ValueError("deltamem_pin needs a tokenizer, which this server skips: use deltamem_pin_tokens.")
     texts = dict.fromkeys(texts)
@@ -130,15 +133,25 @@ def _decoded(prompt: list[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
     Decoded on and on as vLLM decodes an answer: alone, a token may lose its space or be part of a character.
     """
     pieces, owners, begin = [], [], 0
-    tokens, prefix, read = [], 0, 0
-    for i, token in enumerate(prompt):
-        new, piece, prefix, read = detokenize_incrementally(tokenizer, [token], tokens, prefix, read)
-        tokens += new
-        pieces.append(piece)
-        owners += [(begin, i + 1)] * len(piece)
+    for i, piece in enumerate(_pieces(prompt, tokenizer)):
         if piece:
+            pieces.append(piece)
+            owners += [(begin, i + 1)] * len(piece)
             begin = i + 1
     return "".join(pieces), owners
+
+
+def _pieces(prompt: list[int], tokenizer) -> Iterator[str | None]:
+    """What each token adds to the text."""
+    if isinstance(tokenizer, TokenizersBackend):  # several times faster
+        stream = DecodeStream(skip_special_tokens=False)
+        yield from (stream.step(tokenizer._tokenizer, token) for token in prompt)
+        return
+    tokens, prefix, read = [], 0, 0
+    for token in prompt:
+        new, piece, prefix, read = detokenize_incrementally(tokenizer, [token], tokens, prefix, read)
+        tokens += new
+        yield piece
 
 
 def _united(spans: Collection[tuple[int, int]]) -> list[list[int]]:

@@ -149,12 +149,21 @@ def load(path: str | Path) -> Profile:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"Cannot read the deltamem profile {str(path)!r}: {error}") from error
     header = json.loads(header) if header else {}
-    if header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(
             f"{str(path)!r} is not a deltamem profile of format {FORMAT}. One that an earlier version made has to be "
             "made again: `deltamem calibrate MODEL -o PROFILE`."
         )
-    profile = Profile(
+    try:
+        profile = _parse(header, tensors)
+        _check_tensors(profile, path)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"The deltamem profile {str(path)!r} is damaged: {error!r} ends the reading of it.") from error
+    return profile
+
+
+def _parse(header: dict, tensors: dict[str, torch.Tensor]) -> Profile:
+    return Profile(
         fingerprint=header["fingerprint"],
         sizes=tuple(header["sizes"]),
         budgets=tensors["budgets"].float(),
@@ -165,8 +174,6 @@ def load(path: str | Path) -> Profile:
         importance=tuple(tensors[name] for name in WEIGHTS) if "w1" in tensors else None,
         meta=header["meta"],
     )
-    _check_tensors(profile, path)
-    return profile
 
 
 def save(profile: Profile, path: str | Path) -> None:
@@ -259,5 +266,6 @@ def _check_tensors(profile: Profile, path) -> None:
             f"The deltamem profile {str(path)!r} is damaged: window_share must be above 0 and at most 1, "
             f"is {share!r:.200}."
         )
-    if not profile.sizes or list(profile.sizes) != sorted(set(profile.sizes)) or (profile.budgets <= 0).any():
+    rising = list(profile.sizes) == sorted(set(profile.sizes))
+    if not profile.sizes or not rising or profile.sizes[0] <= 0 or (profile.budgets <= 0).any():
         raise ValueError(f"The deltamem profile {str(path)!r} is damaged: sizes must rise and budgets be positive.")

@@ -13,10 +13,10 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.options import tenant
-from vllm_deltamem.sessionname import check_name
+from vllm_deltamem.sessionname import SESSIONS, check_name
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 
-router = APIRouter(prefix="/v1/deltamem/sessions")
+router = APIRouter(prefix=SESSIONS)
 
 
 class SessionRoutes:

@@ -11,14 +11,17 @@ own. vLLM's app behind a handle keeps all of `vllm serve`: its options, routes, 
 Neither Ray nor vLLM is imported before `app` or a constructor needs it: the gateway never imports vLLM.
 """
 
+import argparse
 import asyncio
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+
+from vllm_deltamem.sessionname import NAME, SESSIONS
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -85,7 +88,9 @@ class Engine:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(options))
+        parser = make_arg_parser(FlexibleArgumentParser())
+        parser.error = refuse
+        args = parser.parse_args(command_line(options, several_of(parser)))
         validate_parsed_serve_args(args)
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER
@@ -147,7 +152,7 @@ class Gateway:
         body = await request.body()
         keys = ("type", "http_version", "method", "scheme", "path", "query_string", "root_path", "headers")
         scope = {key: request.scope[key] for key in keys}
-        engines = self.engines.options(session_id=session_of(body))
+        engines = self.engines.options(session_id=session_of(request.url.path, body))
         for _ in range(ATTEMPTS):
             answer = engines.remote(scope, body)
             try:
@@ -244,23 +249,44 @@ class SlotScaling:
         return demand / (self.target * sum(slots.values()) / len(slots)), {}
 
 
-def command_line(options: dict[str, Any]) -> list[str]:
-    """Options as arguments of `vllm serve`: a truth value is a flag, a mapping JSON, a list many values."""
+def refuse(message: str) -> None:
+    """In place of a parser's own, which would end the replica without a word to Ray."""
+    raise ValueError(f"args of the application: {message}")
+
+
+def several_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options, without their dashes, that take several values."""
+    return {name.lstrip("-") for name, action in parser._option_string_actions.items() if action.nargs in ("+", "*")}
+
+
+def command_line(options: dict[str, Any], several: Collection[str]) -> list[str]:
+    """Options as arguments of `vllm serve`: a truth value is a flag, nothing leaves the option out.
+
+    A list is as many values as it has where an option takes several; other lists, and mappings, are JSON.
+    """
     arguments = []
     for name, value in options.items():
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
-            continue
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, list) and name in several:
+            arguments += [f"--{name}", *map(_argument, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={_argument(value)}")
     return arguments
 
 
-def session_of(body: bytes) -> str:
-    """The session that a request starts from by its `vllm_xargs`, or '' (none, or not JSON: vLLM will say so)."""
+def _argument(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def session_of(path: str, body: bytes) -> str:
+    """The session that a request names in its path, or starts from by its `vllm_xargs`.
+
+    '' where there is none, or none that could be one: the server app says what is wrong with it.
+    """
     try:
         options = json.loads(body)["vllm_xargs"]
-        return str(options.get("deltamem_session_from") or options["deltamem_session"])
+        name = options.get("deltamem_session_from") or options["deltamem_session"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return ""
+        name = path.partition(f"{SESSIONS}/")[2]
+    return name if isinstance(name, str) and NAME.fullmatch(name) else ""

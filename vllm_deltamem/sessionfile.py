@@ -26,11 +26,11 @@ from typing import BinaryIO
 import torch
 
 from vllm_deltamem.seal import PIECE, TAG, Cipher, Seal
+from vllm_deltamem.sessionname import NAME_LIMIT
 
 FORMAT = "deltamem-session"
 VERSION = "3"
 HEADER_LIMIT = 64 << 10  # bytes; a longer header is not one of ours
-NAME_LIMIT = 128  # characters, all of them ASCII
 NAME, TOKENS, SLAB, EARLIER = range(4)  # sections of a sealed file
 TENSORS = {TOKENS: "tokens", SLAB: "slab", EARLIER: "earlier"}
 

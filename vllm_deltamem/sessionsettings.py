@@ -30,7 +30,7 @@ class SessionSettings:
                 raise ValueError(f"deltamem setting 'sessions.{name}' must be a number >= {least}: {value!r}")
         for name in ("directory", "key_file", "key_env"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
+            if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise ValueError(f"deltamem setting 'sessions.{name}' must be a non-empty string: {value!r}")
         if self.directory is None and self.host_bytes == 0:
             raise ValueError("deltamem sessions are kept nowhere: set 'sessions.directory' or 'host_bytes'.")
