@@ -17,17 +17,11 @@ from starlette.responses import JSONResponse, StreamingResponse
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_deltamem.serve import (
-    ATTEMPTS,
-    Gateway,
-    SlotScaling,
-    app,
-    command_line,
-    refuse,
-    run_app,
-    session_of,
-    several_of,
-)
+from vllm_deltamem.gateway import ATTEMPTS, Gateway, session_of
+from vllm_deltamem.replica import run_app
+from vllm_deltamem.serve import app
+from vllm_deltamem.serveoptions import command_line, parse
+from vllm_deltamem.slotscaling import SlotScaling
 
 
 def test_options_become_a_command_line():
@@ -36,19 +30,19 @@ def test_options_become_a_command_line():
         "max-model-len": 8192,
         "enforce-eager": True,
         "enable-prefix-caching": False,
-        "served-model-name": ["a", "b"],
+        "served_model_name": ["a", "b"],
         "additional-config": {"deltamem": {"memory": 64}},
         "chat-template": None,
         "allowed-origins": ["x"],
         "lora-modules": [{"name": "l", "path": "p"}],
-        "api-key": ["-k"],
+        "middleware": ["m.n", "m.o"],
+        "hf-token": "-k",
     }
-    parser = make_arg_parser(FlexibleArgumentParser())
-    arguments = command_line(options, several_of(parser))
-    assert arguments == [
-        *("--model=m", "--max-model-len=8192", "--enforce-eager", "--no-enable-prefix-caching"),
-        *("--served-model-name", "a", "b", '--additional-config={"deltamem": {"memory": 64}}'),
-        *('--allowed-origins=["x"]', "--lora-modules", '{"name": "l", "path": "p"}', "--api-key", "-k"),
+    assert command_line(options, make_arg_parser(FlexibleArgumentParser())) == [
+        *("--model", "m", "--max-model-len", "8192", "--enforce-eager", "--no-enable-prefix-caching"),
+        *("--served_model_name", "a", "b", "--additional-config", '{"deltamem": {"memory": 64}}'),
+        *("--allowed-origins", '["x"]', "--lora-modules", '{"name": "l", "path": "p"}'),
+        *("--middleware", "m.n", "--middleware", "m.o", "--hf-token=-k"),
     ]
 
 
@@ -57,11 +51,14 @@ def test_a_model_must_be_named():
         app({"max-model-len": 8192})
 
 
-def test_what_a_parser_refuses_is_an_error_not_an_end(monkeypatch):
-    parser = make_arg_parser(FlexibleArgumentParser())
-    monkeypatch.setattr(parser, "error", refuse)
+def test_options_are_those_of_vllm_serve(tmp_path):
+    (tmp_path / "more.yaml").write_text("max-model-len: 777")
+    options = {"model": "m", "served_model_name": ["a", "b"], "allowed-origins": ["x"], "middleware": ["m.n"]}
+    args = parse(options | {"config": str(tmp_path / "more.yaml")})
+    assert (args.served_model_name, args.allowed_origins, args.middleware) == (["a", "b"], ["x"], ["m.n"])
+    assert args.max_model_len == 777
     with pytest.raises(ValueError, match="args of the application: argument --max-model-len.*many"):
-        parser.parse_args(command_line({"max-model-len": "many"}, ()))
+        parse({"max-model-len": "many"})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_closing_the_answer_stops_the_app():
 
 def test_children_of_a_killed_process_end():
     script = (
-        "import subprocess, sys, time; from vllm_deltamem.serve import guard_children;"
+        "import subprocess, sys, time; from vllm_deltamem.replica import guard_children;"
         "child = subprocess.Popen(['sleep', '600']); guard = guard_children();"
         "print(child.pid, flush=True); time.sleep(600)"
     )

@@ -43,7 +43,7 @@ def served(tmp_path_factory):
             "max_replicas": 3,
             "upscale_delay_s": 1,
             "look_back_period_s": 2,
-            "policy": {"policy_function": "vllm_deltamem.serve:SlotScaling"},
+            "policy": {"policy_function": "vllm_deltamem.slotscaling:SlotScaling"},
         },
     }
     with Application(options, engine) as application:
