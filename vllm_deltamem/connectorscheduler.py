@@ -22,9 +22,10 @@ from vllm_deltamem.carrier import end
 from vllm_deltamem.metrics import DeltaMemStats
 from vllm_deltamem.options import SESSION, SESSIONS, SOURCE, TENANT, options_of, pins_of, untold
 from vllm_deltamem.plan import plan_memory
+from vllm_deltamem.requeststate import RequestState
 from vllm_deltamem.saves import Saves
 from vllm_deltamem.sessions import SessionRefused, SessionStore
-from vllm_deltamem.transfers import Reach, Report, StepMetadata, Transfer, Turn
+from vllm_deltamem.transfers import Report, StepMetadata, Transfer, Turn
 from vllm_deltamem.unnamed import Unnamed
 from vllm_deltamem.vacancies import Vacancies
 
@@ -42,16 +43,9 @@ class ConnectorScheduler:
         self._segment, self._model = self._plan.layout.segment, vllm_config.model_config
         self._store, self._n_slots = store, slots
         self._saves = Saves(store, self._segment, vllm_config.parallel_config.world_size)
-        self._requests = {}  # sampling parameters of running requests
-        self._slots: dict[str, int] = {}  # theirs
-        self._turns: dict[str, Turn] = {}  # of requests that are not finished
+        self._requests: dict[str, RequestState] = {}  # that have not finished
         self._unnamed = Unnamed(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
-        self._answers: dict[str, int] = {}  # of both kinds, where the answer's first merge will be
-        self._kept: dict[str, int] = {}  # tokens of the memories that workers keep from before it
-        self._matched: dict[str, tuple[Turn, Reach]] = {}  # what to restore once there is a slot
-        self._restoring: dict[str, int] = {}  # tokens of what workers are restoring, by request
         self._refused: dict[str, str] = {}  # why workers could not restore, by request
-        self._outcome: dict[str, dict] = {}  # what became of a request's session, for its response
         self._step = StepMetadata()  # being put together
         self._waits = False  # whether a request of this step waits for a save
         self._stats = DeltaMemStats()
@@ -78,11 +72,12 @@ class ConnectorScheduler:
 
     def arrive(self, request) -> None:
         """A request is there; nothing has been computed of it."""
+        state = self._requests[request.request_id] = RequestState(request.sampling_params)
         options = options_of(request.sampling_params)
         name, tenant = options.get(SESSION), options.get(TENANT)
         answer = (request.num_prompt_tokens // self._segment + 1) * self._segment
         if not options.keys() & SESSIONS and not untold(request) and self._unnamed.arrive(request):
-            self._answers[request.request_id] = answer
+            state.answer = answer
         if name is None:
             return
         try:
@@ -90,24 +85,24 @@ class ConnectorScheduler:
         except SessionRefused as refused:
             logger.warning("deltamem will not save a session: %s", refused)
             return
-        turn = self._turns[request.request_id] = Turn(tenant, name, save_id)
-        self._answers[request.request_id] = answer
+        state.turn, state.answer = Turn(tenant, name, save_id), answer
         if self._store.directory is None:
-            self._step.begun.append(turn)
+            self._step.begun.append(state.turn)
 
     def match(self, request, computed: int) -> tuple[int | None, bool]:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
             return self._unnamed.match(request), False
+        state = self._requests[request.request_id]
         name, tenant = _source(request), options_of(request.sampling_params).get(TENANT)
-        refused = self._outcome.get(request.request_id, NEW)["history"] not in ("new", "restored")
+        refused = (state.outcome or NEW)["history"] not in ("new", "restored")
         if name is None or computed or refused:
             return 0, False
         if request.skip_reading_prefix_cache:  # vLLM computes all of it, for the prompt's log-probabilities
-            self._outcome[request.request_id] = {"history": "prompt logprobs"}
+            state.outcome = {"history": "prompt logprobs"}
             return 0, False
-        if request.request_id in self._matched:
-            return self._matched[request.request_id][1].length, True
+        if state.matched is not None:
+            return state.matched[1].length, True
         outcome, length = NEW, 0
         try:
             last = self._saves.unwritten(tenant, name)
@@ -122,74 +117,68 @@ class ConnectorScheduler:
         except SessionRefused as refused:
             outcome = {"history": refused.reason}
             logger.warning("deltamem computes a prompt anew: %s", refused)
-        self._outcome[request.request_id] = outcome
+        state.outcome = outcome
         if not length:
             self._stats.count("sessions_refused", outcome != NEW)
             return 0, False
-        self._matched[request.request_id] = Turn(tenant, name, last.save_id), reach
+        state.matched = Turn(tenant, name, last.save_id), reach
         return length, True
 
     def claim(self, request, blocks, matched_tokens: int) -> None:
         """A request has claimed a slot, and so many of its tokens need not be computed."""
-        slot = self._slots[request.request_id] = blocks.get_block_ids()[0][0]
+        state = self._requests[request.request_id]
+        slot = state.slot = blocks.get_block_ids()[0][0]
         if request.request_id in self._unnamed:
             source = self._unnamed.claim(request.request_id, slot)
             if source is not None and matched_tokens:
                 self._step.copies[slot] = source
             self._stats.count("prompts_continued", matched_tokens > 0)
             self._stats.count("tokens_continued", matched_tokens)
-        matched = self._matched.pop(request.request_id, None)
-        if matched is not None and matched_tokens:
+        if state.matched is not None and matched_tokens:
             pins = pins_of(request.sampling_params)
-            turn, reach = matched
+            turn, reach = state.matched
             self._step.restores.append(Transfer(request.request_id, slot, turn, reach=reach, pins=pins))
-            self._restoring[request.request_id] = matched_tokens
+            state.restoring = matched_tokens
+        state.matched = None
 
     def plan_step(self, scheduler_output) -> StepMetadata:
         """What workers have to do with the next step."""
         step, self._step = self._step, StepMetadata()
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
-            self._requests[request.req_id] = request.sampling_params
-            pins = step.pins[self._slots[request.req_id]] = pins_of(request.sampling_params)
+            pins = step.pins[self._requests[request.req_id].slot] = pins_of(request.sampling_params)
             self._stats.count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id in cached.resumed_req_ids:
-            step.pins[self._slots[request_id]] = pins_of(self._requests[request_id])
+            state = self._requests[request_id]
+            step.pins[state.slot] = pins_of(state.params)
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
-            if end == self._answers.get(request_id) and max(end - self._segment, 1) <= done:
+            if end == self._requests[request_id].answer and max(end - self._segment, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
         parts = _parts(scheduler_output)
         step.branches = self._unnamed.plan(parts)
         self._count_tokens(parts)
-        step.waiting = not scheduler_output.num_scheduled_tokens and bool(self._waits or self._restoring)
+        idle = not scheduler_output.num_scheduled_tokens
+        step.waiting = idle and (self._waits or any(state.restoring for state in self._requests.values()))
         self._waits = False
         return step
 
     def finish(self, request, slots: list[int]) -> tuple[Transfer | None, dict | None]:
         """A request ends: what to save of it now, and what its response says of its session."""
-        self._requests.pop(request.request_id, None)
-        self._slots.pop(request.request_id, None)
-        self._answers.pop(request.request_id, None)
-        kept = self._kept.pop(request.request_id, 0)
-        self._matched.pop(request.request_id, None)
-        restoring = self._restoring.pop(request.request_id, 0)
-        outcome = self._outcome.pop(request.request_id, None)
-        turn = self._turns.pop(request.request_id, None)
-        unnamed = self._unnamed.finish(request.request_id)
-        said = {"name": _source(request), **(outcome or {})}
+        state, unnamed = self._requests.pop(request.request_id), self._unnamed.finish(request.request_id)
+        turn, said = state.turn, {"name": _source(request), **(state.outcome or {})}
         if turn is None and not unnamed:
-            return None, {SESSION: said} if outcome else None
+            return None, {SESSION: said} if state.outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if restoring or not self._complete(request, computed) or not slots or not computed:
+        if state.restoring or not self._complete(request, computed) or not slots or not computed:
             if turn is not None:
                 self._over(turn)
             return None, None
         if turn is None:
             self._unnamed.leave(request, slots[0], computed)
             return None, None
-        tokens, n_earlier = list(request.all_token_ids[:computed]), kept if kept < computed else 0
+        tokens, n_earlier = list(request.all_token_ids[:computed]), state.kept if state.kept < computed else 0
         save = Transfer(request.request_id, slots[0], turn, tokens, n_earlier)
         self._stats.count("sessions_saved", 1)
         try:
@@ -201,7 +190,8 @@ class ConnectorScheduler:
     def reset(self) -> None:
         """vLLM resets its caches, as after new weights. What lies in vacant slots its block pool has us forget."""
         self._saves.reset()
-        self._matched.clear()
+        for state in self._requests.values():
+            state.matched = None
 
     def save_with_next_step(self, save: Transfer) -> None:
         """Its slot is held back until then."""
@@ -213,11 +203,12 @@ class ConnectorScheduler:
             self._refused |= report.refused
             self._saves.written(report.written)
         for request_id in arrived:
-            tokens, refused = self._restoring.pop(request_id, 0), self._refused.pop(request_id, None)
-            if not tokens:  # aborted meanwhile
+            state, refused = self._requests.get(request_id), self._refused.pop(request_id, None)
+            if state is None or not state.restoring:  # aborted meanwhile
                 continue
+            tokens, state.restoring = state.restoring, 0
             if refused:
-                self._outcome[request_id] = {"history": refused}
+                state.outcome = {"history": refused}
                 self._stats.count("sessions_refused", 1)
             else:
                 self._stats.count("sessions_restored", 1)
@@ -251,15 +242,17 @@ class ConnectorScheduler:
         The next prompt may contain the answer otherwise than it was generated: without its reasoning, its tool calls
         written anew. The prompt before the answer it will contain, and this memory can be taken back to.
         """
-        if (len(self._kept) + 1) * self._plan.layout.slot_bytes <= self._store.settings.host_bytes:
-            self._kept[request_id] = done
-            step.kept[request_id] = self._slots[request_id]
+        kept = sum(state.kept > 0 for state in self._requests.values())
+        if (kept + 1) * self._plan.layout.slot_bytes <= self._store.settings.host_bytes:
+            state = self._requests[request_id]
+            state.kept = done
+            step.kept[request_id] = state.slot
 
     def _branch(self, request_id: str, done: int, step: StepMetadata) -> None:
         """The same for a request without a session, in a slot that is vacant."""
         slot = self._unnamed.keep(request_id, done)
         if slot is not None:
-            step.copies[slot] = self._slots[request_id]
+            step.copies[slot] = self._requests[request_id].slot
 
     def _count_tokens(self, parts: list[tuple[str, int, int]]) -> None:
         """What a step writes, and where it makes room, from positions alone."""
