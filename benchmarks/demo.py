@@ -5,22 +5,16 @@
 
 import argparse
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from openai import OpenAI, OpenAIError
 
+from benchmarks.server import VllmServer
 from vllm_deltamem.models import DEFAULT_MODEL, fetch_default_model
 from vllm_deltamem.precision import fast_dtype
 
@@ -35,8 +29,6 @@ QUESTIONS = {  # and what the text says
 }
 INSTRUCTION = "Answer the question from the text above, in a few words."
 OURS = "DELTAMEM"
-HELD = "vllm:deltamem_bytes_per_sequence"
-FULL = "vllm:deltamem_full_attention_bytes"
 PATIENCE = 600  # seconds, for the server to start and for each answer
 
 
@@ -46,131 +38,71 @@ class Answer:
     prompt_tokens: int
     first_token: float  # seconds
     total: float  # seconds
-    metrics: dict[str, float]  # the server's gauges by name, as its last step left them
 
 
-@contextmanager
-def serve(model: Path, backend: str) -> Iterator[str]:
-    """Run `vllm serve` on a free loopback port and give its address; stop it afterwards.
+class Progress:
+    """Shows every 5 seconds how far the log of a starting server has come."""
 
-    Raises RuntimeError, after printing the end of the server's log, where it does not come up.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"--host": "127.0.0.1", "--port": port, "--served-model-name": DEFAULT_MODEL}
-    options |= {"--attention-backend": backend, "--max-model-len": CONTEXT, "--max-num-seqs": 4}
-    options["--dtype"] = str(fast_dtype(torch.bfloat16)).removeprefix("torch.")
-    if backend.upper() == OURS:
-        options["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
-    vllm = Path(sys.executable).with_name("vllm")
-    # Compiling takes longer than a few questions gain by it.
-    command = [vllm, "serve", model, "--enforce-eager", "--no-enable-prefix-caching"]
-    command += [str(word) for option in options.items() for word in option]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.NamedTemporaryFile("w", prefix="deltamem-demo-", suffix=".log") as log:
-        process = subprocess.Popen(
-            command, env=environment | os.environ, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_for(address, process, Path(log.name))
-            yield address
-        finally:
-            stop(process)
+    def __init__(self, log: Path):
+        self.log, self.due, self.shown = log, 0.0, ""
 
-
-def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    """Wait until the server answers, showing every 5 seconds how far its log has come."""
-    began, shown = time.monotonic(), ""
-    while not healthy(address):
-        lines = log.read_text(errors="replace").splitlines()
-        waited = time.monotonic() - began
-        if process.poll() is not None or waited > PATIENCE:
-            print(*lines[-40:], sep="\n")
-            raise RuntimeError(f"The server did not start within {waited:.0f} s: its log ends above.")
+    def __call__(self, waited: float) -> None:
+        if waited < self.due:
+            return
+        self.due = waited + 5
+        lines = self.log.read_text(errors="replace").splitlines()
         last = lines[-1][:100] if lines else ""
-        print(f"{waited:5.0f} s  {'...' if last == shown else last}", flush=True)
-        shown = last
-        time.sleep(5)
+        print(f"{waited:5.0f} s  {'...' if last == self.shown else last}", flush=True)
+        self.shown = last
 
 
-def healthy(address: str) -> bool:
-    try:
-        with urlopen(f"{address}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+def options(backend: str) -> list[str]:
+    """Those of the server."""
+    given = {"--served-model-name": DEFAULT_MODEL, "--attention-backend": backend, "--max-model-len": CONTEXT}
+    given |= {"--max-num-seqs": 4, "--dtype": str(fast_dtype(torch.bfloat16)).removeprefix("torch.")}
+    if backend.upper() == OURS:
+        given["--additional-config"] = json.dumps({"deltamem": {"memory": MEMORY}})
+    # Compiling takes longer than a few questions gain by it.
+    return [
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        *(str(word) for option in given.items() for word in option),
+    ]
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End the server as Ctrl-C does, and whatever of it is still there after that."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def ask(client: OpenAI, text: str, question: str) -> Answer:
+    """Ask, streaming. Raises what the client raises."""
+    began, first, words, usage = time.monotonic(), None, [], None
+    events = client.chat.completions.create(
+        model=DEFAULT_MODEL,
+        messages=[{"role": "user", "content": f"{text}\n\n{INSTRUCTION}\nQuestion: {question}"}],
+        temperature=0,
+        max_tokens=40,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for event in events:
+        usage = event.usage or usage
+        for choice in event.choices:
+            words.append(choice.delta.content or "")
+            if first is None and (words[-1] or choice.finish_reason):
+                first = time.monotonic() - began
+    return Answer("".join(words).strip(), usage.prompt_tokens, first, time.monotonic() - began)
 
 
-def ask(address: str, text: str, question: str) -> Answer:
-    """Ask over HTTP, streaming, and read the server's metrics right afterwards.
-
-    Raises RuntimeError with the server's message where it breaks the answer off.
-    """
-    body = {
-        "model": DEFAULT_MODEL,
-        "messages": [{"role": "user", "content": f"{text}\n\n{INSTRUCTION}\nQuestion: {question}"}],
-        "temperature": 0,
-        "max_tokens": 40,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    request = Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    began, first, words, prompt_tokens = time.monotonic(), None, [], 0
-    with urlopen(request, timeout=PATIENCE) as stream:
-        for line in stream:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            if "error" in event:
-                raise RuntimeError(f"The server broke the answer off: {event['error']['message']}")
-            if event.get("usage"):
-                prompt_tokens = event["usage"]["prompt_tokens"]
-            for choice in event["choices"]:
-                word = choice["delta"].get("content") or ""
-                words.append(word)
-                if first is None and (word or choice["finish_reason"]):
-                    first = time.monotonic() - began
-    total = time.monotonic() - began
-    return Answer("".join(words).strip(), prompt_tokens, first, total, read_metrics(address))
-
-
-def read_metrics(address: str) -> dict[str, float]:
-    """The gauges that the server publishes, summed over their labels."""
-    with urlopen(f"{address}/metrics", timeout=PATIENCE) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    gauges = {}
-    for family in families:
-        if family.type == "gauge":
-            gauges[family.name] = sum(sample.value for sample in family.samples)
-    return gauges
-
-
-def memory_line(answer: Answer, backend: str) -> str:
+def memory_line(metrics: dict[str, float], backend: str) -> str:
     """What the sequence held beside what full attention would have held.
 
     Raises RuntimeError, naming the metric, where the server has our backend and does not publish it.
     """
     if backend.upper() != OURS:
         return "a KV cache that grows with every token"
-    for name in (HELD, FULL):
-        if name not in answer.metrics:
+    sizes = []
+    for name in ("bytes_per_sequence", "full_attention_bytes"):
+        if name not in metrics:
             raise RuntimeError(f"The server's /metrics has no {name}: is the backend {OURS} really running?")
-    held, full = (f"{answer.metrics[name] / 1e6:.1f} MB" for name in (HELD, FULL))
-    return f"a memory of {MEMORY} per head holds {held}, full attention would hold {full}"
+        sizes.append(f"{metrics[name] / 1e6:.1f} MB")
+    return "a memory of {} per head holds {}, full attention would hold {}".format(MEMORY, *sizes)
 
 
 def main() -> None:
@@ -181,23 +113,33 @@ def main() -> None:
     fetch_default_model(MODEL)
     print(f"Starting `vllm serve` with --attention-backend {backend.lower()}", flush=True)
     text = TEXT.read_text(encoding="utf-8").strip()
-    right = 0
-    with serve(MODEL, backend) as address:
+    with tempfile.TemporaryDirectory(prefix="deltamem-demo-") as folder:
+        right = ask_all(backend, text, Path(folder) / "log")
+    print(f"{right} of {len(QUESTIONS)} answers say what the text says.")
+
+
+def ask_all(backend: str, text: str, log: Path) -> int:
+    """Serve, ask every question, print answers; returns how many say what the text says."""
+    server, right = VllmServer(MODEL, options(backend), log).start(PATIENCE, Progress(log)), 0
+    try:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0)
         for question, expected in QUESTIONS.items():
             print(f"\nQuestion  {question}", flush=True)
-            answer = ask(address, text, question)
+            answer = ask(client, text, question)
             found = expected.lower() in answer.text.lower()
             right += found
             print(f"Answer    {answer.text}")
             print(f"Text      {expected!r}, {'as' if found else 'not'} in the answer")
             print(f"Time      {answer.first_token:.1f} s to the first token, {answer.total:.1f} s in all")
-            print(f"Memory    {answer.prompt_tokens:,} tokens read; {memory_line(answer, backend)}")
+            print(f"Memory    {answer.prompt_tokens:,} tokens read; {memory_line(server.metrics(), backend)}")
         print("\nStopping the server", flush=True)
-    print(f"{right} of {len(QUESTIONS)} answers say what the text says.")
+    finally:
+        server.stop()
+    return right
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OpenAIError) as error:
         sys.exit(f"demo: {error}")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import requests
@@ -26,8 +27,11 @@ class VllmServer:
         self.model, self.options, self.log = str(model), options, log
         self.environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | ENVIRONMENT | (environment or {})
 
-    def start(self, patience: float = 400) -> "VllmServer":
-        """Returns once it answers. Raises RuntimeError with the end of its log if it ends or takes long."""
+    def start(self, patience: float = 400, progress: Callable[[float], None] | None = None) -> "VllmServer":
+        """Returns once it answers. Raises RuntimeError with the end of its log if it ends or takes long.
+
+        progress: is called often, with the seconds that have gone by.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -38,15 +42,27 @@ class VllmServer:
                 [*command, *self.options],
                 stdout=log, stderr=log, env=self.environment, cwd=self.log.parent, start_new_session=True,
             )  # fmt: skip
-        end = time.monotonic() + patience
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if requests.get(f"{self.url}/health", timeout=5).ok:
-                    return self
-            except requests.RequestException:
-                time.sleep(0.3)
+        try:
+            if self._answers(patience, progress):
+                return self
+        except BaseException:  # Ctrl-C, too: the server would go on alone
+            self.kill()
+            raise
         self.kill()
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def _answers(self, patience: float, progress: Callable[[float], None] | None) -> bool:
+        """Whether it does before it ends or patience does."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < patience and self.process.poll() is None:
+            if progress:
+                progress(waited)
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return True
+            except requests.RequestException:
+                time.sleep(0.3)
+        return False
 
     def __enter__(self) -> "VllmServer":
         return self.start()
