@@ -107,13 +107,13 @@ def attend(
 
 def reserve_attention(layers: list[LayerSlots], sequences: int, device: torch.device) -> None:
     """Take the scratch of calls with up to so many rows, padding among them, on layers like these, of any device."""
-    keys = layers[0].ring_k
     partial = LARGEST_SCRATCH // torch.float32.itemsize
     buffer("partial", (partial,), torch.float32, device)
-    buffer("lse", (partial // keys.shape[3],), torch.float32, device)
-    read = [min(_together(slots), sequences) * slots.coarse_rank.shape[1] for slots in layers if _is_coded(slots)]
-    if read:
-        buffer("read", (2, max(read), keys.shape[3]), keys.dtype, device)
+    buffer("lse", (partial // min(slots.ring_k.shape[3] for slots in layers),), torch.float32, device)
+    coded = [slots for slots in layers if _is_coded(slots)]
+    if coded:
+        read = max(min(_together(slots), sequences) * slots.coarse_rank.shape[1] for slots in coded)
+        buffer("read", (2, read, coded[0].ring_k.shape[3]), coded[0].ring_k.dtype, device)
 
 
 def _is_coded(slots: LayerSlots) -> bool:

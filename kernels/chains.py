@@ -64,8 +64,8 @@ def walk(layer, tokens, pieces, merges, threads):
     tasks, bounds, rows = _tasks(layer, tokens, pieces, merges, threads)
     claimed, done, failed = bounds[:-1].copy(), np.zeros(len(bounds) - 1, np.int64), np.zeros(1, np.int64)
     seen, lse = np.empty((rows, tokens.q.shape[2]), tokens.q.dtype), np.empty(rows, np.float32)
-    each(_work, threads, (layer, tokens, pieces, tasks, seen, lse, bounds, claimed, done, failed))
-    if failed[0]:
+    lost = each(_work, threads, (layer, tokens, pieces, tasks, seen, lse, bounds, claimed, done, failed))
+    if lost or failed[0]:
         raise RuntimeError("Attention or merging failed: short of memory, or PyTorch refused its operands.")
 
 

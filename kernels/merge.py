@@ -138,7 +138,8 @@ def merge(
 
 def reserve_merging(layers: list[LayerSlots], sequences: int, device: torch.device) -> None:
     """Take the scratch of calls with up to so many sequences on layers like these, of any device."""
-    (_, kv_heads, _, size), dtype, segment = layers[0].ring_k.shape, layers[0].ring_k.dtype, layers[0].segment
+    merging = next(slots for slots in layers if not slots.sliding)  # all of these are alike but for their entries
+    (_, kv_heads, _, size), dtype, segment = merging.ring_k.shape, merging.ring_k.dtype, merging.segment
     exact, coarse = (max(getattr(slots, rank).shape[1] for slots in layers) for rank in ("exact_rank", "coarse_rank"))
     _work(triton.next_power_of_2(sequences), kv_heads, segment, size, exact, coarse, dtype, device)
 

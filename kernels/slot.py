@@ -13,7 +13,7 @@ from .pairs import LARGEST_CODED, PairCode, is_paired
 
 # Version of what the bytes of a slot mean. Raise it whenever the same tokens come to leave other bytes, rounding apart,
 # or bytes are read otherwise: memories that were saved under another one are then computed anew.
-STATE = 2
+STATE = 3
 
 FORGETTING = 2.0  # nats of expected influence that a token loses while a trained context goes by
 KEYDIFF_NATS = 4.0  # of expected influence that one unit of KeyDiff stands for, about

@@ -35,6 +35,15 @@ FAMILIES |= {  # a window of 48 tokens in some layers
     "mistral-mixed": ("mistral", SLIDING),
     "cohere2-mixed": ("cohere2", SLIDING),  # no RoPE in full layers; windows count the tokens before the query
     "exaone4-mixed": ("exaone4", SLIDING),  # no RoPE in full layers
+    "gemma4-mixed": (
+        "gemma4_text",
+        SLIDING
+        | {
+            "hidden_size_per_layer_input": 0,
+            "tie_word_embeddings": True,
+            "per_layer_config": {i: {"head_dim": 64, "num_key_value_heads": 1} for i in (2, 4)},
+        },
+    ),
     "gpt-oss-mixed": ("gpt_oss", {"num_hidden_layers": 4, "sliding_window": 48, "num_local_experts": 4}),  # sink logits
     "qwen3-mixed": ("qwen3", SLIDING | {"use_sliding_window": True}),
 }

@@ -51,7 +51,7 @@ GEMMA4 = MIXED | {
     "architectures": ["Gemma4ForCausalLM"],
     "model_type": "gemma4_text",
     "head_dim": 32,
-    "per_layer_config": {"3": {"head_dim": 64}},
+    "per_layer_config": {"3": {"head_dim": 64, "num_key_value_heads": 1}},
 }
 BLOOM = {
     "architectures": ["BloomForCausalLM"],

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from model_configs import MIXED, save_config
+from model_configs import GEMMA4, MIXED, save_config
 
 from vllm_deltamem.cli import main
 from vllm_deltamem.sessionname import tenant_of
@@ -57,6 +57,15 @@ def test_info_of_a_model_that_mixes_windows(tmp_path, capsys):
     assert f"full attention      {full:,} at" in said
     table = said.split("\n\n")[1].splitlines()
     assert table[1] == "0-2        the last 64 tokens, exact" and table[2].startswith("3 ")
+
+
+def test_info_of_a_model_whose_layers_have_unequal_heads(tmp_path, capsys):
+    save_config(tmp_path, GEMMA4)
+    assert main(["info", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    full = FULL // 4 + 3 * FULL // 4 // 64  # one head of 64 in place of two of 32
+    assert f"full attention      {full:,} at" in said
+    assert "4 layers x 1 kv heads of size 64 (sliding: 2 of size 32)" in said
 
 
 def test_info_of_two_workers_counts_both(llama, capsys):

@@ -85,6 +85,14 @@ def test_a_text_is_found_whatever_its_tokens_are(make, text):
         assert text not in tokenizer.decode(shorter)
 
 
+def test_tokens_that_are_no_text_are_passed_over():
+    """The first byte of a character that never comes."""
+    tokenizer = sentencepiece()
+    _, first_byte, *_ = tokenizer("過")["input_ids"]
+    prompt = [*tokenizer("to")["input_ids"], first_byte, *tokenizer("allergic to penicillin")["input_ids"]]
+    assert resolve({"deltamem_pin": "penicillin"}, prompt, tokenizer, 99)[PINS]
+
+
 def test_other_arguments_pass():
     assert resolve({"top_p": 1, "deltamem_pin_tokens": [0, 1]}, PROMPT, None, 8) == {"top_p": 1, PINS: [[0, 1]]}
 

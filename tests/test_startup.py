@@ -94,6 +94,32 @@ def test_a_rope_is_found_again_as_it_was_found_first(llama):
         assert all(found().interleaved for _ in range(2))
 
 
+def test_layers_may_have_thetas_of_their_own(llama):
+    """As Granite's, 0 for none; vLLM has made the rope in another dtype."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    from vllm_deltamem.plan import plan_memory
+    from vllm_deltamem.rope import find_ropes
+
+    config = vllm_config(llama)
+    text, shape = config.model_config.hf_text_config, plan_memory(config).layout.shape
+    with set_current_vllm_config(config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotary_embedding, "_ROPE_DICT", {})
+        for theta in (5e6, 1e4):
+            parameters = text.rope_parameters | {"rope_theta": theta}
+            rotary_embedding.get_rope(32, text.max_position_embeddings, True, parameters, torch.float32)
+        patch.setattr(text, "layer_rope_theta", [5e6, 0, 5e6, 0], raising=False)
+        found = find_ropes(config.model_config, shape, "cpu")
+        assert [rope is not None for rope in found] == [True, False, True, False]
+        torch.testing.assert_close(
+            found[0].cos[1000], (1000 * 5e6 ** -(torch.arange(16) / 16)).cos(), atol=1e-3, rtol=0
+        )
+        patch.setattr(text, "layer_rope_theta", [5e6, 0, 1e4, 0])
+        assert find_ropes(config.model_config, shape, "cpu") == [None] * 4
+
+
 def test_longrope_has_the_table_that_it_uses(llama):
     import torch
     from vllm.config import set_current_vllm_config
@@ -229,7 +255,7 @@ def test_features_refused(llama, options, message):
         (CHUNKED, "layers of chunked attention"),
         (GEMMA2, "soft-capped attention logits"),
         (SHARED, "layers that share a KV cache"),
-        (GEMMA4, "layers whose heads differ in number or size"),
+        (GEMMA4 | {"per_layer_config": {"1": {"head_dim": 64}}}, "layers of one kind with unequal heads"),
         (LLAMA | {"model_type": "hrm_text", "architectures": ["HrmTextForCausalLM"]}, "prompts that are read in both"),
         (BLOOM, "ALiBi"),
         (FALCON, "ALiBi"),

@@ -1,5 +1,6 @@
 """vllm_deltamem/windows.py, and what sliding layers take in the layout."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -122,3 +123,13 @@ def test_placed_tokens_are_those_of_layers_with_full_attention():
     grown = [layout.placed(n, n + 1) for n in range(1600)]
     assert sum(map(bool, grown)) == 100, "a segment at a time"
     assert {name: sum(step.get(name, 0) for step in grown) for name in grown[-1]} == layout.placed(0, 1600)
+
+
+def test_sliding_layers_may_have_other_heads():
+    shape = replace(SHAPE, kv_heads=1, head_size=64, sliding_heads=(4, 16))
+    layout = plan_layout(shape, DeltaMemConfig(memory=300))
+    slab = torch.zeros(1, layout.slot_bytes, dtype=torch.uint8)
+    assert [layout.views(slab, layer).ring_k.shape[1::2] for layer in range(4)] == [(1, 64), (4, 16), (4, 16), (1, 64)]
+    part = layout.of_worker(1, 2)
+    assert (part.shape.kv_heads, part.shape.sliding_heads) == (1, (2, 16))
+    assert [len(row) for row in part.exact] == [1, 2, 2, 1] and part.exact[0] == layout.exact[0]

@@ -118,6 +118,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         shape = self.plan.layout.shape
         given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
         check_windows(shape.windows, given, shape.max_model_len)
+        for name, layer in self._layers().items():
+            if (layer.impl.num_kv_heads, layer.impl.head_size) != shape.heads(extract_layer_index(name)):
+                raise ValueError(f"--attention-backend deltamem does not know the heads of the layer {name}.")
         SlotPool.held_by(self)
         if ON_CPU:
             cpu_seeds.apply()
@@ -152,9 +155,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             ropes = find_ropes(model, shape, self.device)
         pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], ropes)
         if not ON_CPU:
-            impls = [layer.impl for layer in self._layers().values()]
-            sinks = [impl.sink_logits for impl in impls]
-            pool.warm_up(impls[0].num_heads, impls[0].most_rows, shape.max_model_len, sinks)
+            impls = {extract_layer_index(name): layer.impl for name, layer in self._layers().items()}
+            queries = [(impls[layer].num_heads, impls[layer].sink_logits) for layer in range(shape.layers)]
+            pool.warm_up(queries, impls[0].most_rows, shape.max_model_len)
         return pool
 
     def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
@@ -278,10 +281,8 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
                 raise ValueError(f"--attention-backend deltamem does not support {feature}.")
         vllm_config = get_current_vllm_config()
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
-        DeltaMemBackend.serving = self.plan = plan = plan_memory(vllm_config, rank=rank)
+        DeltaMemBackend.serving = self.plan = plan_memory(vllm_config, rank=rank)
         self.most_rows = 2 * vllm_config.scheduler_config.max_num_seqs  # of a step: sequences, and padding before each
-        if (self.head_size, self.num_kv_heads) != (plan.layout.shape.head_size, plan.layout.shape.kv_heads):
-            raise ValueError("--attention-backend deltamem does not support attention layers of unequal shapes.")
         self.position: int | None = None  # of this layer in the model
 
     def forward(

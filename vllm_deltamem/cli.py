@@ -76,7 +76,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    found = _open(args).summaries(_tenant(args)) if args.url is None else _ask(args, "GET", "")["data"]
+    found = _open(args).summaries(_tenant(args)) if args.url is None else _ask(args, "GET", "", "data")
     print(f"{'name':<32}{'tokens':>10}{'bytes':>16}{'age':>12}")
     for session in found:
         tokens, size, age = session["tokens"], session["bytes"], session["age_s"]
@@ -85,7 +85,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _erase(args: argparse.Namespace) -> None:
     if args.url is not None:
-        _ask(args, "DELETE", "/" + urllib.parse.quote(args.name, safe=""))
+        _ask(args, "DELETE", "/" + urllib.parse.quote(args.name, safe=""), "deleted")
     elif not _open(args).erase(_tenant(args), args.name):
         raise ValueError(f"there is no session {args.name}")
     print(f"erased {args.name}")
@@ -116,17 +116,14 @@ def _tenant(args: argparse.Namespace) -> str:
     return tenant_of(args.api_key)
 
 
-def _ask(args: argparse.Namespace, method: str, path: str) -> dict:
-    """Call the server's session routes. Raises ValueError with what it said."""
+def _ask(args: argparse.Namespace, method: str, path: str, wanted: str):
+    """A field of what the server's session routes answer. Raises ValueError with what the server said instead."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     url = f"{args.url.rstrip('/').removesuffix('/v1')}/v1/deltamem/sessions"
     try:
         request = urllib.request.Request(url + path, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.load(response)
-            if not str(answer["object"]).startswith(("list", "deltamem")):
-                raise ValueError
-            return answer
+            return json.load(response)[wanted]
     except urllib.error.HTTPError as error:
         raise ValueError(f"{args.url} answers {error.code}: {_message(error.read())}") from error
     except urllib.error.URLError as error:

@@ -65,7 +65,7 @@ class DeltaMemConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"additional-config 'deltamem' must be an object of settings, got {settings!r:.200}.")
         for name in additional:
-            if name != "deltamem" and (name in known or get_close_matches(name, ["deltamem"])):
+            if "deltamem" not in additional and (name in known or get_close_matches(name, ["deltamem"])):
                 raise ValueError(f'additional-config {name!r}: settings go into {{"deltamem": {{...}}}}.')
         for name in settings:
             if name not in known:

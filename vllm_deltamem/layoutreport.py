@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from vllm_deltamem.kernels.slot import FIDELITIES
-from vllm_deltamem.memory import Layout
+from vllm_deltamem.memory import Layout, Shape
 from vllm_deltamem.plan import MemoryPlan
 
 
@@ -19,7 +19,7 @@ def report(plan: MemoryPlan) -> str:
         "per worker": f"{held // workers:,} on each of {workers}",
         "full attention": f"{full:,} at max_model_len {shape.max_model_len:,}",
         "reduction": f"{1 - held / full:.1%}",
-        "heads": f"{shape.layers} layers x {shape.kv_heads} kv heads of size {shape.head_size}",
+        "heads": _heads(shape),
         "window": f"{layout.window} tokens, and the open segment",
         "segment": f"{layout.segment} tokens",
         "sinks": f"{layout.sinks} tokens",
@@ -33,6 +33,11 @@ def report(plan: MemoryPlan) -> str:
     width = max(map(len, facts)) + 2
     lines = [f"{name:<{width}}{fact}" for name, fact in facts.items()]
     return "\n".join([*lines, "", *_table(plan)])
+
+
+def _heads(shape: Shape) -> str:
+    alike = f"{shape.layers} layers x {shape.kv_heads} kv heads of size {shape.head_size}"
+    return alike + (" (sliding: {} of size {})".format(*shape.sliding_heads) if shape.sliding_heads else "")
 
 
 def _profile(plan: MemoryPlan) -> str:

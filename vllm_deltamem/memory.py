@@ -32,10 +32,16 @@ class Shape:
     dtype: torch.dtype
     max_model_len: int
     windows: tuple[int | None, ...] = ()  # of every layer, see windows.find_windows; () when none slides
+    sliding_heads: tuple[int, int] | None = None  # kv heads of this worker and their size, where sliding layers differ
 
     def sliding(self, layer: int) -> int | None:
         """Tokens that the layer's sliding window sees; None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """A layer's kv heads on this worker, and their size."""
+        slides = self.sliding_heads is not None and self.sliding(layer) is not None
+        return self.sliding_heads if slides else (self.kv_heads, self.head_size)
 
     @property
     def full_layers(self) -> list[int]:
@@ -54,13 +60,16 @@ class Shape:
 
     def full_attention_bytes(self, tokens: int) -> int:
         """What a paged cache holds of a sequence on this worker: of sliding layers, the window."""
-        held = sum(min(tokens, self.sliding(i) or tokens) for i in range(self.layers))
-        return held * self.kv_heads * self.token_bytes
+        return sum(min(tokens, self.sliding(i) or tokens) * 2 * self._vectors(i) for i in range(self.layers))
 
     def sliding_bytes(self, segment: int) -> int:
         """What all sliding layers hold of a sequence in a slot: rings, and sums of keys that stay zero."""
-        rings = [_align(self.kv_heads * (w + segment) * self.token_bytes // 2) for w in self.windows if w]
-        return 2 * sum(rings) + len(rings) * _align(4 * self.kv_heads * self.head_size)
+        rings = [(i, _align((w + segment) * self._vectors(i))) for i, w in enumerate(self.windows) if w]
+        return sum(2 * ring + _align(4 * prod(self.heads(i))) for i, ring in rings)
+
+    def _vectors(self, layer: int) -> int:
+        """Bytes of one key of every head of a layer, at full precision."""
+        return prod(self.heads(layer)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,12 @@ class Layout:
     @cached_property
     def _fields(self) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], ...]:
         """Of every layer: name -> (byte offset in the slab, shape of one slot, dtype)."""
-        shape, size, dtype = self.shape, self.shape.head_size, self.shape.dtype
+        shape, dtype = self.shape, self.shape.dtype
         offset = _align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
         for layer, (exact, coarse, codec) in enumerate(zip(self.exact, self.coarse, self.codecs, strict=True)):
             ring = (shape.sliding(layer) or self.window) + self.segment
-            x, y, g = sum(exact), sum(coarse), shape.kv_heads
+            x, y, (g, size) = sum(exact), sum(coarse), shape.heads(layer)
             k_cells, k_dtype, k_affine = _coded(size, codec.key_bits, dtype)
             v_cells, v_dtype, v_affine = _coded(size, codec.value_bits, dtype)
             fields = {"pins": (0, (MAX_PINS, 2), torch.int32)}
@@ -165,10 +174,16 @@ class Layout:
 
     def of_worker(self, rank: int, workers: int) -> "Layout":
         """The part of tensor-parallel worker `rank`: its kv heads, with the entries they have on one worker."""
-        heads = worker_heads(self.shape.kv_heads, rank, workers)
-        shape = replace(self.shape, kv_heads=heads.stop - heads.start)
-        exact, coarse = (tuple(row[heads] for row in rows) for rows in (self.exact, self.coarse))
-        return replace(self, shape=shape, exact=exact, coarse=coarse)
+        shape = self.shape
+        held = [worker_heads(shape.heads(i)[0], rank, workers) for i in range(shape.layers)]
+        exact, coarse = (
+            tuple(row[own] for row, own in zip(rows, held, strict=True)) for rows in (self.exact, self.coarse)
+        )
+        heads = worker_heads(shape.kv_heads, rank, workers)
+        if shape.sliding_heads:
+            sliding = worker_heads(shape.sliding_heads[0], rank, workers)
+            shape = replace(shape, sliding_heads=(sliding.stop - sliding.start, shape.sliding_heads[1]))
+        return replace(self, shape=replace(shape, kv_heads=heads.stop - heads.start), exact=exact, coarse=coarse)
 
     def with_page(self, page_bytes: int) -> "Layout":
         """The same division in larger pages."""
@@ -188,7 +203,7 @@ class Layout:
             **fields,
             exact_start=_starts(self.exact[layer], slab.device),
             coarse_start=_starts(self.coarse[layer], slab.device),
-            pairs=pair_code(pairs, codec.key_bits, self.shape.kv_heads, slab.device),
+            pairs=pair_code(pairs, codec.key_bits, self.shape.heads(layer)[0], slab.device),
             codec=codec,
             window=self.shape.sliding(layer) or self.window,
             segment=self.segment,
@@ -226,7 +241,7 @@ def plan_layout(
     pinned = config.pinned if config.pinned is not None else memory // 16
     if config.fidelity is not None or fidelities is None:
         fidelities = (config.fidelity or DEFAULT_FIDELITY,) * shape.layers
-    codecs = tuple(FIDELITIES[name] for name in fidelities)
+    codecs = tuple(FIDELITIES["bf16" if shape.sliding(i) else name] for i, name in enumerate(fidelities))
 
     exact_bytes = shape.token_bytes + 8
     coarse_bytes = [coarse_entry_bytes(shape, codecs[i]) for i in layers for _ in range(shape.kv_heads)]
@@ -266,8 +281,9 @@ def plan_layout(
 def _rows(counts: list[int], shape: Shape) -> tuple[tuple[int, ...], ...]:
     """[layer][kv head] of counts that heads with full attention have, in order; 0 in sliding layers."""
     left = iter(counts)
-    heads = range(shape.kv_heads)
-    return tuple(tuple(0 if shape.sliding(i) else next(left) for _ in heads) for i in range(shape.layers))
+    return tuple(
+        tuple(0 if shape.sliding(i) else next(left) for _ in range(shape.heads(i)[0])) for i in range(shape.layers)
+    )
 
 
 def worker_heads(kv_heads: int, rank: int, workers: int) -> slice:

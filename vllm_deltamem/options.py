@@ -145,7 +145,14 @@ def _pieces(prompt: list[int], tokenizer) -> Iterator[str | None]:
     """What each token adds to the text."""
     if isinstance(tokenizer, TokenizersBackend):  # several times faster
         stream = DecodeStream(skip_special_tokens=False)
-        yield from (stream.step(tokenizer._tokenizer, token) for token in prompt)
+        for token in prompt:
+            try:
+                yield stream.step(tokenizer._tokenizer, token)
+            except Exception as error:  # it has no kind of its own
+                if "Invalid prefix" not in str(error):
+                    raise
+                stream = DecodeStream(skip_special_tokens=False)
+                yield stream.step(tokenizer._tokenizer, token)
         return
     tokens, prefix, read = [], 0, 0
     for token in prompt:

@@ -10,7 +10,7 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.memory import Layout, Shape, worker_heads
-from vllm_deltamem.windows import find_windows
+from vllm_deltamem.windows import find_heads, find_windows
 
 logger = init_logger(__name__)
 
@@ -32,9 +32,9 @@ class MemoryPlan:
         return self.layout.slot_bytes * self.workers
 
     def policy(self, layer: int, device) -> Policy:
-        """Importance and gate of one layer."""
-        if self.profile is None:
-            policy = profiles.training_free(self.layout.shape.kv_heads, device)
+        """Importance and gate of one layer; of sliding layers, where nothing is merged, any."""
+        if self.profile is None or self.layout.shape.sliding(layer):
+            policy = profiles.training_free(self.layout.shape.heads(layer)[0], device)
         else:
             policy = self.profile.policy(layer, self.heads, device)
         if not self.merge:
@@ -43,22 +43,26 @@ class MemoryPlan:
         return policy
 
     def pairs(self, layer: int) -> Pairs | None:
-        """Of one layer's keys, if there is a profile that has them."""
-        return self.profile and self.profile.pairs_of(layer, self.heads)
+        """Of one layer's keys, if there is a profile that has them; sliding layers code none."""
+        known = self.profile is not None and not self.layout.shape.sliding(layer)
+        return self.profile.pairs_of(layer, self.heads) if known else None
 
 
 def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int = 0) -> MemoryPlan:
-    """The plan for worker `rank`. Raises ValueError as plan_layout, find_windows and profile.choose do."""
+    """The plan for worker `rank`. Raises ValueError as plan_layout, find_windows, find_heads and profile.choose do."""
     settings = settings or DeltaMemConfig.from_vllm(vllm_config)
     model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     hf = model.hf_text_config
+    windows = find_windows(hf, model.max_model_len)
+    (kv_heads, head_size), sliding_heads = find_heads(model.model_arch_config, windows)
     shape = Shape(
         layers=hf.num_hidden_layers,
-        kv_heads=model.get_total_num_kv_heads(),
-        head_size=model.get_head_size(),
+        kv_heads=kv_heads,
+        head_size=head_size,
         dtype=model.dtype,
         max_model_len=model.max_model_len,
-        windows=find_windows(hf, model.max_model_len),
+        windows=windows,
+        sliding_heads=sliding_heads,
     )
     profile = profiles.choose(settings.profile, model.hf_config)
     if profile is None and settings.profile is None:

@@ -84,21 +84,21 @@ class SlotPool:
                 self.merge(layer, due)
 
     @torch.inference_mode()
-    def warm_up(self, heads: int, most_rows: int, longest: int, sink_logits: list[torch.Tensor | None]) -> None:
+    def warm_up(self, queries: list[tuple[int, torch.Tensor | None]], most_rows: int, longest: int) -> None:
         """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
 
-        Rows without a slot do that. heads: of queries; longest: tokens of the longest sequence; sink_logits: of every
-        layer. What more than
-        USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes.
+        Rows without a slot do that. queries: of every layer, heads and sink logits; longest: tokens of the longest
+        sequence. What more than USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes.
         """
-        (_, kv_heads, _, size), tokens = self.layers[0].ring_k.shape, 2
-        qkv = self.layers[0].ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        tokens = 2
         for count in kernels.least_rows(min(most_rows, USUAL_ROWS)):
             rows = Rows(*map(self.upload, ([-1] * count, [0] + [tokens] * count, [tokens] * count)))
             self.reset(rows)
-            for slots, rope, sinks in zip(self.layers, self.ropes, sink_logits, strict=True):
+            for slots, rope, (heads, sinks) in zip(self.layers, self.ropes, queries, strict=True):
+                _, kv_heads, _, size = slots.ring_k.shape
+                qkv = slots.ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
+                q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+                out = torch.zeros_like(q, memory_format=torch.contiguous_format)
                 for query_len in (1, tokens):
                     known = {"max_query_len": query_len, "live_tokens": tokens}
                     kernels.write(k, v, slots, *rows, **known)

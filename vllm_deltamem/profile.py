@@ -18,6 +18,7 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import FIDELITIES, PAIRED, Policy
 from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
+from vllm_deltamem.windows import FULL
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-2"
@@ -102,19 +103,21 @@ def divide(shape: Shape, settings: DeltaMemConfig, profile: Profile | None) -> L
 
 
 def fingerprint_of(hf_config) -> dict:
-    """What tells one model from another: the shape and positions of its attention, its widths and vocabulary.
+    """What tells one model from another: the shape and positions of its full attention, its widths and vocabulary.
 
     Weights stay out of it, so that a fine-tune or a quantised copy may use the profile of its base model. None for what
     a config does not say, as those of models with one kv head for all query heads (GPTBigCode, Falcon).
     """
     text = hf_config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope, layer = getattr(text, "rope_parameters", None) or {}, text
+    if getattr(text, "per_layer_attributes", None):
+        layer = text.per_layer_config[text.layer_types.index(FULL)]
     return {
         "model_type": text.model_type,
         "layers": text.num_hidden_layers,
         "heads": text.num_attention_heads,
-        "kv_heads": getattr(text, "num_key_value_heads", None),
-        "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "kv_heads": getattr(layer, "num_key_value_heads", None),
+        "head_size": getattr(layer, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         "hidden_size": text.hidden_size,
         "intermediate_size": getattr(text, "intermediate_size", None),
         "vocab_size": text.vocab_size,

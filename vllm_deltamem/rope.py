@@ -11,6 +11,7 @@ from vllm_deltamem.windows import FULL, find_rotated
 logger = init_logger(__name__)
 
 TRAINED = "deltamem_trained"  # in the text config: tokens of context that the model was made for, once extended
+BY_LENGTH = ("dynamic", "longrope")  # rope types of Transformers whose angles depend on how many tokens there are
 EXTENDABLE = ("default", "llama3")  # rope types whose angles do not depend on how many positions there are
 
 
@@ -72,7 +73,7 @@ def find_ropes(model_config, shape: Shape, device: torch.device | str) -> list[R
     if model_config.using_transformers_backend():
         rope = _transformers(model_config, positions)
     else:
-        rope = _vllms(text, shape.head_size, model_config.dtype, positions)
+        rope = _vllms(text, shape, model_config.dtype)
     if rope is None:
         if trained:
             raise ValueError(
@@ -97,53 +98,60 @@ def _ropes(text) -> list[dict]:
     return list(iter_rope_parameters(text))
 
 
-def _vllms(text, head_size: int, dtype: torch.dtype, positions: int) -> Rope | None:
-    """Of the ropes that vLLM has made, the one of a config's full-attention layers; else the only one there is."""
+def _vllms(text, shape: Shape, dtype: torch.dtype) -> Rope | None:
+    """Of the ropes that vLLM has made, the one of a config's full-attention layers."""
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
     parameters = getattr(text, "rope_parameters", None) or {}
     parameters = parameters.get(FULL, parameters)
-    made = dict(_ROPE_DICT)
-    longest, found = getattr(text, "max_position_embeddings", positions), None
+    if listed := getattr(text, "layer_rope_theta", None):  # Granite's, 0 for layers without
+        thetas = {listed[layer] for layer in shape.full_layers} - {0}
+        if len(thetas) > 1:
+            return None
+        parameters = parameters | {"rope_theta": thetas.pop()}
+    longest, made = getattr(text, "max_position_embeddings", shape.max_model_len), dict(_ROPE_DICT)
     for neox in (True, False):
         try:
             with torch.device("cpu"):
-                rope = get_rope(head_size, longest, neox, parameters or None, dtype)
-        except ValueError:  # some kinds are of one style only
+                probe = get_rope(shape.head_size, longest, neox, parameters or None, dtype)
+        except (ValueError, TypeError):  # some kinds are of one style only; Step 3.5 lists its thetas
             continue
         finally:
-            for probe in _ROPE_DICT.keys() - made.keys():  # or it would be known to the next call
-                del _ROPE_DICT[probe]
-        if any(rope is other for other in made.values()):
-            found = rope
-            break
-    if found is None and len(made) == 1:  # some models tell theirs otherwise (GPT-J, DBRX, gpt-oss)
-        found = next(iter(made.values()))
-    if found is None:
-        return None
-    with torch.device("cpu"):
-        cos, sin = _table(found).float().cpu().chunk(2, -1)
-    norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
-    neox = getattr(found, "is_neox_style", True)  # LongRoPE knows no other
-    return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox)
+            for own in _ROPE_DICT.keys() - made.keys():  # or it would be known to the next call
+                del _ROPE_DICT[own]
+        angles = _table(probe)
+        for rope in made.values():  # the same in another dtype, of which a model tells less than its config, is alike
+            style = getattr(rope, "is_neox_style", True)  # LongRoPE knows no other
+            if rope is probe or (type(rope) is type(probe) and style == neox and _alike(_table(rope), angles)):
+                cos, sin = angles.chunk(2, -1)
+                norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
+                return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox)
+    return None
+
+
+def _alike(table: torch.Tensor, other: torch.Tensor) -> bool:
+    return table.shape == other.shape and torch.allclose(table, other, atol=1e-4)
 
 
 def _transformers(model_config, positions: int) -> Rope | None:
     """Of a model that vLLM runs with Transformers' own modules."""
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING, AutoModel
 
     text = model_config.hf_text_config
+    if type(text) not in MODEL_MAPPING or any(rope["rope_type"] in BY_LENGTH for rope in _ropes(text)):
+        return None
     with torch.device("meta"):
-        made = AutoModel.from_config(text, trust_remote_code=model_config.trust_remote_code)
+        made = AutoModel.from_config(text)
     with torch.device("cpu"):
         embedding = getattr(made, "rotary_emb", None)
-        return rope_of(embedding and type(embedding)(text), text, positions)
+        return rope_of(embedding and type(embedding)(text), text, positions, "cpu")
 
 
 def _table(rope) -> torch.Tensor:
-    """What vLLM's rotary embedding reads angles from; LongRoPE's long or short one, as it does."""
-    if not hasattr(rope, "long_short_cos_sin_cache"):
-        return rope._compute_cos_sin_cache()
-    which = "long" if rope.use_long_rope else "short"
-    scaling = getattr(rope, f"{which}_factor"), getattr(rope, f"{which}_mscale")
-    return rope._compute_cos_sin_cache(rope.max_position_embeddings, *scaling)
+    """What vLLM's rotary embedding reads angles from, cos and sin [P, rotary] fp32; LongRoPE's long or short ones."""
+    with torch.device("cpu"):
+        if not hasattr(rope, "long_short_cos_sin_cache"):
+            return rope._compute_cos_sin_cache().float().cpu()
+        which = "long" if rope.use_long_rope else "short"
+        scaling = getattr(rope, f"{which}_factor"), getattr(rope, f"{which}_mscale")
+        return rope._compute_cos_sin_cache(rope.max_position_embeddings, *scaling).float().cpu()

@@ -22,8 +22,8 @@ def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> Delta
     _register()
     return DeltaMemSpec(
         block_size=max(max_model_len, spec.block_size),
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
+        num_kv_heads=1,  # whatever the layer has: its page has no heads
+        head_size=1,
         dtype=torch.uint8,
         num_head_slots=1,
         state_content_bytes=page_bytes,

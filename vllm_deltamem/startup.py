@@ -33,11 +33,12 @@ def is_chosen(vllm_config) -> bool:
 def engine_config(model: str, **options):
     """vLLM's config of a model with the backend chosen, checked and adjusted; options as for vLLM's EngineArgs.
 
-    Raises ValueError as configure() does, and what vLLM raises.
+    Media are left out of it. Raises ValueError as configure() does, and what vLLM raises.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     register()
+    options = {"language_model_only": True} | options
     return EngineArgs(model=model, attention_backend=BACKEND, **options).create_engine_config()
 
 
@@ -121,9 +122,6 @@ def _refuse_unsupported(vllm_config) -> None:
         "soft-capped attention logits": bool(getattr(hf, "attn_logit_softcapping", None)),
         "ALiBi": hf.model_type in ("bloom", "step1") or getattr(hf, "alibi", False),
         "layers that share a KV cache": bool(getattr(hf, "num_kv_shared_layers", 0)),
-        "layers whose heads differ in number or size": bool(
-            {"head_dim", "num_key_value_heads"} & set(getattr(hf, "per_layer_attributes", None) or ())
-        ),
         "prompts that are read in both directions": hf.model_type == "hrm_text",
         "images that are read in both directions (--language-model-only serves text)": model.is_mm_prefix_lm,
         "MiniCPM3 and MiMo-V2, whose configs do not tell the sizes of their heads": hf.model_type.startswith(

@@ -29,6 +29,21 @@ def find_windows(hf_config, max_model_len: int) -> tuple[int | None, ...]:
     )
 
 
+def find_heads(arch_config, windows: tuple[int | None, ...]) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Kv heads and their size in full-attention layers, and in sliding ones where theirs are others (Gemma 4).
+
+    arch_config: vLLM's ModelArchitectureConfig. Raises ValueError when they differ among layers of one kind.
+    """
+    found: dict[bool, set[tuple[int, int]]] = {True: set(), False: set()}
+    for layer, window in enumerate(windows):
+        heads = arch_config[layer]
+        found[window is not None].add((heads.total_num_kv_heads, heads.head_size))
+    if max(map(len, found.values())) > 1:
+        raise ValueError("--attention-backend deltamem does not support layers of one kind with unequal heads.")
+    ((full,), sliding) = found[False], next(iter(found[True]), None)
+    return full, None if sliding == full else sliding
+
+
 def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None], max_model_len: int) -> None:
     """Raise ValueError unless vLLM gave the layers, by their place in the model, the windows that were planned."""
     for layer, window in given.items():
@@ -45,5 +60,6 @@ def find_rotated(hf_config) -> tuple[bool, ...]:
     layers, kinds = hf_config.num_hidden_layers, getattr(hf_config, "layer_types", None) or ()
     if hf_config.model_type in UNROTATED and SLIDING in kinds:
         return tuple(kind == SLIDING for kind in kinds[:layers])
-    listed = getattr(hf_config, "no_rope_layers", None) or ()  # despite its name, of those that have one
+    # Despite its name, of those that have one; Granite's thetas
+    listed = getattr(hf_config, "no_rope_layers", None) or getattr(hf_config, "layer_rope_theta", None) or ()
     return tuple(bool(has) for has in listed[:layers]) or (True,) * layers

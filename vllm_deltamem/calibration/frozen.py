@@ -64,7 +64,8 @@ class FrozenModel:
         if not find_rotated(self.config)[layer]:
             return None
         if self._rope is None or len(self._rope.cos) < positions:
-            self._rope = rope_of(getattr(self.model.base_model, "rotary_emb", None), self.config, positions)
+            embedding = getattr(self.model.base_model, "rotary_emb", None)
+            self._rope = rope_of(embedding, self.config, positions, self.device)
         return self._rope
 
     def logits(self, ids: torch.Tensor, attention: Attention, wanted: torch.Tensor, grad: bool = False) -> torch.Tensor:
@@ -114,7 +115,9 @@ class FrozenModel:
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] fp32 of the tokens that follow last hidden states [..., E]."""
-        return self.model.get_output_embeddings()(hidden).float() * getattr(self.config, "logit_scale", 1.0)
+        logits = self.model.get_output_embeddings()(hidden).float() * getattr(self.config, "logit_scale", 1.0)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 ACTIVE: list[Attention] = []
