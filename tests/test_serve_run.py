@@ -7,6 +7,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+import requests
 
 pytest.importorskip("ray.serve")
 pytest.importorskip("vllm")
@@ -134,6 +135,13 @@ def test_vllm_reports_a_bad_request(served):
 
     with pytest.raises(BadRequestError, match="1024"):
         served.ask("long", 5000)
+
+
+def test_a_session_name_that_is_no_text_is_a_bad_request(served):
+    body = rb'{"model": "tiny", "prompt": "Once", "vllm_xargs": {"deltamem_session": "\ud800"}}'
+    url, headers = f"{served.client.base_url}completions", {"Content-Type": "application/json"}
+    response = requests.post(url, body, headers=headers, timeout=60)
+    assert response.status_code == 400 and "a session name has" in response.text
 
 
 def test_the_answer_to_a_client_that_left_is_not_finished(served):

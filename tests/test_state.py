@@ -15,8 +15,8 @@ from vllm_deltamem.memory import Shape, plan_layout
 from vllm_deltamem.profile import training_free
 
 STATE_IS = {
-    "k8v4": {"state": 2, "layout": "a01db2068349", "held": "58330f4e000b"},
-    "k3v4": {"state": 2, "layout": "bddc14569694", "held": "30af477b87b2"},
+    "k8v4": {"state": 3, "layout": "a01db2068349", "held": "58330f4e000b"},
+    "k3v4": {"state": 3, "layout": "bddc14569694", "held": "30af477b87b2"},
 }
 LENGTHS_ARE = {
     "k8v4": {"mass": 17.517, "keys": 284.107, "values": 123.7, "key_sum": 2701.28},

@@ -57,11 +57,15 @@ def test_models_without_a_context_to_compress_are_refused(kinds, message):
 
 
 def test_windows_that_vllm_gives_otherwise_are_refused():
-    check_windows(MIXED, {0: None, 1: 40, 2: 40, 3: None}, 2048)
+    right = {0: None, 1: 40, 2: 40, 3: None}
+    check_windows(MIXED, right, 2048)
     check_windows((None, 2048), {0: None, 1: 9000}, 2048)
     check_windows((None,), {0: 4096}, 2048)
     for given in ({1: 41}, {1: None}, {0: 40}):
         with pytest.raises(ValueError, match="layer . should see the last .* tokens by its config"):
+            check_windows(MIXED, right | given, 2048)
+    for given in ({0: None}, right | {4: None}):
+        with pytest.raises(ValueError, match="layers that attend alike where its config tells 4"):
             check_windows(MIXED, given, 2048)
 
 

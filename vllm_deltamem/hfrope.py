@@ -2,6 +2,7 @@
 
 import sys
 from inspect import signature
+from itertools import product
 
 import torch
 
@@ -34,8 +35,9 @@ def rope_of(embedding: torch.nn.Module | None, config, positions: int, device: t
     norm = (cos.square() + sin.square()).sqrt()
     cos, sin, turned = cos / norm, sin / norm, turned / norm[probed]
     # Angles of pairs may lie one after the other, or each twice.
-    for columns, interleaved in ((slice(half), False), (slice(half), True), (slice(0, None, 2), True)):
-        rope = Rope(cos[:, columns].contiguous(), sin[:, columns].contiguous(), interleaved)
+    layouts = (slice(half), False), (slice(half), True), (slice(0, None, 2), True)
+    for (columns, interleaved), way in product(layouts, (1, -1)):  # NanoChat turns the other way
+        rope = Rope(cos[:, columns].contiguous(), way * sin[:, columns].contiguous(), interleaved)
         if torch.allclose(rotate(key, probed, rope), turned, atol=1e-4):
             return rope
     return None

@@ -115,9 +115,9 @@ def fingerprint_of(hf_config) -> dict:
     return {
         "model_type": text.model_type,
         "layers": text.num_hidden_layers,
-        "heads": text.num_attention_heads,
+        "heads": layer.num_attention_heads,
         "kv_heads": getattr(layer, "num_key_value_heads", None),
-        "head_size": getattr(layer, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "head_size": getattr(layer, "head_dim", None) or text.hidden_size // layer.num_attention_heads,
         "hidden_size": text.hidden_size,
         "intermediate_size": getattr(text, "intermediate_size", None),
         "vocab_size": text.vocab_size,

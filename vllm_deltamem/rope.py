@@ -1,5 +1,7 @@
 """The model's rotary embedding: tables that can undo it, and positions past the trained context."""
 
+from itertools import product
+
 import torch
 from vllm.logger import init_logger
 
@@ -109,8 +111,10 @@ def _vllms(text, shape: Shape, dtype: torch.dtype) -> Rope | None:
         if len(thetas) > 1:
             return None
         parameters = parameters | {"rope_theta": thetas.pop()}
-    longest, made = getattr(text, "max_position_embeddings", shape.max_model_len), dict(_ROPE_DICT)
-    for neox in (True, False):
+    # As long as the config says; PLaMo 3's is no longer than what is served.
+    lengths = dict.fromkeys((getattr(text, "max_position_embeddings", shape.max_model_len), shape.max_model_len))
+    made = dict(_ROPE_DICT)
+    for longest, neox in product(lengths, (True, False)):
         try:
             with torch.device("cpu"):
                 probe = get_rope(shape.head_size, longest, neox, parameters or None, dtype)

@@ -127,6 +127,8 @@ def _refuse_unsupported(vllm_config) -> None:
         "MiniCPM3 and MiMo-V2, whose configs do not tell the sizes of their heads": hf.model_type.startswith(
             ("minicpm3", "mimo_v2")
         ),
+        "layers with unequal numbers of query heads": _has_unequal_queries(hf),
+        "layers of several blocks or none (block_configs)": bool(getattr(hf, "block_configs", None)),
         "pooling models": model.runner_type == "pooling",
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
@@ -143,6 +145,12 @@ def _refuse_unsupported(vllm_config) -> None:
     for feature, present in refusals.items():
         if present:
             raise ValueError(f"--attention-backend deltamem does not support {feature}.")
+
+
+def _has_unequal_queries(hf) -> bool:
+    """Laguna and Step 3.5 tell so."""
+    counts = set(getattr(hf, "num_attention_heads_per_layer", None) or ())
+    return len(counts) > 1 or bool(getattr(hf, "attention_other_setting", None))
 
 
 def _continues(vllm_config) -> bool:

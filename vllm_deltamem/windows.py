@@ -46,6 +46,11 @@ def find_heads(arch_config, windows: tuple[int | None, ...]) -> tuple[tuple[int,
 
 def check_windows(planned: tuple[int | None, ...], given: dict[int, int | None], max_model_len: int) -> None:
     """Raise ValueError unless vLLM gave the layers, by their place in the model, the windows that were planned."""
+    if given.keys() != set(range(len(planned))):
+        raise ValueError(
+            f"--attention-backend deltamem does not support this model: vLLM has {len(given)} layers that attend alike "
+            f"where its config tells {len(planned)}."
+        )
     for layer, window in given.items():
         expected = planned[layer] or max_model_len
         if min(window or max_model_len, max_model_len) != expected:
