@@ -91,7 +91,7 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
 @pytest.mark.parametrize(
     "family, expected",
     [
-        ("qwen3-norms", [(False, 16)] * 2),
+        ("qwen2-bias", [(False, 16)] * 2),
         ("cohere", [(True, 16)] * 2),
         ("glm", [(True, 8)] * 2),
         ("smollm3", [(False, 16), None]),
