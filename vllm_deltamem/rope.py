@@ -123,17 +123,18 @@ def _vllms(text, shape: Shape, dtype: torch.dtype) -> Rope | None:
         finally:
             for own in _ROPE_DICT.keys() - made.keys():  # or it would be known to the next call
                 del _ROPE_DICT[own]
-        angles = _table(probe)
-        for rope in made.values():  # the same in another dtype, of which a model tells less than its config, is alike
-            style = getattr(rope, "is_neox_style", True)  # LongRoPE knows no other
-            if rope is probe or (type(rope) is type(probe) and style == neox and _alike(_table(rope), angles)):
-                cos, sin = angles.chunk(2, -1)
-                norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
-                return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox)
+        if probe in made.values() or any(_alike(probe, rope) for rope in made.values()):
+            cos, sin = _table(probe).chunk(2, -1)
+            norm = (cos[:1] ** 2 + sin[:1] ** 2).sqrt()
+            return Rope((cos / norm).contiguous(), (sin / norm).contiguous(), interleaved=not neox)
     return None
 
 
-def _alike(table: torch.Tensor, other: torch.Tensor) -> bool:
+def _alike(probe, rope) -> bool:
+    """Whether a rope turns as a probe does: a model may ask for another dtype, and tell less than its config does."""
+    if type(rope) is not type(probe) or getattr(rope, "is_neox_style", None) != getattr(probe, "is_neox_style", None):
+        return False
+    table, other = _table(probe), _table(rope)
     return table.shape == other.shape and torch.allclose(table, other, atol=1e-4)
 
 
