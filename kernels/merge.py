@@ -124,9 +124,10 @@ def merge(
     )
     if max_seq_len is not None and max_seq_len - slots.window <= min(heads.capacities):
         return
-    targets = heads.tiles(tuple(min(coarse, slot.CANDIDATES) for coarse in heads.coarse), TARGETS)
+    at_once = TARGETS if size <= 256 else TARGETS // 4  # shared memory holds them
+    targets = heads.tiles(tuple(min(coarse, slot.CANDIDATES) for coarse in heads.coarse), at_once)
     nearest[(sequences * len(targets),)](
-        *common, cos, sin, kv_heads, targets, len(targets), CANDIDATES=slot.CANDIDATES, TARGETS=TARGETS,
+        *common, cos, sin, kv_heads, targets, len(targets), CANDIDATES=slot.CANDIDATES, TARGETS=at_once,
         LOSERS=max(16, min(LOSERS, segment)), KEY_BITS=bits["KEY_BITS"], **shape, **lies,
         num_warps=8, num_stages=2, maxnreg=128 if size in (64, 128) else None,
     )  # fmt: skip

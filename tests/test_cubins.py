@@ -121,7 +121,8 @@ def launch_all(fidelity, size, group, kind, learned, segment, trained) -> None:
         k, v, q = make_tokens(sum(count for _, count, _ in batch), 3, size, group, torch.bfloat16)
         cuda.reset(slab, *rows)
         cuda.write(k, v, slots, *rows, max_query_len=longest)
-        cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), rope, max_query_len=longest)
+        for sink_logits in (None, q.new_zeros(q.shape[1])):
+            cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), rope, sink_logits, max_query_len=longest)
         cuda.merge(slots, *rows, rope, policy)
 
 

@@ -38,6 +38,7 @@ SHAPES = [  # fidelity, head size, heads of a group, rope, learned, dtype, train
     ("k3v4", 48, 2, "interleaved", False, torch.float32, 71),
     ("k5v4", 128, 3, "neox", True, torch.float16, 44),
     ("k8v8", 64, 3, "partial", False, torch.float32, 100),
+    ("k8v4", 512, 2, "partial", False, torch.float32, 0),  # Gemma 4's full layers
 ]
 
 

@@ -84,6 +84,26 @@ def test_attend(shape, rows, dtype):
     torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("rows", ["decode", "pieces"])
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[11]], ids=lambda s: str(sum(s[5]["coarse"])))
+def test_attend_with_sink_logits(shape, rows):
+    """As gpt-oss has; heads of one piece, and of many."""
+    slab, view, rope, policy, (long, short, middle) = make_memory(shape, torch.bfloat16, [(6, 5), (0, 9), (3, 0)])
+    heads, size, longest = view(slab).ring_k.shape[1] * shape[2], shape[1], min(view(slab).segment, middle)
+    batch = [(2, 1, long), (0, 1, short)] if rows == "decode" else [(0, 7, short), (1, longest, middle), (2, 5, long)]
+    q = torch.randn(sum(count for _, count, _ in batch), heads, size).bfloat16()
+    sink_logits = torch.linspace(-9, 9, heads).bfloat16()
+    expected = torch.zeros_like(q)
+    actual = expected.cuda()
+    reference.attend(q, view(slab), *make_batch(batch), size**-0.5, expected, rope, sink_logits)
+    rope, _ = to_cuda(rope, policy)
+    given = size**-0.5, actual, rope, sink_logits.cuda()
+    cuda.attend(
+        q.cuda(), view(slab.cuda()), *on_cuda(make_batch(batch)), *given, max_query_len=max(b[1] for b in batch)
+    )
+    torch.testing.assert_close(actual.cpu(), expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[11]], ids=lambda s: str(sum(s[5]["coarse"])))
 def test_decode_where_all_logits_are_low(shape, dtype):
