@@ -138,6 +138,9 @@ def save_profile(folder, path):
         ("llama", 160, False, "bfloat16"),
         ("llama", 160, True, "bfloat16"),
         ("gemma3-mixed", 2048, False, "bfloat16"),
+        ("gemma4-mixed", 2048, False, "bfloat16"),
+        ("gpt-oss-mixed", 2048, False, "float32"),
+        ("smollm3", 2048, False, "bfloat16"),
     ],
 )
 def test_slot_does_not_depend_on_chunks_batch_or_reuse(folders, monkeypatch, tmp_path, family, trained, learned, dtype):
