@@ -43,13 +43,12 @@ class VllmServer:
                 stdout=log, stderr=log, env=self.environment, cwd=self.log.parent, start_new_session=True,
             )  # fmt: skip
         try:
-            if self._answers(patience, progress):
-                return self
+            if not self._answers(patience, progress):
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
         except BaseException:  # Ctrl-C, too: the server would go on alone
             self.kill()
             raise
-        self.kill()
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+        return self
 
     def _answers(self, patience: float, progress: Callable[[float], None] | None) -> bool:
         """Whether it does before it ends or patience does."""

@@ -5,7 +5,6 @@ cuts of equal size (launch.Cuts), so a head that holds eight times the mean gets
 program takes one cut and one tile of query rows; the heads of a group are rows of the same tile.
 """
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -29,12 +28,11 @@ from .launch import (
 )
 from .prompt import attend_prompt, read_coarse
 from .slot import LayerSlots, Rope
-from .tiles import locate, row_at, sink_logit
+from .tiles import LOG2E, locate, row_at, sink_logit
 
 INTERPRETED_KEYS = 16
 READ = 512 << 20  # bytes of decoded entries that a call keeps for the prompts it works on
 READ_ENTRIES = 64  # that a program decodes
-LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):

@@ -117,10 +117,8 @@ def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=Non
     layer, like = readouts.layer(rope, policy), slots.ring_k
     nothing = like.new_empty(0, *like.shape[1::2])
     tokens = [as_bits((nothing if x is None else x).contiguous()) for x in (k, v, q)]
-    if sink_logits is None:
-        sink_logits = torch.full((tokens[2].shape[1],), -torch.inf)
-    tokens = chains.Tokens(
-        *tokens, as_bits(nothing if out is None else out), float(scale), sink_logits.detach().float().numpy()
-    )
+    none = sink_logits is None
+    sinks = np.full(tokens[2].shape[1], -np.inf, np.float32) if none else sink_logits.detach().float().numpy()
+    tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale), sinks)
     some = chains.Pieces(np.array(pieces.slot, np.int64), row, unread, pieces.table)
     chains.walk(layer, tokens, some, policy is not None, torch.get_num_threads())

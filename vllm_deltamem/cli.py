@@ -118,8 +118,10 @@ def _tenant(args: argparse.Namespace) -> str:
 
 def _ask(args: argparse.Namespace, method: str, path: str, wanted: str):
     """A field of what the server's session routes answer. Raises ValueError with what the server said instead."""
+    from vllm_deltamem.sessionname import SESSIONS_PATH
+
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    url = f"{args.url.rstrip('/').removesuffix('/v1')}/v1/deltamem/sessions"
+    url = f"{args.url.rstrip('/').removesuffix('/v1')}{SESSIONS_PATH}"
     try:
         request = urllib.request.Request(url + path, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as response:

@@ -64,8 +64,8 @@ class DeltaMemConfig:
         settings, known = additional.get("deltamem", {}), [f.name for f in fields(cls)]
         if not isinstance(settings, dict):
             raise ValueError(f"additional-config 'deltamem' must be an object of settings, got {settings!r:.200}.")
-        for name in additional:
-            if "deltamem" not in additional and (name in known or get_close_matches(name, ["deltamem"])):
+        for name in () if "deltamem" in additional else additional:
+            if name in known or get_close_matches(name, ["deltamem"]):
                 raise ValueError(f'additional-config {name!r}: settings go into {{"deltamem": {{...}}}}.')
         for name in settings:
             if name not in known:

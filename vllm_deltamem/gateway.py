@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from vllm_deltamem.sessionname import NAME, SESSIONS
+from vllm_deltamem.sessionname import NAME, SESSIONS_PATH
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -71,5 +71,5 @@ def session_of(path: str, body: bytes) -> str:
         options = json.loads(body)["vllm_xargs"]
         name = options.get("deltamem_session_from") or options["deltamem_session"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        name = path.partition(f"{SESSIONS}/")[2]
+        name = path.partition(f"{SESSIONS_PATH}/")[2]
     return name if isinstance(name, str) and NAME.fullmatch(name) else ""

@@ -13,10 +13,10 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.options import tenant
-from vllm_deltamem.sessionname import SESSIONS, check_name
+from vllm_deltamem.sessionname import SESSIONS_PATH, check_name
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 
-router = APIRouter(prefix=SESSIONS)
+router = APIRouter(prefix=SESSIONS_PATH)
 
 
 class SessionRoutes:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-SESSIONS = "/v1/deltamem/sessions"  # path of their HTTP routes
+SESSIONS_PATH = "/v1/deltamem/sessions"  # path of their HTTP routes
 NAME_LIMIT = 128  # characters, all of them ASCII
 NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._:@=+~-]{{0,{NAME_LIMIT - 1}}}")
 TENANT = re.compile(r"[0-9a-f]{64}")

@@ -38,8 +38,8 @@ def engine_config(model: str, **options):
     from vllm.engine.arg_utils import EngineArgs
 
     register()
-    options = {"language_model_only": True} | options
-    return EngineArgs(model=model, attention_backend=BACKEND, **options).create_engine_config()
+    args = EngineArgs(model=model, attention_backend=BACKEND, language_model_only=True, **options)
+    return args.create_engine_config()
 
 
 def configure(vllm_config) -> None:

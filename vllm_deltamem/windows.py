@@ -1,4 +1,4 @@
-"""Which layers of a model see a sliding window only, how wide it is, and which layers have a RoPE."""
+"""Of the layers of a model: which see a sliding window only, how wide it is, their heads, and which have a RoPE."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
