@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.memory import Layout, Shape
-from vllm_deltamem.windows import find_windows
+from vllm_deltamem.layers import find_windows
 
 
 def shape_of(model: Path, length: int) -> Shape:

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -29,8 +28,8 @@ from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels, reserve
 from vllm_deltamem.rope import find_ropes
-from vllm_deltamem.spec import make_spec
-from vllm_deltamem.windows import check_windows
+from vllm_deltamem.spec import make_spec, start_states
+from vllm_deltamem.layers import check_windows
 
 TOGETHER = 32  # sequences of a call of merge()
 Table = tuple[list[int], list[int], list[int]]  # Rows on the host, with sequences of the batch in place of slots
@@ -116,11 +115,13 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = DeltaMemBackend.serving
         shape = self.plan.layout.shape
-        given = {extract_layer_index(name): layer.sliding_window for name, layer in self._layers().items()}
-        check_windows(shape.windows, given, shape.max_model_len)
-        for name, layer in self._layers().items():
-            if (layer.impl.num_kv_heads, layer.impl.head_size) != shape.heads(extract_layer_index(name)):
+        check_windows(shape.windows, [layer.sliding_window for layer in self._layers()], shape.max_model_len)
+        for position, (name, layer) in enumerate(zip(self.layer_names, self._layers(), strict=True)):
+            if (layer.impl.num_kv_heads, layer.impl.head_size) != shape.heads(position):
                 raise ValueError(f"--attention-backend deltamem does not know the heads of the layer {name}.")
+            layer.impl.position = position
+        if shape.state_bytes:
+            start_states(vllm_config)
         SlotPool.held_by(self)
         if ON_CPU:
             cpu_seeds.apply()
@@ -153,10 +154,10 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         model = self.vllm_config.model_config
         with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
             ropes = find_ropes(model, shape, self.device)
-        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], ropes)
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers()], ropes)
         if not ON_CPU:
-            impls = {extract_layer_index(name): layer.impl for name, layer in self._layers().items()}
-            queries = [(impls[layer].num_heads, impls[layer].sink_logits) for layer in range(shape.layers)]
+            impls = [layer.impl for layer in self._layers()]
+            queries = [(impl.num_heads, impl.sink_logits) for impl in impls]
             pool.warm_up(queries, impls[0].most_rows, shape.max_model_len)
         return pool
 
@@ -218,10 +219,10 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
         return [Rows(*rows) for rows in zip(*parts, strict=True)]
 
-    def _layers(self) -> dict[str, torch.nn.Module]:
-        """vLLM's attention layers, by name."""
+    def _layers(self) -> list[torch.nn.Module]:
+        """vLLM's attention layers, as they follow one another in the model."""
         layers = self.vllm_config.compilation_config.static_forward_context
-        return {name: layers[name] for name in self.layer_names}
+        return [layers[name] for name in self.layer_names]
 
 
 def _claimed(slots: torch.Tensor) -> torch.Tensor:
@@ -283,7 +284,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size
         DeltaMemBackend.serving = self.plan = plan_memory(vllm_config, rank=rank)
         self.most_rows = 2 * vllm_config.scheduler_config.max_num_seqs  # of a step: sequences, and padding before each
-        self.position: int | None = None  # of this layer in the model
+        self.position: int | None = None  # of this layer among those that attend; the metadata builder knows
 
     def forward(
         self,
@@ -298,10 +299,8 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query [T, H, D], key and value [T, G, D]; writes output [T, H, D] (or flat) and the slots."""
-        if self.position is None:
-            self.position = extract_layer_index(layer.layer_name)
         if attn_metadata is None:  # vLLM's memory profiling
-            if self.position == 0:
+            if self.plan is DeltaMemBackend.serving:  # of the layer that was made last
                 reserve(self.plan, self.most_rows, TOGETHER, output.device)
             return output.zero_()
         n, pool = attn_metadata.num_tokens, attn_metadata.pool

@@ -40,11 +40,11 @@ class ConnectorScheduler:
 
     def __init__(self, vllm_config, store: SessionStore, slots: int):
         self._plan = plan_memory(vllm_config)
-        self._segment, self._model = self._plan.layout.segment, vllm_config.model_config
+        self._grain, self._model = self._plan.grain, vllm_config.model_config
         self._store, self._n_slots = store, slots
-        self._saves = Saves(store, self._segment, vllm_config.parallel_config.world_size)
+        self._saves = Saves(store, self._grain, vllm_config.parallel_config.world_size)
         self._requests: dict[str, RequestState] = {}  # that have not finished
-        self._unnamed = Unnamed(self._segment, vllm_config.scheduler_config.max_num_batched_tokens)
+        self._unnamed = Unnamed(self._grain, vllm_config.scheduler_config.max_num_batched_tokens)
         self._refused: dict[str, str] = {}  # why workers could not restore, by request
         self._step = StepMetadata()  # being put together
         self._waits = False  # whether a request of this step waits for a save
@@ -75,7 +75,7 @@ class ConnectorScheduler:
         state = self._requests[request.request_id] = RequestState(request.sampling_params)
         options = options_of(request.sampling_params)
         name, tenant = options.get(SESSION), options.get(TENANT)
-        answer = (request.num_prompt_tokens // self._segment + 1) * self._segment
+        answer = (request.num_prompt_tokens // self._grain + 1) * self._grain
         if not options.keys() & SESSIONS and not untold(request) and self._unnamed.arrive(request):
             state.answer = answer
         if name is None:
@@ -153,7 +153,7 @@ class ConnectorScheduler:
             step.pins[state.slot] = pins_of(state.params)
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
-            if end == self._requests[request_id].answer and max(end - self._segment, 1) <= done:
+            if end == self._requests[request_id].answer and max(end - self._grain, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
         parts = _parts(scheduler_output)
@@ -223,11 +223,10 @@ class ConnectorScheduler:
 
     def _complete(self, request, computed: int) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            # steps under way must not have merged: a memory is taken back to known tokens inside a segment only
-            merged = request.num_computed_tokens // self._segment != computed // self._segment
-            return not merged and stopstring.ended(request, self._model)
-        return request.status in ENDED
+        if request.num_computed_tokens // self._grain != computed // self._grain:
+            return False  # steps under way read more than can be taken back
+        aborted = request.status == RequestStatus.FINISHED_ABORTED
+        return request.status in ENDED or (aborted and stopstring.ended(request, self._model))
 
     def _over(self, turn: Turn) -> None:
         """A turn ends that is not saved."""
@@ -243,7 +242,7 @@ class ConnectorScheduler:
         written anew. The prompt before the answer it will contain, and this memory can be taken back to.
         """
         kept = sum(state.kept > 0 for state in self._requests.values())
-        if (kept + 1) * self._plan.layout.slot_bytes <= self._store.settings.host_bytes:
+        if (kept + 1) * self._plan.worker_bytes <= self._store.settings.host_bytes:
             state = self._requests[request_id]
             state.kept = done
             step.kept[request_id] = state.slot

@@ -19,7 +19,7 @@ _stores: dict[tuple[Fingerprint, SessionSettings], SessionStore] = {}
 
 def open_store(vllm_config, rank: int) -> SessionStore:
     """The session store of a worker (or of the scheduler, rank 0). Raises ValueError as SessionStore does."""
-    fingerprint, memory_bytes = fingerprint_of(vllm_config, rank), plan_memory(vllm_config).layout.slot_bytes
+    fingerprint, memory_bytes = fingerprint_of(vllm_config, rank), plan_memory(vllm_config).worker_bytes
     settings = SessionSettings.from_dict(DeltaMemConfig.from_vllm(vllm_config).sessions, memory_bytes)
     if (fingerprint, settings) not in _stores:
         _stores.clear()
@@ -31,6 +31,9 @@ def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
     """What must be equal for a saved slot to mean the same."""
     plan, model = plan_memory(vllm_config), vllm_config.model_config
     layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
+    if plan.whole.shape.state_bytes:
+        cache = vllm_config.cache_config
+        layout["states"] = [cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype]
     profile = plan.profile.digest if plan.profile else "none"
     config = model.hf_text_config.to_dict() | {"revision": model.revision, "quantization": model.quantization}
     config |= {"commit": getattr(model.hf_config, "_commit_hash", None), "weights": weights_digest(model.model)}

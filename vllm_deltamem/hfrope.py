@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from vllm_deltamem.kernels.slot import Rope, rotate
-from vllm_deltamem.windows import FULL
+from vllm_deltamem.layers import FULL
 
 PROBED = 32  # positions at which keys are turned to see how
 

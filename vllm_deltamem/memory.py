@@ -26,13 +26,14 @@ NEAR = 64  # tokens: importance is learned from queries that are at least so far
 class Shape:
     """What of a model decides the size of its memory, for one tensor-parallel worker."""
 
-    layers: int  # attention layers that the backend serves
+    layers: int  # those that attend
     kv_heads: int  # of this worker
     head_size: int
     dtype: torch.dtype
     max_model_len: int
-    windows: tuple[int | None, ...] = ()  # of every layer, see windows.find_windows; () when none slides
+    windows: tuple[int | None, ...] = ()  # of every layer, see layers.find_windows; () when none slides
     sliding_heads: tuple[int, int] | None = None  # kv heads of this worker and their size, where sliding layers differ
+    state_bytes: int = 0  # of a hybrid model's recurrent layers, which keep their state beside the memory
 
     def sliding(self, layer: int) -> int | None:
         """Tokens that the layer's sliding window sees; None for full attention."""
@@ -59,13 +60,14 @@ class Shape:
         return len(self.full_layers) * self.kv_heads * self.token_bytes
 
     def full_attention_bytes(self, tokens: int) -> int:
-        """What a paged cache holds of a sequence on this worker: of sliding layers, the window."""
-        return sum(min(tokens, self.sliding(i) or tokens) * 2 * self._vectors(i) for i in range(self.layers))
+        """What a paged cache holds of a sequence on this worker: of sliding layers, the window; states are the same."""
+        cached = sum(min(tokens, self.sliding(i) or tokens) * 2 * self._vectors(i) for i in range(self.layers))
+        return cached + self.state_bytes
 
     def sliding_bytes(self, segment: int) -> int:
         """What all sliding layers hold of a sequence in a slot: rings, and sums of keys that stay zero."""
-        rings = [(i, _align((w + segment) * self._vectors(i))) for i, w in enumerate(self.windows) if w]
-        return sum(2 * ring + _align(4 * prod(self.heads(i))) for i, ring in rings)
+        rings = [(i, align((w + segment) * self._vectors(i))) for i, w in enumerate(self.windows) if w]
+        return sum(2 * ring + align(4 * prod(self.heads(i))) for i, ring in rings)
 
     def _vectors(self, layer: int) -> int:
         """Bytes of one key of every head of a layer, at full precision."""
@@ -95,7 +97,7 @@ class Layout:
     def _fields(self) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], ...]:
         """Of every layer: name -> (byte offset in the slab, shape of one slot, dtype)."""
         shape, dtype = self.shape, self.shape.dtype
-        offset = _align(8 * MAX_PINS)  # `pins` come first, shared by all layers
+        offset = align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
         for layer, (exact, coarse, codec) in enumerate(zip(self.exact, self.coarse, self.codecs, strict=True)):
             ring = (shape.sliding(layer) or self.window) + self.segment
@@ -118,7 +120,7 @@ class Layout:
                 ("coarse_rank", (y,), torch.int64),
             ):
                 fields[name] = (offset, extent, kind)
-                offset += _align(prod(extent) * kind.itemsize)
+                offset += align(prod(extent) * kind.itemsize)
             layers.append(fields)
         layers.append({"end": (offset, (0,), torch.uint8)})
         return tuple(layers)
@@ -160,11 +162,11 @@ class Layout:
     @property
     def page_bytes(self) -> int:
         """Size of one layer's page towards vLLM."""
-        return max(_align(-(-self.used_bytes // self.shape.layers)), self.least_page)
+        return max(align(-(-self.used_bytes // self.shape.layers)), self.least_page)
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes per sequence on this worker, everything included."""
+        """Bytes of the memory of a sequence on this worker, everything included but recurrent layers' states."""
         return self.page_bytes * self.shape.layers
 
     @property
@@ -183,7 +185,8 @@ class Layout:
         if shape.sliding_heads:
             sliding = worker_heads(shape.sliding_heads[0], rank, workers)
             shape = replace(shape, sliding_heads=(sliding.stop - sliding.start, shape.sliding_heads[1]))
-        return replace(self, shape=replace(shape, kv_heads=heads.stop - heads.start), exact=exact, coarse=coarse)
+        shape = replace(shape, kv_heads=heads.stop - heads.start, state_bytes=shape.state_bytes // workers)
+        return replace(self, shape=shape, exact=exact, coarse=coarse)
 
     def with_page(self, page_bytes: int) -> "Layout":
         """The same division in larger pages."""
@@ -234,8 +237,9 @@ def plan_layout(
         segment = config.segment or _default_segment(memory)
         total = memory * full
     else:
-        segment = config.segment or _default_segment((config.memory_bytes - shape.sliding_bytes(0)) // full)
-        total = config.memory_bytes - shape.sliding_bytes(segment)
+        given = config.memory_bytes - shape.state_bytes
+        segment = config.segment or _default_segment((given - shape.sliding_bytes(0)) // full)
+        total = given - shape.sliding_bytes(segment)
         memory = max(total, 0) // full
     window = config.window or max(segment // 2, min(NEAR, int(memory * window_share)))
     pinned = config.pinned if config.pinned is not None else memory // 16
@@ -249,14 +253,15 @@ def plan_layout(
     least = [fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * bytes_ for bytes_ in coarse_bytes]
     heads = len(least)
     if total < sum(least):
-        beside = f", beside {shape.sliding_bytes(segment):,} bytes for the sliding layers" if any(shape.windows) else ""
+        others = {"sliding": any(shape.windows) and shape.sliding_bytes(segment), "recurrent": shape.state_bytes}
+        beside = "".join(f", beside {size:,} bytes for the {kind} layers" for kind, size in others.items() if size)
         raise ValueError(
             f"A deltamem memory of {memory} tokens per head is too small for window {window}, segment {segment}, "
             f"sinks {config.sinks} and pinned {pinned}: it takes at least "
             f"{-(-sum(least) // heads // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
         )
     shares = [1.0] * heads if budgets is None else budgets[layers].flatten().tolist()
-    room = _share_out(total - _align(8 * MAX_PINS), shares, least)
+    room = _share_out(total - align(8 * MAX_PINS), shares, least)
     longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
     for bytes_, entry in zip(room, coarse_bytes, strict=True):
@@ -331,5 +336,6 @@ def _starts(counts, device) -> torch.Tensor:
     return torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
 
 
-def _align(size: int) -> int:
+def align(size: int) -> int:
+    """Bytes, rounded up to what a field may begin at."""
     return -(-size // ALIGNMENT) * ALIGNMENT

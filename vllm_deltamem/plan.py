@@ -1,6 +1,7 @@
 """The plan of a model's memory: its layout and policies, from vLLM's config alone, no weights needed."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from vllm.logger import init_logger
@@ -9,8 +10,8 @@ from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, Shape, worker_heads
-from vllm_deltamem.windows import find_heads, find_windows
+from vllm_deltamem.memory import Layout, Shape, align, worker_heads
+from vllm_deltamem.layers import count_recurrent, find_attending, find_heads, find_windows
 
 logger = init_logger(__name__)
 
@@ -27,9 +28,19 @@ class MemoryPlan:
     workers: int
 
     @property
+    def worker_bytes(self) -> int:
+        """What a sequence takes on one worker: its memory, and behind it the states of recurrent layers."""
+        return self.layout.slot_bytes + self.layout.shape.state_bytes
+
+    @property
     def bytes_per_sequence(self) -> int:
-        """Of one slot on all workers."""
-        return self.layout.slot_bytes * self.workers
+        """The same on all workers."""
+        return self.worker_bytes * self.workers
+
+    @property
+    def grain(self) -> int:
+        """Tokens at whose multiples a memory can be taken back no further: segments; states, not even by one."""
+        return 1 if self.layout.shape.state_bytes else self.layout.segment
 
     def policy(self, layer: int, device) -> Policy:
         """Importance and gate of one layer; of sliding layers, where nothing is merged, any."""
@@ -54,15 +65,16 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
     model, workers = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     hf = model.hf_text_config
     windows = find_windows(hf, model.max_model_len)
-    (kv_heads, head_size), sliding_heads = find_heads(model.model_arch_config, windows)
+    (kv_heads, head_size), sliding_heads = find_heads(model.model_arch_config, find_attending(hf), windows)
     shape = Shape(
-        layers=hf.num_hidden_layers,
+        layers=len(windows),
         kv_heads=kv_heads,
         head_size=head_size,
         dtype=model.dtype,
         max_model_len=model.max_model_len,
         windows=windows,
         sliding_heads=sliding_heads,
+        state_bytes=_state_bytes(vllm_config) * workers,
     )
     profile = profiles.choose(settings.profile, model.hf_config)
     if profile is None and settings.profile is None:
@@ -81,3 +93,17 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         heads=worker_heads(shape.kv_heads, rank, workers),
         workers=workers,
     )
+
+
+def _state_bytes(vllm_config) -> int:
+    """What the recurrent layers of a hybrid model keep of a sequence on one worker."""
+    from vllm.model_executor.models import ModelRegistry
+
+    model = vllm_config.model_config
+    layers = count_recurrent(model.hf_text_config)
+    if not layers:
+        return 0
+    made, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    shapes = made.get_mamba_state_shape_from_config(vllm_config)
+    dtypes = made.get_mamba_state_dtype_from_config(vllm_config)
+    return layers * align(sum(prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)))

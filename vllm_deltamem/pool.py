@@ -41,7 +41,7 @@ class Due(NamedTuple):
 class SlotPool:
     """The slots of one worker, and what of a step concerns them."""
 
-    slab: torch.Tensor  # [S, slot_bytes] uint8, one row per slot; row 0 is vLLM's null block
+    slab: torch.Tensor  # [S, worker_bytes] uint8, one row per slot; row 0 is vLLM's null block
     layers: list[LayerSlots]
     extents: list[slice]  # of a slab's row, what is a layer's alone
     policies: list[Policy]
@@ -178,7 +178,7 @@ class SlotPool:
                 f"vLLM laid out the KV cache pages at {offsets[:4]}... of one block instead of {expected[:4]}...; "
                 "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
             )
-        slab = first.as_strided((first.shape[0], layout.slot_bytes), (first.stride(0), 1), begin)
+        slab = first.as_strided((first.shape[0], plan.worker_bytes), (first.stride(0), 1), begin)
         device = slab.device
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]
         if ON_CPU:

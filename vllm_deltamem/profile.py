@@ -18,7 +18,7 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import FIDELITIES, PAIRED, Policy
 from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
-from vllm_deltamem.windows import FULL
+from vllm_deltamem.layers import FULL, find_attending
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-2"
@@ -114,7 +114,7 @@ def fingerprint_of(hf_config) -> dict:
         layer = text.per_layer_config[text.layer_types.index(FULL)]
     return {
         "model_type": text.model_type,
-        "layers": text.num_hidden_layers,
+        "layers": len(find_attending(text)),
         "heads": layer.num_attention_heads,
         "kv_heads": getattr(layer, "num_key_value_heads", None),
         "head_size": getattr(layer, "head_dim", None) or text.hidden_size // layer.num_attention_heads,

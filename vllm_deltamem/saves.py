@@ -20,6 +20,7 @@ class Saves:
     """The store's directory tells what was saved. Host memory is the worker's, so notes of it are kept."""
 
     def __init__(self, store: SessionStore, segment: int, workers: int):
+        """segment: MemoryPlan.grain."""
         self._store, self._segment, self._workers = store, segment, workers
         self._open: dict[str, _Open] = {}  # by save, in their order
         self._notes: dict[tuple[str, str], Note] = {}  # by tenant and name, of what is in host memory

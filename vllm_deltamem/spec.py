@@ -1,17 +1,33 @@
 """The slot towards vLLM's block manager: one block per sequence and layer, for its whole life."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    CircularBufferSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_deltamem.memory import align
 from vllm_deltamem.vacancies import SlotManager
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaMemSpec(CircularBufferSpec):
     """A page of opaque bytes. Claimed at admission, never grown, returned at finish, abort and preemption."""
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(isinstance(spec, (DeltaMemSpec, StateSpec)) for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True)
+class StateSpec(MambaSpec):
+    """The state of a recurrent layer, in the block of its sequence's slot."""
 
 
 def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> DeltaMemSpec:
@@ -32,10 +48,36 @@ def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> Delta
     )
 
 
+def place_states(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The specs of all layers of a hybrid model, states in the blocks of the slots, behind them."""
+    slots = {name: spec for name, spec in specs.items() if isinstance(spec, DeltaMemSpec)}
+    states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
+    if not slots or not states:
+        return specs
+    block_size = next(iter(slots.values())).block_size
+    for name, spec in states.items():
+        told = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        placed = {"block_size": block_size, "page_size_padded": align(spec.state_content_size_bytes)}
+        states[name] = StateSpec(**(told | placed))
+    return slots | states
+
+
+def start_states(vllm_config) -> None:
+    """Let vLLM choose the kernels that update states, which it does for those that have blocks of their own only."""
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
+
+    layers = vllm_config.compilation_config.static_forward_context
+    states = {name: layer for name, layer in layers.items() if isinstance(layer, MambaBase)}
+    groups = [KVCacheGroupSpec([name], layer.get_kv_cache_spec(vllm_config)) for name, layer in states.items()]
+    initialize_mamba_ssu_backend(vllm_config.mamba_config, KVCacheConfig(0, [], groups))
+
+
 def _register() -> None:
     # vLLM registers its own specs only into an empty registry: have it do so before ours goes in.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(DeltaMemSpec, SlotManager, DeltaMemSpec)
+    KVCacheSpecRegistry.register(StateSpec, SlotManager, StateSpec)
 
 
 _register()

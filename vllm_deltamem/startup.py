@@ -95,10 +95,11 @@ def check_version() -> None:
 
 def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
-    from vllm_deltamem.patches import http_tenant, profiling_cache, request_options
+    from vllm_deltamem.patches import http_tenant, hybrid_states, profiling_cache, request_options
 
     check_version()
     profiling_cache.apply()
+    hybrid_states.apply()
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
@@ -116,7 +117,6 @@ def _refuse_unsupported(vllm_config) -> None:
     hf = model.hf_text_config
     refusals = {
         "multi-head latent attention (MLA) models": model.use_mla,
-        "hybrid models with recurrent layers": model.is_hybrid,
         "attention-free models": model.is_attention_free,
         "encoder-decoder models": model.is_encoder_decoder,
         "soft-capped attention logits": bool(getattr(hf, "attn_logit_softcapping", None)),

@@ -45,7 +45,8 @@ class Span:
     """Tokens of a sequence that a memory has read.
 
     It can be taken back to any length inside the segment that is open: the tokens of that one, and the window before
-    it, are still exact, and nothing later than the last of them is looked at.
+    it, are still exact, and nothing later than the last of them is looked at. Where layers are recurrent, segments are
+    of one token here: none is ever open.
     """
 
     closed: int  # tokens of whole segments

@@ -16,7 +16,7 @@ from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
 
 
 class Unnamed:
-    """chunk: the most tokens of a prompt that a step computes."""
+    """segment: MemoryPlan.grain; chunk: the most tokens of a prompt that a step computes."""
 
     def __init__(self, segment: int, chunk: int):
         self._segment = segment
@@ -45,7 +45,7 @@ class Unnamed:
             return False
         name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), _kind(request)
         self._requests[name] = request
-        if not kind.pins:
+        if not kind.pins and self._segment > 1:  # states of recurrent layers can't be copied while a chunk is read
             shared, earlier = self._beginnings.part(prompt, kind.salt, name)
             if shared >= beginnings.LEAST:
                 self._follow(name, earlier, shared)

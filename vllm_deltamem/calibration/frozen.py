@@ -11,7 +11,7 @@ from vllm_deltamem.kernels.slot import Rope, rotate
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.profile import fingerprint_of
-from vllm_deltamem.windows import find_rotated, find_windows
+from vllm_deltamem.layers import count_recurrent, find_attending, find_rotated, find_windows
 
 IMPLEMENTATION = "deltamem_calibration"
 CLOSED = "Transformers does not let calibration into the attention of"
@@ -20,7 +20,7 @@ Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], tor
 
 
 class FrozenModel:
-    """A model of which no weight changes.
+    """A model of which no weight changes. Layers are those that attend, counted by themselves.
 
     An attention is called with (layer, q [H, T, D], k [G, T, D], v [G, T, D], scale), rotated and in the
     dtype that is computed in, and returns [H, T, D]. Layers with a sliding window keep theirs.
@@ -48,6 +48,7 @@ class FrozenModel:
         self.model.to(device, computed).eval().requires_grad_(False)
         self.device = device
         self.config = self.model.config.get_text_config()
+        self._layers = {place: layer for layer, place in enumerate(find_attending(self.config))}
         self._rope: Rope | None = None
         self._check_turning()
 
@@ -80,13 +81,19 @@ class FrozenModel:
     def hidden(self, embedded: torch.Tensor, attention: Attention, first: int = 0) -> torch.Tensor:
         """Last hidden states [T, E] of embeddings [T, E] at positions from `first` on.
 
-        Raises ValueError for a piece of a sequence where layers have sliding windows: only whole ones go through.
+        Raises ValueError for a piece of a sequence where layers have sliding windows or are recurrent: only whole ones
+        go through.
         """
         end = first + len(embedded)
         positions, windows = torch.arange(first, end, device=self.device)[None], find_windows(self.config, end)
-        if first and any(windows):
-            raise ValueError("A model with sliding-window layers takes whole sequences here, not pieces.")
-        ACTIVE.append(lambda layer, *x: windowed(*x, windows[layer]) if windows[layer] else attention(layer, *x))
+        if first and (any(windows) or count_recurrent(self.config)):
+            raise ValueError("A model with sliding-window or recurrent layers takes whole sequences here, not pieces.")
+
+        def attend(place, *x):
+            layer = self._layers[place]
+            return windowed(*x, windows[layer]) if windows[layer] else attention(layer, *x)
+
+        ACTIVE.append(attend)
         try:
             return self.model.base_model(inputs_embeds=embedded[None], position_ids=positions, use_cache=False)[0][0]
         finally:

@@ -1,4 +1,4 @@
-"""vllm_deltamem/windows.py, and what sliding layers take in the layout."""
+"""vllm_deltamem/layers.py, and what sliding layers take in the layout."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.memory import Shape, plan_layout
-from vllm_deltamem.windows import check_windows, find_windows
+from vllm_deltamem.layers import check_windows, find_windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = (None, 40, 40, None)
