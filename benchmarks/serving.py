@@ -27,6 +27,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
+from vllm_deltamem.layers import find_attending
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 16_384  # tokens, or as many as the longest context has
@@ -131,7 +132,7 @@ def memory_figures(engine, plan: dict) -> list[dict]:
     config = engine.vllm_config
     model = config.model_config
     token = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
-    token *= model.hf_text_config.num_hidden_layers
+    token *= len(find_attending(model.hf_text_config))
     room = config.cache_config.num_gpu_blocks
     figures = []
     for context in plan["contexts"]:

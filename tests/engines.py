@@ -47,6 +47,32 @@ FAMILIES |= {  # a window of 48 tokens in some layers
     "gpt-oss-mixed": ("gpt_oss", {"num_hidden_layers": 4, "sliding_window": 48, "num_local_experts": 4}),  # sink logits
     "qwen3-mixed": ("qwen3", SLIDING | {"use_sliding_window": True}),
 }
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+FAMILIES |= {  # recurrent layers
+    "granite-hybrid": (
+        "granitemoehybrid",
+        MAMBA
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": ["mamba", "attention", "mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 192,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "falcon-h1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 256}),  # each of which attends, too
+    "nemotron-h": (  # no RoPE
+        "nemotron_h",
+        {
+            "num_hidden_layers": 6,
+            "layers_block_type": ["mamba", "attention", "mlp"] * 2,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+    ),
+}
 OPTIONS = {"qwen3-mixed": {"model_impl": "transformers"}}  # vLLM's own Qwen has no mixed layers
 
 

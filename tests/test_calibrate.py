@@ -11,7 +11,7 @@ from engines import MIXED, save_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.tiny_llama import save_tiny_llama
-from vllm_deltamem import calibrate, windows
+from vllm_deltamem import calibrate, layers
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.calibration import (
     budgets,
@@ -306,9 +306,13 @@ def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp
     profiles.check(profiles.load(tmp_path / "a"), AutoConfig.from_pretrained(tmp_path))
 
 
-@pytest.mark.parametrize("family", ["gemma3-mixed", "mistral-mixed", "cohere2-mixed", "exaone4-mixed"])
-def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "BEFORE", ())  # vLLM's Cohere 2 sees one token more than that of transformers
+@pytest.mark.parametrize(
+    "family, attending",
+    [(f"{name}-mixed", {2, 4}) for name in ("gemma3", "mistral", "cohere2", "exaone4")]
+    + [(name, {0, 1}) for name in ("granite-hybrid", "falcon-h1", "nemotron-h")],
+)
+def test_attention_that_is_ours_to_replace_changes_no_logits(family, attending, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "BEFORE", ())  # vLLM's Cohere 2 sees one token more than that of transformers
     tokenizer.save_pretrained(tmp_path)
     model = FrozenModel(str(save_model(tmp_path, family)))
     ids, wanted = torch.randint(2, 96, (150,), generator=torch.Generator().manual_seed(6)), torch.arange(1, 150)
@@ -319,14 +323,20 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, tokenizer, 
         return full_attention(layer, *given)
 
     logits = model.logits(ids, attention, wanted)
-    assert seen == {2, 4}
+    assert seen == attending
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation="sdpa")
     torch.testing.assert_close(logits, theirs(ids[None]).logits[0, :-1], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
     "family, interleaved",
-    [("llama3-rope", [False] * 2), ("cohere", [True] * 2), ("glm", [True] * 2), ("smollm3", [False, None])],
+    [
+        ("llama3-rope", [False] * 2),
+        ("cohere", [True] * 2),
+        ("glm", [True] * 2),
+        ("smollm3", [False, None]),
+        ("granite-hybrid", [False] * 2),
+    ],
 )
 def test_keys_are_turned_back_as_the_model_turned_them(family, interleaved, tokenizer, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)

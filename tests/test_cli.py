@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from model_configs import GEMMA4, MIXED, save_config
+from model_configs import GEMMA4, JAMBA, MIXED, save_config
 
 from vllm_deltamem.cli import main
 from vllm_deltamem.sessionname import tenant_of
@@ -57,6 +57,18 @@ def test_info_of_a_model_that_mixes_windows(tmp_path, capsys):
     assert f"full attention      {full:,} at" in said
     table = said.split("\n\n")[1].splitlines()
     assert table[1] == "0-2        the last 64 tokens, exact" and table[2].startswith("3 ")
+
+
+def test_info_of_a_hybrid_model_counts_its_states(tmp_path, capsys):
+    save_config(tmp_path, JAMBA)
+    assert main(["info", str(tmp_path)]) == 0
+    found = facts(capsys)
+    inner = 2 * JAMBA["hidden_size"]
+    states = JAMBA["num_hidden_layers"] // 2 * 2 * inner * (3 + 16)  # bf16, three inputs of a convolution and 16 states
+    assert found["recurrent layers"] == f"{states:,} bytes of states, counted in all of these"
+    assert number(found["full attention"]) == FULL // 2 + states, "two of four layers attend"
+    assert 0.8 * 0.15 * FULL / 2 < number(found["bytes per sequence"]) - states <= 0.16 * FULL / 2
+    assert found["heads"].startswith("2 layers x ")
 
 
 def test_info_of_a_model_whose_layers_have_unequal_heads(tmp_path, capsys):

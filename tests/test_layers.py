@@ -8,7 +8,7 @@ import torch
 
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.memory import Shape, plan_layout
-from vllm_deltamem.layers import check_windows, find_windows
+from vllm_deltamem.layers import check_windows, count_recurrent, find_attending, find_rotated, find_windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = (None, 40, 40, None)
@@ -38,6 +38,24 @@ def test_windows_are_those_of_the_config(kinds, window, expected):
     assert find_windows(config(kinds, window), 2048) == expected
 
 
+@pytest.mark.parametrize(
+    "kinds, attending, recurrent",
+    [
+        (["linear_attention", FULL, "linear_attention", FULL], [1, 3], 2),
+        (["mamba", "mlp", "attention", "moe"], [2], 1),
+        (["hybrid"] * 4, [0, 1, 2, 3], 4),
+        ([FULL, "conv", SLIDING, "hybrid"], [0, 2, 3], 2),
+        ([FULL] * 4, [0, 1, 2, 3], 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["layer_types", "layers_block_type"])
+def test_layers_that_attend_are_counted_by_themselves(name, kinds, attending, recurrent):
+    hybrid = config(None, 40 if SLIDING in kinds else None, **{name: kinds})
+    assert find_attending(hybrid) == attending and count_recurrent(hybrid) == recurrent
+    assert find_windows(hybrid, 2048) == tuple(40 if kinds[i] == SLIDING else None for i in attending)
+    assert find_rotated(hybrid) == (True,) * len(attending)
+
+
 def test_a_family_may_leave_out_the_query_itself():
     kinds = [FULL, SLIDING, SLIDING, FULL]
     assert find_windows(config(kinds, 39, model_type="cohere2"), 2048) == MIXED
@@ -57,14 +75,13 @@ def test_models_without_a_context_to_compress_are_refused(kinds, message):
 
 
 def test_windows_that_vllm_gives_otherwise_are_refused():
-    right = {0: None, 1: 40, 2: 40, 3: None}
-    check_windows(MIXED, right, 2048)
-    check_windows((None, 2048), {0: None, 1: 9000}, 2048)
-    check_windows((None,), {0: 4096}, 2048)
-    for given in ({1: 41}, {1: None}, {0: 40}):
+    check_windows(MIXED, [*MIXED], 2048)
+    check_windows((None, 2048), [None, 9000], 2048)
+    check_windows((None,), [4096], 2048)
+    for given in ([None, 41, 40, None], [None, None, 40, None], [40, 40, 40, None]):
         with pytest.raises(ValueError, match="layer . should see the last .* tokens by its config"):
-            check_windows(MIXED, right | given, 2048)
-    for given in ({0: None}, right | {4: None}):
+            check_windows(MIXED, given, 2048)
+    for given in ([None], [*MIXED, None]):
         with pytest.raises(ValueError, match="layers that attend alike where its config tells 4"):
             check_windows(MIXED, given, 2048)
 

@@ -15,7 +15,6 @@ from model_configs import (
     FALCON,
     GEMMA2,
     GEMMA4,
-    JAMBA,
     LLAMA,
     MAMBA,
     MISTRAL,
@@ -250,7 +249,6 @@ def test_features_refused(llama, options, message):
     "config, feature",
     [
         (DEEPSEEK, "multi-head latent attention"),
-        (JAMBA, "hybrid models"),
         (MAMBA, "attention-free models"),
         (CHUNKED, "layers of chunked attention"),
         (GEMMA2, "soft-capped attention logits"),

@@ -178,6 +178,10 @@ class SlotPool:
                 f"vLLM laid out the KV cache pages at {offsets[:4]}... of one block instead of {expected[:4]}...; "
                 "deltamem needs the layout BLHNC (is VLLM_KV_CACHE_LAYOUT set?)."
             )
+        if first.stride(0) != plan.worker_bytes:
+            raise RuntimeError(
+                f"vLLM made blocks of {first.stride(0):,} bytes for a model that takes {plan.worker_bytes:,} by its config."
+            )
         slab = first.as_strided((first.shape[0], plan.worker_bytes), (first.stride(0), 1), begin)
         device = slab.device
         layers = [layout.views(slab, i, plan.pairs(i)) for i in range(layout.shape.layers)]

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_deltamem import BACKEND, register
 from vllm_deltamem.config import DeltaMemConfig
+from vllm_deltamem.layers import count_recurrent
 from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.rope import extend
@@ -55,10 +56,11 @@ def configure(vllm_config) -> None:
     _refuse_unsupported(vllm_config)
     continuing = _continues(vllm_config)
     if vllm_config.cache_config.enable_prefix_caching:
+        recurrent = count_recurrent(vllm_config.model_config.hf_text_config)
         logger.warning(
             "deltamem keeps one memory per sequence, so vLLM's prefix caching is off: a prompt that continues an "
-            "earlier request goes on in its slot, one that begins as others did goes on in a copy of theirs "
-            "(--no-enable-prefix-caching turns that off, too)."
+            "earlier request goes on in its slot%s (--no-enable-prefix-caching turns that off, too).",
+            "" if recurrent else ", one that begins as others did goes on in a copy of theirs",
         )
         vllm_config.cache_config.enable_prefix_caching = False
     dtype = vllm_config.model_config.dtype

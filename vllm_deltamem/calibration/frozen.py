@@ -84,10 +84,14 @@ class FrozenModel:
         Raises ValueError for a piece of a sequence where layers have sliding windows or are recurrent: only whole ones
         go through.
         """
+        if first and (any(find_windows(self.config, first + len(embedded))) or count_recurrent(self.config)):
+            raise ValueError("A model with sliding-window or recurrent layers takes whole sequences here, not pieces.")
+        return self._pass(embedded, attention, first)
+
+    def _pass(self, embedded: torch.Tensor, attention: Attention, first: int) -> torch.Tensor:
+        """Last hidden states of embeddings, whatever came before them."""
         end = first + len(embedded)
         positions, windows = torch.arange(first, end, device=self.device)[None], find_windows(self.config, end)
-        if first and (any(windows) or count_recurrent(self.config)):
-            raise ValueError("A model with sliding-window or recurrent layers takes whole sequences here, not pieces.")
 
         def attend(place, *x):
             layer = self._layers[place]
@@ -101,18 +105,18 @@ class FrozenModel:
 
     @torch.no_grad()
     def _check_turning(self) -> None:
-        """Raise ValueError unless rope() says how every layer turns keys: as it does one token at many positions."""
-        turning = []
-
-        def nothing(layer, q, k, v, scale):  # leaves the token the same at all positions
-            position = torch.arange(k.shape[1], device=k.device)
-            plain = rotate(k.float(), position, self.rope(layer, k.shape[1]), inverse=True)
-            turning.append((plain - plain[:, :1]).norm(dim=-1).amax() / plain.norm(dim=-1).amax())
-            return torch.zeros_like(q)
-
+        """Raise ValueError unless rope() says how every layer turns keys: as it does the same ones at two places."""
         any_token = torch.tensor([self.config.vocab_size // 2], device=self.device)  # the first may be all zeros
-        token = self.model.get_input_embeddings()(any_token)
-        self.hidden(token.expand(POSITIONS, -1), nothing)
+        token, keys = self.model.get_input_embeddings()(any_token), {0: [], POSITIONS: []}
+        for first, plain in keys.items():
+            position = torch.arange(first, first + POSITIONS, device=self.device)
+
+            def nothing(layer, q, k, v, scale, position=position, plain=plain):  # so that both have the same states
+                plain.append(rotate(k.float(), position, self.rope(layer, 2 * POSITIONS), inverse=True))
+                return torch.zeros_like(q)
+
+            self._pass(token.expand(POSITIONS, -1), nothing, first)
+        turning = [(b - a).norm(dim=-1).amax() / a.norm(dim=-1).amax() for a, b in zip(*keys.values(), strict=True)]
         if not turning:
             raise ValueError(f"{CLOSED} {self.config.model_type} models.")
         if not max(turning) <= TOLERANCE:
