@@ -6,8 +6,8 @@ from transformers import AutoConfig
 
 from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.memory import Layout, Shape
 from vllm_deltamem.layers import find_windows
+from vllm_deltamem.memory import Layout, Shape
 
 
 def shape_of(model: Path, length: int) -> Shape:

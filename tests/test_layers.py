@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.memory import Shape, plan_layout
 from vllm_deltamem.layers import check_windows, count_recurrent, find_attending, find_rotated, find_windows
+from vllm_deltamem.memory import Shape, plan_layout
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = (None, 40, 40, None)

@@ -24,12 +24,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_deltamem.heap import keep_freed
+from vllm_deltamem.layers import check_windows
 from vllm_deltamem.patches import cpu_seeds
 from vllm_deltamem.plan import MemoryPlan, plan_memory
 from vllm_deltamem.pool import ON_CPU, Due, Rows, SlotPool, kernels, reserve
 from vllm_deltamem.rope import find_ropes
 from vllm_deltamem.spec import make_spec, start_states
-from vllm_deltamem.layers import check_windows
 
 TOGETHER = 32  # sequences of a call of merge()
 Table = tuple[list[int], list[int], list[int]]  # Rows on the host, with sequences of the batch in place of slots

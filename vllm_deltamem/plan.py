@@ -10,8 +10,8 @@ from vllm_deltamem import profile as profiles
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
-from vllm_deltamem.memory import Layout, Shape, align, worker_heads
 from vllm_deltamem.layers import count_recurrent, find_attending, find_heads, find_windows
+from vllm_deltamem.memory import Layout, Shape, align, worker_heads
 
 logger = init_logger(__name__)
 

@@ -180,7 +180,8 @@ class SlotPool:
             )
         if first.stride(0) != plan.worker_bytes:
             raise RuntimeError(
-                f"vLLM made blocks of {first.stride(0):,} bytes for a model that takes {plan.worker_bytes:,} by its config."
+                f"vLLM made blocks of {first.stride(0):,} bytes for a model that takes {plan.worker_bytes:,} by its "
+                "config: deltamem does not know all of its layers."
             )
         slab = first.as_strided((first.shape[0], plan.worker_bytes), (first.stride(0), 1), begin)
         device = slab.device

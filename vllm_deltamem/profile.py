@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import FIDELITIES, PAIRED, Policy
-from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
 from vllm_deltamem.layers import FULL, find_attending
+from vllm_deltamem.memory import WINDOW_SHARE, Layout, Shape, plan_layout
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = "deltamem-profile-2"

@@ -7,8 +7,8 @@ from vllm.logger import init_logger
 
 from vllm_deltamem.hfrope import rope_of
 from vllm_deltamem.kernels.slot import Rope
-from vllm_deltamem.memory import Shape
 from vllm_deltamem.layers import FULL, find_rotated
+from vllm_deltamem.memory import Shape
 
 logger = init_logger(__name__)
 

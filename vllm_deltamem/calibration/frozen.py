@@ -8,10 +8,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_deltamem.hfrope import rope_of
 from vllm_deltamem.kernels.slot import Rope, rotate
+from vllm_deltamem.layers import count_recurrent, find_attending, find_rotated, find_windows
 from vllm_deltamem.memory import Shape
 from vllm_deltamem.precision import fast_dtype
 from vllm_deltamem.profile import fingerprint_of
-from vllm_deltamem.layers import count_recurrent, find_attending, find_rotated, find_windows
 
 IMPLEMENTATION = "deltamem_calibration"
 CLOSED = "Transformers does not let calibration into the attention of"
