@@ -94,6 +94,7 @@ def save_model(folder, family: str, **others):
 def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **options):
     """An LLM in this process (needs VLLM_ENABLE_V1_MULTIPROCESSING=0), gone when the block ends."""
     from vllm import LLM
+    from vllm.model_executor.models.transformers.base import Base
 
     from vllm_deltamem.patches import cpu_numba
 
@@ -103,9 +104,17 @@ def engine(folder, backend="DELTAMEM", dtype="bfloat16", settings=None, **option
         options["additional_config"] = {"deltamem": settings or {}}
     options = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True} | options
     options = {"enable_prefix_caching": False} | options  # prompts are computed, whatever was asked before
-    llm = LLM(
-        str(folder), attention_backend=backend, dtype=dtype, skip_tokenizer_init=True, disable_log_stats=True, **options
-    )
+    # vLLM changes Transformers' classes for torch.compile, and whoever makes such a model later could not.
+    unchanged = patch.object(Base, "_decorate_cls_for_torch_compile") if options["enforce_eager"] else nullcontext()
+    with unchanged:
+        llm = LLM(
+            str(folder),
+            attention_backend=backend,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            **options,
+        )
     try:
         yield llm
     finally:

@@ -60,13 +60,15 @@ def nothing_seen(none):
 def biased(bias, near):
     """Full attention with a bias [L, G, T] on the logits of keys that are at least `near` tokens back."""
 
-    def attention(layer, q, k, v, scale):
+    def attention(layer, q, k, v, scale, sinks=None):
         tokens = q.shape[1]
         distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
         k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
         by_head = bias[layer].repeat_interleave(len(q) // len(bias[layer]), 0)
-        logits = q @ k.mT * scale + by_head[:, None] * (distance >= near)
-        return logits.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v
+        logits = (q @ k.mT * scale + by_head[:, None] * (distance >= near)).masked_fill(distance < 0, -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[:, None, None].expand(-1, tokens, 1)], -1)
+        return logits.softmax(-1)[..., :tokens] @ v
 
     return attention
 
@@ -83,6 +85,24 @@ def test_influence_is_the_derivative_by_the_bias_of_a_key(model):
     expected = bias.grad[:, :, : 150 - influence.NEAR]
     expected[:, :, :4] = 0
     torch.testing.assert_close(seen.influence, expected / expected.square().sum().sqrt(), atol=1e-4, rtol=1e-3)
+
+
+def test_influence_heeds_sinks():
+    def given():
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(heads, 150, 32, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+
+    seen, sinks, bias = {}, torch.tensor([0.5, 2.0, -1.0, 4.0]), torch.zeros(1, 2, 150, requires_grad=True)
+    ours, theirs = given(), given()
+    grad = torch.randn(4, 150, 32, generator=torch.Generator().manual_seed(2))
+    out = influence._Attention.apply(*ours, 0.2, sinks, seen, 0)
+    expected = biased(bias, influence.NEAR)(0, *theirs, 0.2, sinks)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(seen[0], bias.grad[0], atol=1e-4, rtol=1e-4)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_observed_keys_are_those_before_rotation(model):
@@ -309,7 +329,8 @@ def test_only_full_layers_of_a_mixed_model_are_calibrated(family, tokenizer, tmp
 @pytest.mark.parametrize(
     "family, attending",
     [(f"{name}-mixed", {2, 4}) for name in ("gemma3", "mistral", "cohere2", "exaone4")]
-    + [(name, {0, 1}) for name in ("granite-hybrid", "falcon-h1", "nemotron-h")],
+    + [(name, {0, 1}) for name in ("granite-hybrid", "falcon-h1", "nemotron-h")]
+    + [("gpt-oss-mixed", {1, 3})],
 )
 def test_attention_that_is_ours_to_replace_changes_no_logits(family, attending, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "BEFORE", ())  # vLLM's Cohere 2 sees one token more than that of transformers
@@ -324,7 +345,8 @@ def test_attention_that_is_ours_to_replace_changes_no_logits(family, attending, 
 
     logits = model.logits(ids, attention, wanted)
     assert seen == attending
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation="sdpa")
+    usual = "eager" if family == "gpt-oss-mixed" else "sdpa"  # which has no sinks
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=usual)
     torch.testing.assert_close(logits, theirs(ids[None]).logits[0, :-1], atol=1e-3, rtol=1e-3)
 
 

@@ -115,8 +115,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = DeltaMemBackend.serving
         shape = self.plan.layout.shape
-        check_windows(shape.windows, [layer.sliding_window for layer in self._layers()], shape.max_model_len)
-        for position, (name, layer) in enumerate(zip(self.layer_names, self._layers(), strict=True)):
+        layers = self._layers()
+        check_windows(shape.windows, [layer.sliding_window for layer in layers.values()], shape.max_model_len)
+        for position, (name, layer) in enumerate(layers.items()):
             if (layer.impl.num_kv_heads, layer.impl.head_size) != shape.heads(position):
                 raise ValueError(f"--attention-backend deltamem does not know the heads of the layer {name}.")
             layer.impl.position = position
@@ -154,9 +155,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         model = self.vllm_config.model_config
         with set_current_vllm_config(self.vllm_config):  # vLLM makes the rope anew if the model has another one
             ropes = find_ropes(model, shape, self.device)
-        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers()], ropes)
+        pool = SlotPool.from_caches(self.plan, [layer.kv_cache for layer in self._layers().values()], ropes)
         if not ON_CPU:
-            impls = [layer.impl for layer in self._layers()]
+            impls = [layer.impl for layer in self._layers().values()]
             queries = [(impl.num_heads, impl.sink_logits) for impl in impls]
             pool.warm_up(queries, impls[0].most_rows, shape.max_model_len)
         return pool
@@ -219,10 +220,10 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
         return [Rows(*rows) for rows in zip(*parts, strict=True)]
 
-    def _layers(self) -> list[torch.nn.Module]:
-        """vLLM's attention layers, as they follow one another in the model."""
+    def _layers(self) -> dict[str, torch.nn.Module]:
+        """vLLM's attention layers by name, as they follow one another in the model."""
         layers = self.vllm_config.compilation_config.static_forward_context
-        return [layers[name] for name in self.layer_names]
+        return {name: layer for name, layer in layers.items() if name in self.layer_names}
 
 
 def _claimed(slots: torch.Tensor) -> torch.Tensor:

@@ -25,19 +25,22 @@ def rope_of(embedding: torch.nn.Module | None, config, positions: int, device: t
     count = torch.arange(positions, device=device)[None]
     try:
         cos, sin = (x[0].float() for x in embedding(torch.zeros(1, device=device), count, **own))
-        probed = torch.arange(min(PROBED, positions), device=device)
-        key = torch.randn(len(probed), cos.shape[-1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        key = key.to(device)
-        turned = _turned(turn, key, cos[probed], sin[probed])
-    except (TypeError, ValueError, RuntimeError):  # other arguments, or tables of another shape
+    except (TypeError, ValueError, RuntimeError):  # other arguments
         return None
-    half = cos.shape[-1] // 2
-    norm = (cos.square() + sin.square()).sqrt()
-    cos, sin, turned = cos / norm, sin / norm, turned / norm[probed]
-    # Angles of pairs may lie one after the other, or each twice.
-    layouts = (slice(half), False), (slice(half), True), (slice(0, None, 2), True)
-    for (columns, interleaved), way in product(layouts, (1, -1)):  # NanoChat turns the other way
-        rope = Rope(cos[:, columns].contiguous(), way * sin[:, columns].contiguous(), interleaved)
+    norm = (cos[:, :1].square() + sin[:, :1].square()).sqrt()
+    cos, sin, columns = cos / norm, sin / norm, cos.shape[-1]
+    probed = torch.arange(min(PROBED, positions), device=device)
+    # Angles of pairs may lie one after the other twice, or each twice, or there is one column for both (gpt-oss).
+    layouts = (slice(columns // 2), False), (slice(columns // 2), True), (slice(0, None, 2), True), (slice(None), False)
+    for (part, interleaved), way in product(layouts, (1, -1)):  # NanoChat turns the other way
+        rope = Rope(cos[:, part].contiguous(), way * sin[:, part].contiguous(), interleaved)
+        key = torch.randn(
+            len(probed), 2 * rope.cos.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+        ).to(device)
+        try:
+            turned = _turned(turn, key, cos[probed], sin[probed])
+        except (TypeError, ValueError, RuntimeError):  # keys of another width
+            continue
         if torch.allclose(rotate(key, probed, rope), turned, atol=1e-4):
             return rope
     return None

@@ -51,7 +51,9 @@ class Reader:
         sizes = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         angles = (end // FUTURE + 2) * FUTURE
 
-        def attention(layer, q, k, v, scale):
+        def attention(layer, q, k, v, scale, sinks=None):
+            if sinks is not None:
+                raise ValueError("The alternatives do not know attention with learned sinks.")
             rope = self.model.rope(layer, angles)
             pieces = zip(*(x.split(sizes, 1) for x in (q, k, v)), cuts[:-1], strict=True)
             return torch.cat([self.layers[layer].read(Segment(*piece, rope, scale)) for piece in pieces], 1)

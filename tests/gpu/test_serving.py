@@ -34,7 +34,7 @@ def logprobs(folder, backend, settings, prompts, count, **options) -> list[torch
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize("family", ["llama", "qwen2-bias", "gemma3-mixed"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-bias", "gemma3-mixed", "granite-hybrid"])
 def test_memory_as_large_as_the_context_is_full_attention(tmp_path, family, eager):
     folder, prompts = save_model(tmp_path, family), [tokens(300), tokens(70, seed=1)]
     stock, ours = (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,14 +17,15 @@ from vllm_deltamem.profile import fingerprint_of
 IMPLEMENTATION = "deltamem_calibration"
 CLOSED = "Transformers does not let calibration into the attention of"
 POSITIONS, TOLERANCE = 32, 0.05  # of the check of how keys are turned; bfloat16 errs by 0.01
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Attention = Callable[..., torch.Tensor]
 
 
 class FrozenModel:
     """A model of which no weight changes. Layers are those that attend, counted by themselves.
 
     An attention is called with (layer, q [H, T, D], k [G, T, D], v [G, T, D], scale), rotated and in the
-    dtype that is computed in, and returns [H, T, D]. Layers with a sliding window keep theirs.
+    dtype that is computed in, and returns [H, T, D]. Layers with a sliding window keep theirs. One more argument are the
+    sink logits [H] of a model that has learned some.
 
     dtype: of the weights on disk, in which vLLM serves them.
     """
@@ -93,9 +95,11 @@ class FrozenModel:
         end = first + len(embedded)
         positions, windows = torch.arange(first, end, device=self.device)[None], find_windows(self.config, end)
 
-        def attend(place, *x):
+        def attend(place, *given):
             layer = self._layers[place]
-            return windowed(*x, windows[layer]) if windows[layer] else attention(layer, *x)
+            if windows[layer]:
+                return full_attention(layer, *given, window=windows[layer])
+            return attention(layer, *given)
 
         ACTIVE.append(attend)
         try:
@@ -111,7 +115,7 @@ class FrozenModel:
         for first, plain in keys.items():
             position = torch.arange(first, first + POSITIONS, device=self.device)
 
-            def nothing(layer, q, k, v, scale, position=position, plain=plain):  # so that both have the same states
+            def nothing(layer, q, k, *_, position=position, plain=plain):  # so that both have the same states
                 plain.append(rotate(k.float(), position, self.rope(layer, 2 * POSITIONS), inverse=True))
                 return torch.zeros_like(q)
 
@@ -135,26 +139,37 @@ ACTIVE: list[Attention] = []
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
-    if softcap is not None or s_aux is not None:
-        raise ValueError("Calibration does not know attention with soft-capped logits or learned sinks.")
-    out = ACTIVE[-1](module.layer_idx, query[0], key[0], value[0], scaling)
+    if softcap is not None:
+        raise ValueError("Calibration does not know attention with soft-capped logits.")
+    sinks = () if s_aux is None else (s_aux,)
+    out = ACTIVE[-1](module.layer_idx, query[0], key[0], value[0], scaling, *sinks)
     return out.transpose(0, 1)[None].contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
 
 
-def full_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """What the model was trained with."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+def full_attention(
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """What the model was trained with; window: last tokens that a query sees, itself among them."""
+    if sinks is not None:  # one more token before the others, its key in a column of its own, its value zero
+        column = (sinks.to(q) / scale)[:, None, None].expand(-1, q.shape[1], 1)
+        q, k, v = torch.cat([q, column], -1), pad(k, (0, 1)), pad(v, (0, 1))
+        q, k, v = (pad(x, (0, 7, 1, 0)) for x in (q, k, v))  # kernels want widths that are multiples of eight
+        k[:, 0, -8] = 1
+    masked = {"is_causal": True}
+    if window is not None:
+        place = torch.arange(q.shape[1], device=q.device)
+        distance = place[:, None] - place
+        masked = {"attn_mask": (distance >= 0) & ((distance < window) | (place < (sinks is not None)))}
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], **masked, scale=scale, enable_gqa=True
     )[0]
-
-
-def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
-    """Attention of queries that see the last `window` tokens, themselves among them."""
-    distance = torch.arange(q.shape[1], device=q.device)[:, None] - torch.arange(q.shape[1], device=q.device)
-    seen = (distance >= 0) & (distance < window)
-    return torch.nn.functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True
-    )[0]
+    return out if sinks is None else out[:, 1:, :-8]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_deltamem.calibration.frozen import FrozenModel
+from vllm_deltamem.calibration.frozen import FrozenModel, full_attention
 from vllm_deltamem.calibration.pairs import squares
 from vllm_deltamem.calibration.prompts import Prompt
 from vllm_deltamem.calibration.trials import SINKS, logit_errors, trial_merges
@@ -45,7 +45,7 @@ class _Recording:
         self.key, self.value, self.keydiff, self.influence, self.trials, self.errors = ({} for _ in range(6))
         self.key_square, self.query_square = {}, {}
 
-    def __call__(self, layer, q, k, v, scale):
+    def __call__(self, layer, q, k, v, scale, sinks=None):
         unit = torch.nn.functional.normalize
         position, rope = torch.arange(self.tokens, device=k.device), self.model.rope(layer, self.tokens)
         rotated, value = k.detach().float(), v.detach().float()
@@ -62,7 +62,7 @@ class _Recording:
         self.errors[layer] = logit_errors(query, rotated, scale, self.generator)
         self.key_square[layer] = squares(rotated[:, SINKS:]).cpu()
         self.query_square[layer] = squares((query * scale).unflatten(0, (len(k), -1)).flatten(1, 2)).cpu()
-        return _Attention.apply(q, k, v, scale, self.influence, layer)
+        return _Attention.apply(q, k, v, scale, sinks, self.influence, layer)
 
     def observation(self, wanted: torch.Tensor) -> Observation:
         def stacked(by_layer):
@@ -91,12 +91,10 @@ class _Attention(torch.autograd.Function):
     """Causal attention whose backward pass also sums the gradient of every key's logit bias."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, influence, layer):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
-        )[0]
+    def forward(ctx, q, k, v, scale, sinks, influence, layer):
+        out = full_attention(layer, q, k, v, scale, sinks)
         ctx.save_for_backward(q, k, v, out)
-        ctx.scale, ctx.influence, ctx.layer = scale, influence, layer
+        ctx.scale, ctx.sinks, ctx.influence, ctx.layer = scale, sinks, influence, layer
         return out
 
     @staticmethod
@@ -118,7 +116,10 @@ class _Attention(torch.autograd.Function):
                 distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
                 weights = (query @ k[g, :end].T).float().mul_(ctx.scale)
                 weights[..., begin:].masked_fill_(distance[:, begin:] < 0, -torch.inf)
-                weights = weights.softmax(-1)
+                if ctx.sinks is not None:
+                    sink = ctx.sinks[members].float()[:, None, None].expand(-1, end - begin, 1)
+                    weights = torch.cat([weights, sink], -1)
+                weights = weights.softmax(-1)[..., :end]
                 by_logit = (upstream @ v[g, :end].T).float().sub_(inner[members, begin:end]).mul_(weights)
                 far = max(begin - NEAR, 0)  # keys before it are out of the window of the whole block
                 influence[g, :far] += by_logit[..., :far].sum((0, 1))
@@ -128,7 +129,7 @@ class _Attention(torch.autograd.Function):
                 dk[g, :end] += (by_logit.flatten(0, 1).T @ query.flatten(0, 1)).float() * ctx.scale
                 dv[g, :end] += (weights.flatten(0, 1).T @ upstream.flatten(0, 1)).float()
         ctx.influence[ctx.layer] = influence.cpu()
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def observe(model: FrozenModel, prompt: Prompt, seed: int) -> Observation:

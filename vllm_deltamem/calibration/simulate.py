@@ -36,7 +36,7 @@ class MemoryAttention:
         self.on_cpu = torch.device(model.device).type == "cpu"
         self.kernels = import_module("vllm_deltamem.kernels." + ("cpu" if self.on_cpu else "cuda"))
 
-    def __call__(self, layer, q, k, v, scale):
+    def __call__(self, layer, q, k, v, scale, sinks=None):
         computed, held = q.dtype, self.model.dtype
         q, k, v = (x.transpose(0, 1).to(held).contiguous() for x in (q, k, v))
         slots, policy, out = self.slots[layer], self.policies[layer], torch.empty_like(q)
@@ -45,12 +45,12 @@ class MemoryAttention:
         pieces = [(begin, min(begin + slots.segment, len(q))) for begin in range(0, len(q), slots.segment)]
         if self.on_cpu:
             steps = self.kernels.Pieces.of(self._rows(begin, end, end) for begin, end in pieces)
-            self.kernels.walk(slots, steps, rope, policy, k=k, v=v, q=q, out=out, scale=scale)
+            self.kernels.walk(slots, steps, rope, policy, k=k, v=v, q=q, out=out, scale=scale, sink_logits=sinks)
             return out.transpose(0, 1).to(computed)
         for begin, end in pieces:
             piece, batch = slice(begin, end), self._rows(0, end - begin, end)
             self.kernels.write(k[piece], v[piece], slots, *batch)
-            self.kernels.attend(q[piece], slots, *batch, scale, out[piece])
+            self.kernels.attend(q[piece], slots, *batch, scale, out[piece], sink_logits=sinks)
             self.kernels.merge(slots, *batch, rope, policy)
         return out.transpose(0, 1).to(computed)
 
