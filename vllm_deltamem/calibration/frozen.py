@@ -24,8 +24,8 @@ class FrozenModel:
     """A model of which no weight changes. Layers are those that attend, counted by themselves.
 
     An attention is called with (layer, q [H, T, D], k [G, T, D], v [G, T, D], scale), rotated and in the
-    dtype that is computed in, and returns [H, T, D]. Layers with a sliding window keep theirs. One more argument are the
-    sink logits [H] of a model that has learned some.
+    dtype that is computed in, and returns [H, T, D]; where the model has learned sinks, with their logits [H], too.
+    Layers with a sliding window keep theirs.
 
     dtype: of the weights on disk, in which vLLM serves them.
     """
