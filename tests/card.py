@@ -25,6 +25,7 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # so that vLLM uses it
 
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output  # noqa: E402
+from vllm.model_executor.layers.mamba.mamba_mixer2 import mamba_mixer2  # noqa: E402
 
 from vllm_deltamem import pool  # noqa: E402
 from vllm_deltamem.kernels import cuda  # noqa: E402
@@ -33,7 +34,10 @@ pool.ON_CPU, pool.kernels = False, cuda
 
 CAPTURED = [1, 2, 4, 16, 40]  # tokens of the graphs
 GRAPH_OF_A_PIECE = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
-ATTENTION = "vllm.unified_attention_with_output"  # to PyTorch one operation, which launches kernels of its own
+LAYERS = {  # to PyTorch one operation, which launches kernels of its own
+    "vllm.unified_attention_with_output": unified_attention_with_output,
+    "vllm.mamba_mixer2": mamba_mixer2,
+}
 WAITS = {"aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzero"}  # for the device, or copy from pageable memory
 
 
@@ -79,10 +83,10 @@ class Capture(TorchDispatchMode):
         if str(func.overloadpacket) in WAITS:
             raise RuntimeError(f"{func} in a graph that is being captured")
         kwargs = kwargs or {}
-        if str(func.overloadpacket) == ATTENTION:
+        if layer := LAYERS.get(str(func.overloadpacket)):
             super().__enter__()
             try:
-                return unified_attention_with_output(*args, **kwargs)
+                return layer(*args, **kwargs)
             finally:
                 super().__exit__(None, None, None)
         made = func(*args, **kwargs)
@@ -153,7 +157,8 @@ def card():
 
     def measured(worker):
         init_workspace_manager(worker.device, 1)
-        worker.model_runner.profile_run()
+        with patch.object(worker.model_runner, "_dummy_sampler_run"):  # of anything, where layers are recurrent
+            worker.model_runner.profile_run()
         worker.model_runner.profile_cudagraph_memory()
         return measure(worker)
 

@@ -84,8 +84,15 @@ def scratch() -> dict[str, int]:
     return {str(key): held.data_ptr() for key, held in launch._buffers.items()} | {"": len(launch._outgrown)}
 
 
-def test_serving_as_on_a_gpu(tmp_path):
-    folder, found = save_model(tmp_path / "llama", "llama", **SHAPE), tmp_path / "found"
+@pytest.mark.parametrize(
+    "family, shape, shared",
+    [
+        ("llama", SHAPE, [0, 32, 60]),
+        pytest.param("granite-hybrid", {"vocab_size": 8192}, [0, 0, 0], marks=pytest.mark.slow),  # no beginning is kept
+    ],
+)
+def test_serving_as_on_a_gpu(tmp_path, family, shape, shared):
+    folder, found = save_model(tmp_path / family, family, **shape), tmp_path / "found"
     command = [sys.executable, "-m", "tests.test_card", str(folder), str(found)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
@@ -98,7 +105,7 @@ def test_serving_as_on_a_gpu(tmp_path):
     known = [len(prompt) + len(answer) for prompt, answer, _, _ in first]
     assert [cached for *_, cached in first] == [0, 0, 0]
     assert [cached for *_, cached in second] == [60, known[1], known[2] - 1]  # a stop token has been read
-    assert [cached for *_, cached in third] == [0, 32, 60]
+    assert [cached for *_, cached in third] == shared
     with engine(folder, dtype="float32", settings=SETTINGS) as llm:
         for prompt, answer, chosen, _ in said["asked"]:
             ((_, same, there, _),) = ask(llm, (prompt, {"max_tokens": len(answer), "ignore_eos": True}))
