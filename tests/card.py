@@ -159,8 +159,8 @@ def card():
         init_workspace_manager(worker.device, 1)
         with patch.object(worker.model_runner, "_dummy_sampler_run"):  # of anything, where layers are recurrent
             worker.model_runner.profile_run()
-        worker.model_runner.profile_cudagraph_memory()
-        return measure(worker)
+            worker.model_runner.profile_cudagraph_memory()
+            return measure(worker)
 
     def warmed_up(worker):
         with patch.object(SamplingParams, "for_sampler_warmup", SamplingParams):  # the interpreter can't do all of it
