@@ -22,13 +22,11 @@ def apply() -> None:
 
     @wraps(original)
     def verify(self):
-        from vllm_deltamem.startup import configure
+        from vllm_deltamem.startup import check_sizes, configure
 
-        try:
-            configure(self)
-        except ValueError as error:
-            raise Refusal(str(error)) from None
-        return original(self)
+        _refusing(configure, self)
+        original(self)
+        _refusing(check_sizes, self)
 
     @wraps(original_init)
     def init(self, *args, **kwargs):
@@ -44,6 +42,13 @@ def apply() -> None:
 
     verify.deltamem = True
     VllmConfig.try_verify_and_update_config, VllmConfig.__init__ = verify, init
+
+
+def _refusing(check, vllm_config) -> None:
+    try:
+        check(vllm_config)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
 
 
 def _end_in_one_line() -> None:

@@ -27,9 +27,8 @@ def apply() -> None:
                 self.deltamem_quota = plan_memory(self.vllm_config).layout.pinned
             tokenizer = self.renderer.tokenizer
             try:
-                params.extra_args = resolve(
-                    params.extra_args, request.prompt_token_ids or [], tokenizer, self.deltamem_quota
-                )
+                prompt = request.prompt_token_ids
+                params.extra_args = resolve(params.extra_args, prompt, tokenizer, self.deltamem_quota)
                 if params.extra_args.keys() & SESSIONS:
                     directory = DeltaMemConfig.from_vllm(self.vllm_config).sessions.get("directory")
                     parallel = self.vllm_config.parallel_config

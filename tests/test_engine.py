@@ -76,7 +76,7 @@ def test_memory_as_large_as_the_context_is_full_attention(folders, family):
     params = greedy(64, logprobs=1, prompt_logprobs=1)
     prompt, found = tokens(300), {}
     for backend in (STOCK, "DELTAMEM"):
-        settings = {"memory": 1200, "segment": 64, "fidelity": "bf16"}
+        settings = {"memory": 512, "segment": 64}
         options = {"max_model_len": 512} | OPTIONS.get(family, {})
         with engine(folders(family), backend, "float32", settings, **options) as llm:
             out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-
 from engines import STEPS, engine, read_answers, save_model, session_of, tokens  # noqa: E402
+from vllm.v1.request import RequestStatus  # noqa: E402
 
+from vllm_deltamem import stopstring  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
 
 SMALL = {"memory": 128, "segment": 32}
@@ -115,3 +116,29 @@ def test_answers_do_not_depend_on_preemption(folders, after):
         while core.has_unfinished_requests():
             finished += [output for output in core.step() if output.finished]
     assert alike(read_answers(finished)[0], expected)
+
+
+@STEPS
+def test_a_stop_string_leaves_the_state_of_the_prompt_where_steps_have_read_past_the_answer(
+    folders, monkeypatch, steps
+):
+    from vllm import SamplingParams
+
+    monkeypatch.setattr(stopstring, "ended", lambda *_: True)
+    prompt, question = tokens(70), tokens(30, seed=1)
+    named = {"deltamem_session": "s"}
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, extra_args=dict(named))
+    with engine(folders["granite-hybrid"], dtype="float32", settings=SMALL) as llm:
+        expected = ask(llm, prompt + question)[0]
+    with steps(), engine(folders["granite-hybrid"], dtype="float32", settings=SMALL) as llm:
+        core = llm.llm_engine
+        core.add_request("stopped", {"prompt_token_ids": prompt}, params)
+        for _ in range(8):
+            core.step()
+        scheduler = core.engine_core.engine_core.scheduler
+        (request,) = scheduler.running
+        request.num_computed_tokens = request.num_tokens + 1  # as while a step is under way
+        scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        assert session_of(llm, "s").tokens.tolist() == prompt
+        got = ask(llm, prompt + question, extra_args=dict(named))[0]
+        assert alike(got, expected) and got[2] == len(prompt)

@@ -135,6 +135,16 @@ def test_budgets_of_sliding_layers_are_ignored():
     assert sum(layout.exact[0][1:] + layout.coarse[0][1:]) > 2 * sum(layout.exact[0][:1] + layout.coarse[0][:1])
 
 
+@pytest.mark.parametrize("memory", [2048, 100_000])
+def test_a_memory_as_large_as_the_context_holds_every_token_exactly_whatever_a_heads_share(memory):
+    budgets = torch.tensor([[0.1, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.9]])
+    layout = plan_layout(SHAPE, DeltaMemConfig(memory=memory, segment=64, pinned=10), budgets)
+    assert layout.exact == ((2048 - layout.window,) * 2, (0, 0), (0, 0), (2048 - layout.window,) * 2)
+    assert not any(map(any, layout.coarse))
+    less = plan_layout(SHAPE, DeltaMemConfig(memory=2047, segment=64, pinned=10), budgets)
+    assert any(map(any, less.coarse)), "a memory of that many bytes has room for codes only"
+
+
 def test_placed_tokens_are_those_of_layers_with_full_attention():
     config = DeltaMemConfig(memory=128, segment=16, window=8)
     both = Shape(2, 2, 32, torch.bfloat16, 2048)

@@ -171,7 +171,10 @@ class ConnectorScheduler:
         if turn is None and not unnamed:
             return None, {SESSION: said} if state.outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
-        if state.restoring or not self._complete(request, computed) or not slots or not computed:
+        beyond = request.num_computed_tokens // self._grain != computed // self._grain
+        if beyond:  # steps under way read more than can be taken back
+            computed = state.kept
+        if state.restoring or not self._complete(request) or not slots or not computed:
             if turn is not None:
                 self._over(turn)
             return None, None
@@ -179,7 +182,7 @@ class ConnectorScheduler:
             self._unnamed.leave(request, slots[0], computed)
             return None, None
         tokens, n_earlier = list(request.all_token_ids[:computed]), state.kept if state.kept < computed else 0
-        save = Transfer(request.request_id, slots[0], turn, tokens, n_earlier)
+        save = Transfer(request.request_id, slots[0], turn, tokens, n_earlier, from_kept=beyond)
         self._stats.count("sessions_saved", 1)
         try:
             self._saves.add(save)
@@ -221,10 +224,8 @@ class ConnectorScheduler:
         stats.data |= {"slots_used": self._n_slots - free, "slots_free": free}
         return stats
 
-    def _complete(self, request, computed: int) -> bool:
+    def _complete(self, request) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
-        if request.num_computed_tokens // self._grain != computed // self._grain:
-            return False  # steps under way read more than can be taken back
         aborted = request.status == RequestStatus.FINISHED_ABORTED
         return request.status in ENDED or (aborted and stopstring.ended(request, self._model))
 

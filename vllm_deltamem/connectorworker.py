@@ -96,7 +96,7 @@ class ConnectorWorker:
     def _copy(self, transfer: Transfer) -> None:
         """Copy a slot, to be written."""
         kept = self._earlier.pop(transfer.request_id, None)
-        slot = self.carrier.copy(SlotPool.serving().slab[transfer.slot])
+        slot = kept if transfer.from_kept else self.carrier.copy(SlotPool.serving().slab[transfer.slot])
         self.carrier.write(Write(transfer, slot, kept if transfer.n_earlier else None))
 
     def _place(self, read: Read) -> None:

@@ -33,7 +33,7 @@ def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
     layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
     if plan.whole.shape.state_bytes:
         cache = vllm_config.cache_config
-        layout["states"] = [cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype]
+        layout["states"] = [plan.whole.shape.state_bytes, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype]
     profile = plan.profile.digest if plan.profile else "none"
     config = model.hf_text_config.to_dict() | {"revision": model.revision, "quantization": model.quantization}
     config |= {"commit": getattr(model.hf_config, "_commit_hash", None), "weights": weights_digest(model.model)}

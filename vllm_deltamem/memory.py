@@ -4,8 +4,8 @@ A slot is one contiguous slab of `layers x page` bytes (vLLM's block, all layers
 equal towards vLLM; inside the slab every (layer, kv head) has its own numbers of exact and coarse entries.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -15,6 +15,7 @@ from vllm_deltamem.kernels.pairs import Pairs, is_paired, pair_bytes, pair_code
 from vllm_deltamem.kernels.slot import FIDELITIES, Codec, LayerSlots, group_size
 
 ALIGNMENT = 16  # bytes: the widest load of a kernel
+STATE_ALIGNMENT = 128  # bytes, of recurrent layers' states: the kernels that read them are vLLM's
 MAX_PINS = 32  # spans of tokens that a client may pin in one sequence
 DEFAULT_FIDELITY = "k8v4"  # of a model without a profile: next to free on every model tried
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
@@ -33,7 +34,8 @@ class Shape:
     max_model_len: int
     windows: tuple[int | None, ...] = ()  # of every layer, see layers.find_windows; () when none slides
     sliding_heads: tuple[int, int] | None = None  # kv heads of this worker and their size, where sliding layers differ
-    state_bytes: int = 0  # of a hybrid model's recurrent layers, which keep their state beside the memory
+    # of a hybrid model's recurrent layers, which keep their state beside the memory
+    state_bytes: int = field(default=0, repr=False)
 
     def sliding(self, layer: int) -> int | None:
         """Tokens that the layer's sliding window sees; None for full attention."""
@@ -251,36 +253,30 @@ def plan_layout(
     coarse_bytes = [coarse_entry_bytes(shape, codecs[i]) for i in layers for _ in range(shape.kv_heads)]
     fixed = (window + segment) * shape.token_bytes + 4 * shape.head_size
     least = [fixed + (config.sinks + pinned) * exact_bytes + 3 * segment // 2 * bytes_ for bytes_ in coarse_bytes]
-    heads = len(least)
+    heads, longest = len(least), max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
+    divided = partial(Layout, shape, codecs, window, segment, config.sinks, pinned)
+    if config.memory_bytes is None and memory >= shape.max_model_len:  # all tokens stay as they are, in every head
+        return divided(_rows([longest] * heads, shape), _rows([0] * heads, shape))
     if total < sum(least):
         others = {"sliding": any(shape.windows) and shape.sliding_bytes(segment), "recurrent": shape.state_bytes}
         beside = "".join(f", beside {size:,} bytes for the {kind} layers" for kind, size in others.items() if size)
         raise ValueError(
             f"A deltamem memory of {memory} tokens per head is too small for window {window}, segment {segment}, "
             f"sinks {config.sinks} and pinned {pinned}: it takes at least "
-            f"{-(-sum(least) // heads // shape.token_bytes)} tokens{beside}. Raise 'memory' or lower the others."
+            f"{-(-sum(least) // heads // shape.token_bytes)} tokens{beside}. Raise "
+            f"'{'memory' if config.memory_bytes is None else 'memory_bytes'}' or lower the others."
         )
     shares = [1.0] * heads if budgets is None else budgets[layers].flatten().tolist()
     room = _share_out(total - align(8 * MAX_PINS), shares, least)
-    longest = max(shape.max_model_len - window, 0)  # tokens that can ever leave the ring
     exact, coarse = [], []
     for bytes_, entry in zip(room, coarse_bytes, strict=True):
         spare = bytes_ - fixed - 8 * ALIGNMENT
-        # Coarse only as far as the bytes force it: a memory larger than the context stays exact.
+        # Coarse only as far as the bytes force it.
         x = max((spare - longest * entry) // max(exact_bytes - entry, 1), config.sinks + pinned)
         x = min(x, longest)
         exact.append(x)
         coarse.append(max(min((spare - x * exact_bytes) // entry, longest - x), 0))
-    return Layout(
-        shape=shape,
-        codecs=codecs,
-        window=window,
-        segment=segment,
-        sinks=config.sinks,
-        pinned=pinned,
-        exact=_rows(exact, shape),
-        coarse=_rows(coarse, shape),
-    )
+    return divided(_rows(exact, shape), _rows(coarse, shape))
 
 
 def _rows(counts: list[int], shape: Shape) -> tuple[tuple[int, ...], ...]:
@@ -336,6 +332,6 @@ def _starts(counts, device) -> torch.Tensor:
     return torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
 
 
-def align(size: int) -> int:
-    """Bytes, rounded up to what a field may begin at."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def align(size: int, alignment: int = ALIGNMENT) -> int:
+    """Bytes, rounded up to where the next may begin."""
+    return -(-size // alignment) * alignment

@@ -27,11 +27,11 @@ NOBODY = tenant_of(None)
 tenant: ContextVar[str] = ContextVar("deltamem_tenant", default=NOBODY)  # of the HTTP request at hand
 
 
-def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -> dict | None:
+def resolve(extra_args: dict | None, prompt: list[int] | None, tokenizer, quota: int) -> dict | None:
     """The extra_args with the client's options replaced by what the engine reads.
 
-    prompt: token ids. quota: tokens that a client may pin. Raises ValueError for an option that is unknown
-    or malformed, text that the prompt does not contain, and pins over the quota.
+    prompt: token ids, None of embeddings. quota: tokens that a client may pin. Raises ValueError for an option that is
+    unknown or malformed, pins in embeddings, text that the prompt does not contain, and pins over the quota.
     """
     if not extra_args or not any(name.startswith("deltamem") for name in extra_args):
         return extra_args
@@ -39,8 +39,10 @@ def resolve(extra_args: dict | None, prompt: list[int], tokenizer, quota: int) -
     for name in options:
         if name not in CLIENT_OPTIONS:
             raise ValueError(f"Unknown option {name!r}; deltamem knows {', '.join(CLIENT_OPTIONS)}.")
+    if prompt is None and options.keys() - SESSIONS:
+        raise ValueError("deltamem_pin and deltamem_pin_tokens do not go with a prompt of embeddings.")
     resolved = {name: value for name, value in extra_args.items() if name not in options}
-    spans = _token_ranges(options.get("deltamem_pin_tokens", []), len(prompt))
+    spans = _token_ranges(options.get("deltamem_pin_tokens", []), len(prompt or ()))
     texts = options.get("deltamem_pin", [])
     spans += _text_spans([texts] if isinstance(texts, str) else texts, prompt, tokenizer, quota)
     if spans:

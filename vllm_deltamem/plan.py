@@ -11,7 +11,7 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.layers import count_recurrent, find_attending, find_heads, find_windows
-from vllm_deltamem.memory import Layout, Shape, align, worker_heads
+from vllm_deltamem.memory import ALIGNMENT, STATE_ALIGNMENT, Layout, Shape, align, worker_heads
 
 logger = init_logger(__name__)
 
@@ -84,7 +84,7 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         )
     whole = profiles.divide(shape, settings, profile)
     parts = [whole.of_worker(i, workers) for i in range(workers)]
-    page = max(part.page_bytes for part in parts)
+    page = align(max(part.page_bytes for part in parts), STATE_ALIGNMENT if shape.state_bytes else ALIGNMENT)
     return MemoryPlan(
         layout=parts[rank].with_page(page),
         whole=whole,
@@ -104,6 +104,9 @@ def _state_bytes(vllm_config) -> int:
     if not layers:
         return 0
     made, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    if not hasattr(made, "get_mamba_state_shape_from_config"):
+        raise ValueError(f"--attention-backend deltamem does not support recurrent layers in vLLM's {made.__name__}.")
     shapes = made.get_mamba_state_shape_from_config(vllm_config)
     dtypes = made.get_mamba_state_dtype_from_config(vllm_config)
-    return layers * align(sum(prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)))
+    size = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    return layers * align(size, STATE_ALIGNMENT)

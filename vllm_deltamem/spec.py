@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_deltamem.memory import align
+from vllm_deltamem.memory import STATE_ALIGNMENT, align
 from vllm_deltamem.vacancies import SlotManager
 
 
@@ -52,14 +52,14 @@ def place_states(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """The specs of all layers of a hybrid model, states in the blocks of the slots, behind them."""
     slots = {name: spec for name, spec in specs.items() if isinstance(spec, DeltaMemSpec)}
     states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
-    if not slots or not states:
+    if not slots:
         return specs
     block_size = next(iter(slots.values())).block_size
     for name, spec in states.items():
         told = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        placed = {"block_size": block_size, "page_size_padded": align(spec.state_content_size_bytes)}
+        placed = {"block_size": block_size, "page_size_padded": align(spec.state_content_size_bytes, STATE_ALIGNMENT)}
         states[name] = StateSpec(**(told | placed))
-    return slots | states
+    return slots | specs | states
 
 
 def start_states(vllm_config) -> None:

@@ -44,10 +44,10 @@ def engine_config(model: str, **options):
 
 
 def configure(vllm_config) -> None:
-    """Check a config that chose the backend and adjust it.
+    """Check a config that chose the backend and adjust it. check_sizes() follows.
 
-    Raises ValueError for an unsupported model or feature of vLLM, an unknown or contradictory setting,
-    a profile of another model, or a key or directory that cannot hold sessions.
+    Raises ValueError for an unsupported model or feature of vLLM, an unknown or contradictory setting, or a profile of
+    another model.
     """
     if vllm_config.model_config is None or not is_chosen(vllm_config):
         return
@@ -69,10 +69,8 @@ def configure(vllm_config) -> None:
             "This CPU has no instructions for bfloat16: --dtype float32 reads prompts several times faster, in twice "
             "the memory."
         )
-    plan = plan_memory(vllm_config, settings)
-    layout = plan.layout
+    layout = plan_memory(vllm_config, settings).layout
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
-    _check_sessions(SessionSettings.from_dict(settings.sessions, plan.bytes_per_sequence))
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_deltamem.connector",
@@ -82,6 +80,15 @@ def configure(vllm_config) -> None:
     )
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     apply_patches()
+
+
+def check_sizes(vllm_config) -> None:
+    """Once vLLM has settled the dtypes of states: raise ValueError for a memory too small for them, or sessions that
+    have no place for it or a key or directory that cannot hold them.
+    """
+    if vllm_config.model_config is not None and is_chosen(vllm_config):
+        settings, plan = DeltaMemConfig.from_vllm(vllm_config), plan_memory(vllm_config)
+        _check_sessions(SessionSettings.from_dict(settings.sessions, plan.bytes_per_sequence))
 
 
 def check_version() -> None:

@@ -36,6 +36,7 @@ class Transfer:
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
     n_earlier: int = 0  # of a save: how many of them the memory had read that the worker kept; 0 if it kept none
+    from_kept: bool = False  # of a save: the memory that the worker kept is the one to save
     reach: Reach | None = None  # of a restore
     pins: list[list[int]] = field(default_factory=list)  # of a restore: spans that its request pins
 
