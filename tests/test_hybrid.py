@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("vllm")
 from engines import STEPS, engine, read_answers, save_model, session_of, tokens  # noqa: E402
-from vllm.v1.request import RequestStatus  # noqa: E402
 
 from vllm_deltamem import stopstring  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
@@ -138,7 +137,7 @@ def test_a_stop_string_leaves_the_state_of_the_prompt_where_steps_have_read_past
         scheduler = core.engine_core.engine_core.scheduler
         (request,) = scheduler.running
         request.num_computed_tokens = request.num_tokens + 1  # as while a step is under way
-        scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        core.abort_request(["stopped"])
         assert session_of(llm, "s").tokens.tolist() == prompt
         got = ask(llm, prompt + question, extra_args=dict(named))[0]
         assert alike(got, expected) and got[2] == len(prompt)
