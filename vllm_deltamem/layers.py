@@ -3,7 +3,7 @@
 FULL, SLIDING = "full_attention", "sliding_attention"
 RECURRENT = ("linear_attention", "mamba", "conv")  # layers of hybrid models that keep a state and do not attend
 BOTH = "hybrid"  # layers that do
-WIDTH = ("mlp", "moe")  # layers of hybrid models that do neither
+NEITHER = ("mlp", "moe")  # layers of hybrid models that do neither
 BEFORE = ("cohere2", "cohere2_moe")  # families whose sliding_window leaves out the query itself
 UNROTATED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")  # their sliding layers alone have RoPE
 
@@ -18,7 +18,7 @@ def _kinds(hf_config) -> list[str]:
 
 def find_attending(hf_config) -> list[int]:
     """The places in the model of the layers that attend. Elsewhere they are counted by themselves."""
-    return [i for i, kind in enumerate(_kinds(hf_config)) if kind not in (*RECURRENT, *WIDTH)]
+    return [i for i, kind in enumerate(_kinds(hf_config)) if kind not in (*RECURRENT, *NEITHER)]
 
 
 def count_recurrent(hf_config) -> int:
