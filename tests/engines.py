@@ -150,6 +150,22 @@ def ahead():
         yield
 
 
+def preempted(llm, prompt: list[int], params, after: int):
+    """vLLM's output of a request that is preempted once, after so many steps."""
+    core = llm.llm_engine
+    core.add_request("preempted", {"prompt_token_ids": prompt}, params)
+    for _ in range(after):
+        core.step()
+    scheduler = core.engine_core.engine_core.scheduler
+    assert scheduler.running
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not scheduler.running, "the request must have been preempted"
+    finished = []
+    while core.has_unfinished_requests():
+        finished += [o for o in core.step() if o.finished]
+    return finished[0]
+
+
 def session_of(llm, name: str):
     """A session of an engine in this process, once it is saved."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group

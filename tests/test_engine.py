@@ -11,7 +11,19 @@ import pytest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import FAMILIES, OPTIONS, STEPS, STOCK, engine, gated, read_answers, save_model, session_of, tokens  # noqa: E402
+from engines import (  # noqa: E402
+    FAMILIES,
+    OPTIONS,
+    STEPS,
+    STOCK,
+    engine,
+    gated,
+    preempted,
+    read_answers,
+    save_model,
+    session_of,
+    tokens,
+)
 from transformers import AutoConfig  # noqa: E402
 
 from vllm_deltamem import profile as profiles  # noqa: E402
@@ -52,22 +64,6 @@ def slab_of(llm, prompt, count=40, name="slot"):
     assert saved.tokens.tolist() == (prompt + text)[: len(saved.tokens)]
     assert len(saved.tokens) >= len(prompt) + count - 1
     return text, saved.slab
-
-
-def preempted(llm, prompt, params, after):
-    """What a request generates that is preempted once, after so many steps."""
-    core = llm.llm_engine
-    core.add_request("preempted", {"prompt_token_ids": prompt}, params)
-    for _ in range(after):
-        core.step()
-    scheduler = core.engine_core.engine_core.scheduler
-    assert scheduler.running
-    scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert not scheduler.running, "the request must have been preempted"
-    finished = []
-    while core.has_unfinished_requests():
-        finished += [o for o in core.step() if o.finished]
-    return list(finished[0].outputs[0].token_ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,8 +187,8 @@ def test_slot_does_not_depend_on_preemption(folders, tmp_path, steps, family, le
     settings = SMALL | (save_profile(folders(family), tmp_path / "profile") if learned else {})
     with steps(), engine(folders(family), settings=settings, max_num_batched_tokens=100) as llm:
         expected = slab_of(llm, prompt)
-        text = preempted(llm, prompt, greedy(40, extra_args={"deltamem_session": "p"}), after)
-        assert text == expected[0]
+        output = preempted(llm, prompt, greedy(40, extra_args={"deltamem_session": "p"}), after).outputs[0]
+        assert output.token_ids == expected[0]
         slab = session_of(llm, "p").slab
     assert torch.equal(slab, expected[1])
 
@@ -441,7 +437,7 @@ def test_a_seed_does_not_depend_on_chunks(folders):
     with engine(folders("llama"), settings=SMALL, max_num_batched_tokens=64) as llm:
         assert sampled(llm, [300, 7, 210]) == whole
         for after in (2, 8):  # in the prompt, while decoding
-            assert preempted(llm, tokens(300, seed=300), seeded(300), after) == whole[300]
+            assert preempted(llm, tokens(300, seed=300), seeded(300), after).outputs[0].token_ids == whole[300]
 
 
 def test_slots_come_back(folders):

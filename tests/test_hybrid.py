@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from engines import STEPS, engine, read_answers, save_model, session_of, tokens  # noqa: E402
+from engines import STEPS, ahead, engine, preempted, read_answers, save_model, session_of, tokens  # noqa: E402
 
 from vllm_deltamem import stopstring  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
@@ -27,12 +27,16 @@ def folders(tmp_path_factory):
     return {family: save_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
-def ask(llm, *prompts, count=20, **options):
-    """Greedy answers: tokens, their log-probabilities, tokens of the prompt that were not computed."""
+def greedy(count, **options):
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=count, logprobs=1, ignore_eos=True, **options)
-    return read_answers(llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False))
+    return SamplingParams(temperature=0, max_tokens=count, logprobs=1, ignore_eos=True, **options)
+
+
+def ask(llm, *prompts, count=20, **options):
+    """Greedy answers: tokens, their log-probabilities, tokens of the prompt that were not computed."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return read_answers(llm.generate(prompts, greedy(count, **options), use_tqdm=False))
 
 
 def alike(answer, expected) -> bool:
@@ -41,7 +45,7 @@ def alike(answer, expected) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_do_not_depend_on_chunks_batch_or_reuse(folders, family):
-    """A prompt several times longer than the memory, in chunks, among others, in a used slot, preempted and resumed."""
+    """A prompt several times longer than the memory, in chunks, among others, in a used slot."""
     prompt, others = tokens(333), [tokens(n, seed=n) for n in (5, 90, 200, 420)]
     expected = None
     for chunk in (2048, 64, 100):
@@ -99,45 +103,36 @@ def test_a_conversation_goes_on_where_its_state_is(folders, family, steps):
 
 @pytest.mark.parametrize("after", [2, 12], ids=["in the prompt", "while decoding"])
 def test_answers_do_not_depend_on_preemption(folders, after):
-    from vllm import SamplingParams
-
     prompt = tokens(333)
     with engine(folders["granite-hybrid"], dtype="float32", settings=SMALL, max_num_batched_tokens=100) as llm:
         (expected,) = ask(llm, prompt, count=40)
-        core, params = llm.llm_engine, SamplingParams(temperature=0, max_tokens=40, logprobs=1, ignore_eos=True)
-        core.add_request("preempted", {"prompt_token_ids": prompt}, params)
-        for _ in range(after):
-            core.step()
-        scheduler = core.engine_core.engine_core.scheduler
-        scheduler.reset_prefix_cache(reset_running_requests=True)
-        assert not scheduler.running, "the request must have been preempted"
-        finished = []
-        while core.has_unfinished_requests():
-            finished += [output for output in core.step() if output.finished]
-    assert alike(read_answers(finished)[0], expected)
+        assert alike(read_answers([preempted(llm, prompt, greedy(40), after)])[0], expected)
 
 
-@STEPS
-def test_a_stop_string_leaves_the_state_of_the_prompt_where_steps_have_read_past_the_answer(
-    folders, monkeypatch, steps
+@pytest.mark.parametrize(
+    "family, known, saved",
+    [("granite-hybrid", 78, 70), ("llama", 95, 95)],  # the step ahead reads a token, and ends a segment of 32
+)
+def test_an_answer_that_steps_have_read_past_leaves_what_was_kept_from_before(
+    folders, tmp_path, monkeypatch, family, known, saved
 ):
-    from vllm import SamplingParams
-
+    """A stop string ends it, which is found while a step is under way."""
     monkeypatch.setattr(stopstring, "ended", lambda *_: True)
-    prompt, question = tokens(70), tokens(30, seed=1)
-    named = {"deltamem_session": "s"}
-    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, extra_args=dict(named))
-    with engine(folders["granite-hybrid"], dtype="float32", settings=SMALL) as llm:
-        expected = ask(llm, prompt + question)[0]
-    with steps(), engine(folders["granite-hybrid"], dtype="float32", settings=SMALL) as llm:
+    prompt, question, named = tokens(70), tokens(30, seed=1), {"extra_args": {"deltamem_session": "s"}}
+    folder = folders.get(family) or save_model(tmp_path, family)
+    with ahead(), engine(folder, dtype="float32", settings=SMALL) as llm:
         core = llm.llm_engine
-        core.add_request("stopped", {"prompt_token_ids": prompt}, params)
-        for _ in range(8):
+        core.add_request("stopped", {"prompt_token_ids": prompt}, greedy(60, **named))
+        core.step()
+        (request,) = core.engine_core.engine_core.scheduler.running
+        while request.num_tokens < known:
             core.step()
-        scheduler = core.engine_core.engine_core.scheduler
-        (request,) = scheduler.running
-        request.num_computed_tokens = request.num_tokens + 1  # as while a step is under way
-        core.abort_request(["stopped"])
-        assert session_of(llm, "s").tokens.tolist() == prompt
-        got = ask(llm, prompt + question, extra_args=dict(named))[0]
-        assert alike(got, expected) and got[2] == len(prompt)
+        core.engine_core.engine_core.aborts_queue.put([request.request_id])
+        core.step()
+        core.abort_request(["stopped"])  # in the frontend
+        kept = session_of(llm, "s").tokens.tolist()
+        assert kept == request.all_token_ids[:saved] and request.num_computed_tokens > known
+        (got,) = ask(llm, kept + question, **named)
+    assert got[2] == saved
+    with engine(folder, dtype="float32", settings=SMALL) as llm:
+        assert alike(got, ask(llm, kept + question)[0])

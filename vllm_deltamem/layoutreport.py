@@ -20,7 +20,7 @@ def report(plan: MemoryPlan) -> str:
         "full attention": f"{full:,} at max_model_len {shape.max_model_len:,}",
         "reduction": f"{1 - held / full:.1%}",
         "heads": _heads(shape),
-        "recurrent layers": f"{shape.state_bytes:,} bytes of states, counted in all of these",
+        **_states(shape),
         "window": f"{layout.window} tokens, and the open segment",
         "segment": f"{layout.segment} tokens",
         "sinks": f"{layout.sinks} tokens",
@@ -31,11 +31,14 @@ def report(plan: MemoryPlan) -> str:
         "exact entries": _spread([count for i in compressed for count in layout.exact[i]]),
         "coarse entries": _spread([count for i in compressed for count in layout.coarse[i]]),
     }
-    if not shape.state_bytes:
-        del facts["recurrent layers"]
     width = max(map(len, facts)) + 2
     lines = [f"{name:<{width}}{fact}" for name, fact in facts.items()]
     return "\n".join([*lines, "", *_table(plan)])
+
+
+def _states(shape: Shape) -> dict[str, str]:
+    counted = f"{shape.state_bytes:,} bytes of states, counted in all of these"
+    return {"recurrent layers": counted} if shape.state_bytes else {}
 
 
 def _heads(shape: Shape) -> str:

@@ -1,7 +1,6 @@
 """The plan of a model's memory: its layout and policies, from vLLM's config alone, no weights needed."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from vllm.logger import init_logger
@@ -98,6 +97,9 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
 def _state_bytes(vllm_config) -> int:
     """What the recurrent layers of a hybrid model keep of a sequence on one worker."""
     from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    from vllm_deltamem.spec import state_page
 
     model = vllm_config.model_config
     layers = count_recurrent(model.hf_text_config)
@@ -108,5 +110,4 @@ def _state_bytes(vllm_config) -> int:
         raise ValueError(f"--attention-backend deltamem does not support recurrent layers in vLLM's {made.__name__}.")
     shapes = made.get_mamba_state_shape_from_config(vllm_config)
     dtypes = made.get_mamba_state_dtype_from_config(vllm_config)
-    size = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
-    return layers * align(size, STATE_ALIGNMENT)
+    return layers * state_page(MambaSpec(block_size=1, shapes=tuple(shapes), dtypes=tuple(dtypes)))

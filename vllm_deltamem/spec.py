@@ -48,6 +48,11 @@ def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> Delta
     )
 
 
+def state_page(spec: MambaSpec) -> int:
+    """Bytes that a recurrent layer's state takes of a block."""
+    return align(spec.state_content_size_bytes, STATE_ALIGNMENT)
+
+
 def place_states(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """The specs of all layers of a hybrid model, states in the blocks of the slots, behind them."""
     slots = {name: spec for name, spec in specs.items() if isinstance(spec, DeltaMemSpec)}
@@ -57,7 +62,7 @@ def place_states(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     block_size = next(iter(slots.values())).block_size
     for name, spec in states.items():
         told = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        placed = {"block_size": block_size, "page_size_padded": align(spec.state_content_size_bytes, STATE_ALIGNMENT)}
+        placed = {"block_size": block_size, "page_size_padded": state_page(spec)}
         states[name] = StateSpec(**(told | placed))
     return slots | specs | states
 
