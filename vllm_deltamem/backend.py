@@ -33,6 +33,7 @@ from vllm_deltamem.spec import make_spec, start_states
 
 TOGETHER = 32  # sequences of a call of merge()
 Table = tuple[list[int], list[int], list[int]]  # Rows on the host, with sequences of the batch in place of slots
+NOWHERE = -1  # the row of a sequence in a slab that has no slot of it
 
 
 class DeltaMemBackend(AttentionBackend):
@@ -70,15 +71,14 @@ class DeltaMemBackend(AttentionBackend):
     def customize_spec(cls, spec):
         if cls.serving is None:
             return spec
-        layout = cls.serving.layout
-        return make_spec(spec, layout.page_bytes, layout.shape.max_model_len)
+        return make_spec(spec, cls.serving)
 
 
 @dataclass
 class Step:
     """One piece of each of N sequences."""
 
-    rows: Rows
+    rows: list[Rows]  # of every slab: the same but for the slots, each of which is in one
     longest: int  # tokens of the longest piece
     tokens: int  # of all pieces
     reach: int | None  # tokens of the longest sequence, where the host may count on it
@@ -95,13 +95,14 @@ class DeltaMemMetadata:
     single: bool = False  # whether the first step is that of sequences with a single token, before pieces of the others
 
     @cached_property
-    def walks(self) -> "list[tuple[int, kernels.Pieces, bool]]":
-        """On a CPU: steps without copies of slots between them as one; the last piece, and whether any merges."""
+    def walks(self) -> "list[tuple[int, list[kernels.Pieces], bool]]":
+        """On a CPU: steps without copies of slots between them as one, by slab; the last piece, whether any merges."""
         copied, walks, steps = {branch.piece for branch in self.pool.branches}, [], []
         for piece, step in enumerate(self.steps, -self.single):
             steps.append(step)
             if piece in copied or step is self.steps[-1]:
-                walks.append((piece, kernels.Pieces.of(s.rows for s in steps), any(s.due for s in steps)))
+                slabs = [kernels.Pieces.of(rows) for rows in zip(*(s.rows for s in steps), strict=True)]
+                walks.append((piece, slabs, any(s.due for s in steps)))
                 steps = []
         return walks
 
@@ -121,6 +122,10 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             if (layer.impl.num_kv_heads, layer.impl.head_size) != shape.heads(position):
                 raise ValueError(f"--attention-backend deltamem does not know the heads of the layer {name}.")
             layer.impl.position = position
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
+        # Of every slab the slots of a step's sequences: captured CUDA graphs read them here.
+        self._held = torch.empty(1 + bool(self.plan.part), rows, dtype=torch.int32, device=device)
         if shape.state_bytes:
             start_states(vllm_config)
         SlotPool.held_by(self)
@@ -130,23 +135,23 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> DeltaMemMetadata:
         batch, pool = common_attn_metadata, self.pool
-        slots = batch.block_table_tensor[:, 0]
+        slots = self._slots(batch)
         starts = batch.query_start_loc_cpu.numpy()
         ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: speculative decoding is refused; 0 for padding
         counts = starts[1:] - starts[:-1]
         if ((counts == ends) & (ends > 0)).any():
-            pool.reset(Rows(_claimed(slots), batch.query_start_loc, batch.seq_lens))
+            pool.reset([Rows(held, batch.query_start_loc, batch.seq_lens) for held in slots])
         pool.due = []
         if batch.max_query_len > 1:
             steps = self._cut(starts.tolist(), ends.tolist(), slots)
             return DeltaMemMetadata(steps, batch.num_actual_tokens, pool, bool((counts == 1).any()))
         due = self._due(list(enumerate(ends.tolist())))
         pool.due = _with_longest(due, iter(self._place(due, slots)))
-        return self._decoding(batch)
+        return self._decoding(batch, slots)
 
     def build_for_cudagraph_capture(self, common_attn_metadata) -> DeltaMemMetadata:
         """Rows of a capture are no sequences: nothing is cleared before it or merged after it."""
-        return self._decoding(common_attn_metadata)
+        return self._decoding(common_attn_metadata, self._slots(common_attn_metadata))
 
     @cached_property
     def pool(self) -> SlotPool:
@@ -162,12 +167,24 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
             pool.warm_up(queries, impls[0].most_rows, shape.max_model_len)
         return pool
 
-    def _decoding(self, batch: CommonAttentionMetadata) -> DeltaMemMetadata:
+    def _slots(self, batch: CommonAttentionMetadata) -> list[torch.Tensor]:
+        """The slots of a step's sequences, of every slab a row [N]; those of padding hold vLLM's null block."""
+        table, parts = batch.block_table_tensor, self.plan.parts
+        held = list(self._held[:, : len(table)])
+        first = self.pool.places[table[:, 0]]
+        torch.div(first, parts, rounding_mode="floor", out=held[0])
+        if self.plan.part:
+            whole = table[:, 1] > 0  # a part has the null block beside it
+            held[0].masked_fill_(~whole, NOWHERE)
+            held[1].copy_(first).masked_fill_(whole, NOWHERE)
+        return held
+
+    def _decoding(self, batch: CommonAttentionMetadata, slots: list[torch.Tensor]) -> DeltaMemMetadata:
         """One token of every sequence, perhaps replayed from a CUDA graph: it merges after the forward pass."""
-        rows = Rows(batch.block_table_tensor[:, 0], batch.query_start_loc, batch.seq_lens)
+        rows = [Rows(held, batch.query_start_loc, batch.seq_lens) for held in slots]
         return DeltaMemMetadata([Step(rows, 1, batch.num_reqs, None, [])], batch.num_actual_tokens, self.pool)
 
-    def _cut(self, starts: list[int], ends: list[int], slots: torch.Tensor) -> list[Step]:
+    def _cut(self, starts: list[int], ends: list[int], slots: list[torch.Tensor]) -> list[Step]:
         """Cut every sequence's new tokens at segment boundaries; the k-th piece of each goes into step k.
 
         Sequences with a single new token have a step of their own, which decodes. Rows between the pieces of a
@@ -209,16 +226,17 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         calls = [due[first : first + TOGETHER] for first in range(0, len(due), TOGETHER)]
         return [([i for i, _ in call], [*range(len(call) + 1)], [end for _, end in call]) for call in calls]
 
-    def _place(self, tables: list[Table], slots: torch.Tensor) -> list[Rows]:
-        """Tables on the device, with slots in place of sequences; one copy for all."""
+    def _place(self, tables: list[Table], slots: list[torch.Tensor]) -> list[list[Rows]]:
+        """Tables on the device, with the slots of every slab in place of sequences; one copy for all."""
         if not tables:
             return []
         columns = [[x for part in column for x in part] for column in zip(*tables, strict=True)]
         owner, cu_seqlens, seq_lens = self.pool.upload(sum(columns, [])).split([len(column) for column in columns])
-        held = torch.where(owner >= 0, _claimed(slots[owner.clamp(min=0)]), -1)
         counts = [len(owners) for owners, _, _ in tables]
-        parts = held.split(counts), cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
-        return [Rows(*rows) for rows in zip(*parts, strict=True)]
+        ends = cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
+        held = [torch.where(owner >= 0, rows[owner.clamp(min=0)], NOWHERE).split(counts) for rows in slots]
+        slabs = [[Rows(*rows) for rows in zip(own, *ends, strict=True)] for own in held]
+        return [list(rows) for rows in zip(*slabs, strict=True)]
 
     def _layers(self) -> dict[str, torch.nn.Module]:
         """vLLM's attention layers by name, as they follow one another in the model."""
@@ -226,14 +244,9 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         return {name: layer for name, layer in layers.items() if name in self.layer_names}
 
 
-def _claimed(slots: torch.Tensor) -> torch.Tensor:
-    """Rows of vLLM's dummy runs, which all hold its null block, sit a call out as padding does."""
-    return torch.where(slots > 0, slots, -1)
-
-
-def _with_longest(tables: list[Table], placed: Iterator[Rows]) -> list[Due]:
+def _with_longest(tables: list[Table], placed: Iterator[list[Rows]]) -> list[Due]:
     """The next rows of `placed`, which are those tables."""
-    return [Due(next(placed), max(seq_lens)) for _, _, seq_lens in tables]
+    return [Due(next(placed)[0], max(seq_lens)) for _, _, seq_lens in tables]
 
 
 def _spread(rows: list[tuple[int, int, int, int]]) -> Table:
@@ -305,21 +318,26 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
                 reserve(self.plan, self.most_rows, TOGETHER, output.device)
             return output.zero_()
         n, pool = attn_metadata.num_tokens, attn_metadata.pool
-        slots, rope = pool.layers[self.position], pool.ropes[self.position]
+        rope = pool.ropes[self.position]
         query, key, value, out = query[:n], key[:n], value[:n], output.view(query.shape)[:n]
         if ON_CPU:
-            read = pool.readouts[self.position]
-            given = dict(k=key, v=value, q=query, out=out, scale=self.scale, sink_logits=self.sink_logits)
+            k, v, q = (x.contiguous() for x in (key, value, query))
+            given = dict(k=k, v=v, q=q, out=out, scale=self.scale, sink_logits=self.sink_logits)
             for piece, pieces, merges in attn_metadata.walks:
-                policy = pool.policies[self.position] if merges else None
-                kernels.walk(slots, pieces, rope, policy, read, **given)
+                for slab, own in zip(pool.slabs, pieces, strict=True):
+                    if not own.slot:
+                        continue
+                    policy = pool.policies[self.position] if merges and slab is pool.whole else None
+                    kernels.walk(slab.layers[self.position], own, rope, policy, slab.readouts[self.position], **given)
                 pool.copy_branches(self.position, piece)
             return output
         for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
             known = {"max_query_len": step.longest, "live_tokens": step.tokens}
-            kernels.write(key, value, slots, *step.rows, **known)
-            known |= {"sink_logits": self.sink_logits, "max_seq_len": step.reach}
-            kernels.attend(query, slots, *step.rows, self.scale, out, rope, **known)
+            beside = {"sink_logits": self.sink_logits, "max_seq_len": step.reach}
+            for slab, rows in zip(pool.slabs, step.rows, strict=True):
+                slots = slab.layers[self.position]
+                kernels.write(key, value, slots, *rows, **known)
+                kernels.attend(query, slots, *rows, self.scale, out, rope, **known, **beside)
             pool.merge(self.position, step.due)
             pool.copy_branches(self.position, piece)
         return output

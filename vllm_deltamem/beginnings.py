@@ -5,6 +5,7 @@ prompt parts from it, so that one is kept as it is there, once a second prompt h
 """
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -28,15 +29,15 @@ class Beginnings:
 
     def __init__(self, segment: int):
         self._segment = segment
-        self._seen: OrderedDict[tuple[bytes, str | None], Seen] = OrderedDict()  # by digest and salt
+        self._seen: OrderedDict[tuple[bytes, Hashable], Seen] = OrderedDict()  # by digest and kind
 
-    def part(self, prompt: Prompt, salt: str | None, request_id: str) -> tuple[int, str | None]:
+    def part(self, prompt: Prompt, kind: Hashable, request_id: str) -> tuple[int, str | None]:
         """Remember a prompt. Returns how many tokens, in whole segments, it shares with one that it parts from: whose.
 
-        0 and None where it does not part, but goes on from the earlier one.
+        0 and None where it does not part, but goes on from the earlier one. kind: what both must have alike besides.
         """
         ends = range(self._segment, len(prompt.ids) + 1, self._segment)
-        keys = [(prompt.digest(end), salt) for end in ends]
+        keys = [(prompt.digest(end), kind) for end in ends]
         known = len(list(takewhile(self._seen.__contains__, keys)))
         shared, last = known * self._segment, self._seen[keys[known - 1]] if known else Seen(prompt.ids[:0], "")
         goes_on = last.rest is not None and np.array_equal(last.rest, prompt.ids[shared : shared + len(last.rest)])

@@ -27,8 +27,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker, self.scheduler = ConnectorWorker(self.store), None
         else:
             self.store = open_store(vllm_config, 0)
-            slots = kv_cache_config.num_blocks - 1  # vLLM keeps one block for itself
-            self.worker, self.scheduler = None, ConnectorScheduler(vllm_config, self.store, slots)
+            self.worker, self.scheduler = None, ConnectorScheduler(vllm_config, self.store, kv_cache_config.num_blocks)
 
     def shutdown(self):
         if self.worker is not None:
@@ -42,12 +41,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager):
         super().bind_kv_cache_manager(kv_cache_manager)
-        if self._kv_transfer_config.get_from_extra_config(CONTINUING, False):
-            (slots,) = kv_cache_manager.coordinator.single_type_managers
-            self.scheduler.bind_vacancies(slots.vacancies)
-
-    def bind_gpu_block_pool(self, gpu_block_pool):
-        self.scheduler.bind_pool(gpu_block_pool)
+        (slots,) = kv_cache_manager.coordinator.single_type_managers
+        self.scheduler.bind(slots, self._kv_transfer_config.get_from_extra_config(CONTINUING, False))
 
     def get_loaded_kv_cache_group_ids(self, request):
         return tuple(range(self._groups))
@@ -56,7 +51,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
-        self.scheduler.claim(request, blocks, num_external_tokens)
+        self.scheduler.claim(request, num_external_tokens)
+
+    def outgrown(self, running):
+        return self.scheduler.outgrown(running)
 
     def build_connector_meta(self, scheduler_output):
         return self.scheduler.plan_step(scheduler_output)

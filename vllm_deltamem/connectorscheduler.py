@@ -8,14 +8,14 @@ admitted, and the last to finish is the one that stays. A turn begins when its r
 later is final for it (one in host memory alone, once a step has told the worker).
 
 A request without a session goes on in a slot, or in a copy of one, that holds the beginning of its prompt (unnamed.py),
-in the step that admits it: there is nothing to load.
+in the step that admits it: there is nothing to load. A short one holds a part of a slot, until it has outgrown it.
 """
 
 import uuid
 from collections.abc import Iterable
 
 from vllm.logger import init_logger
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_deltamem import stopstring
 from vllm_deltamem.carrier import end
@@ -27,7 +27,7 @@ from vllm_deltamem.saves import Saves
 from vllm_deltamem.sessions import SessionRefused, SessionStore
 from vllm_deltamem.transfers import Report, StepMetadata, Transfer, Turn
 from vllm_deltamem.unnamed import Unnamed
-from vllm_deltamem.vacancies import Vacancies
+from vllm_deltamem.vacancies import SlotManager
 
 logger = init_logger(__name__)
 
@@ -36,12 +36,12 @@ ENDED = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, Re
 
 
 class ConnectorScheduler:
-    """The scheduler's side; slots: how many there are."""
+    """The scheduler's side; blocks: how many vLLM has, one of which it keeps for itself."""
 
-    def __init__(self, vllm_config, store: SessionStore, slots: int):
-        self._plan = plan_memory(vllm_config)
-        self._grain, self._model = self._plan.grain, vllm_config.model_config
-        self._store, self._n_slots = store, slots
+    def __init__(self, vllm_config, store: SessionStore, blocks: int):
+        self.plan = plan_memory(vllm_config)
+        self._grain, self._model = self.plan.grain, vllm_config.model_config
+        self._store, self._n_slots = store, (blocks - 1) // self.plan.parts
         self._saves = Saves(store, self._grain, vllm_config.parallel_config.world_size)
         self._requests: dict[str, RequestState] = {}  # that have not finished
         self._unnamed = Unnamed(self._grain, vllm_config.scheduler_config.max_num_batched_tokens)
@@ -49,26 +49,27 @@ class ConnectorScheduler:
         self._step = StepMetadata()  # being put together
         self._waits = False  # whether a request of this step waits for a save
         self._stats = DeltaMemStats()
-        self._block_pool = None
-        self._say_sizes()
+        self._slots: SlotManager | None = None
+        self._say_sizes(blocks - 1)
 
-    def _say_sizes(self) -> None:
-        shape = self._plan.whole.shape
+    def _say_sizes(self, parts: int) -> None:
+        plan, shape = self.plan, self.plan.whole.shape
+        short = f", or {parts:,} of up to {plan.part_tokens:,} tokens, each in a part of a slot"
         logger.info(
             "deltamem: %s bytes per sequence at any length; full attention would hold %s at max_model_len %s; "
-            "%s sequences fit.",
-            f"{self._plan.bytes_per_sequence:,}",
+            "%s sequences fit%s.",
+            f"{plan.bytes_per_sequence:,}",
             f"{shape.full_attention_bytes(shape.max_model_len):,}",
             f"{shape.max_model_len:,}",
             self._n_slots,
+            short if plan.part else "",
         )
 
-    def bind_pool(self, block_pool) -> None:
-        self._block_pool = block_pool
-
-    def bind_vacancies(self, vacancies: Vacancies) -> None:
-        """Have prompts go on in slots that others have left."""
-        self._unnamed.bind(vacancies)
+    def bind(self, slots: SlotManager, continuing: bool) -> None:
+        """Use these slots; continuing: have prompts go on in those that others have left."""
+        self._slots = slots
+        if continuing:
+            self._unnamed.bind(slots)
 
     def arrive(self, request) -> None:
         """A request is there; nothing has been computed of it."""
@@ -76,6 +77,7 @@ class ConnectorScheduler:
         options = options_of(request.sampling_params)
         name, tenant = options.get(SESSION), options.get(TENANT)
         answer = (request.num_prompt_tokens // self._grain + 1) * self._grain
+        self._admit(request, self._is_short(request))
         if not options.keys() & SESSIONS and not untold(request) and self._unnamed.arrive(request):
             state.answer = answer
         if name is None:
@@ -91,6 +93,7 @@ class ConnectorScheduler:
 
     def match(self, request, computed: int) -> tuple[int | None, bool]:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
+        self._admit(request, self._is_short(request))
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
             return self._unnamed.match(request), False
         state = self._requests[request.request_id]
@@ -124,12 +127,11 @@ class ConnectorScheduler:
         state.matched = Turn(tenant, name, last.save_id), reach
         return length, True
 
-    def claim(self, request, blocks, matched_tokens: int) -> None:
+    def claim(self, request, matched_tokens: int) -> None:
         """A request has claimed a slot, and so many of its tokens need not be computed."""
-        state = self._requests[request.request_id]
-        slot = state.slot = blocks.get_block_ids()[0][0]
+        state, slot = self._requests[request.request_id], self._slots.slot(request.request_id)
         if request.request_id in self._unnamed:
-            source = self._unnamed.claim(request.request_id, slot)
+            source = self._unnamed.claim(request.request_id)
             if source is not None and matched_tokens:
                 self._step.copies[slot] = source
             self._stats.count("prompts_continued", matched_tokens > 0)
@@ -141,48 +143,54 @@ class ConnectorScheduler:
             state.restoring = matched_tokens
         state.matched = None
 
+    def outgrown(self, running: Iterable[Request]) -> list[Request]:
+        """Which requests need a whole slot for their next token: they are to start anew."""
+        return [request for request in running if request.request_id in self._slots.short and self._outgrows(request)]
+
     def plan_step(self, scheduler_output) -> StepMetadata:
         """What workers have to do with the next step."""
         step, self._step = self._step, StepMetadata()
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
-            pins = step.pins[self._requests[request.req_id].slot] = pins_of(request.sampling_params)
+            pins = step.pins[self._slots.slot(request.req_id)] = pins_of(request.sampling_params)
             self._stats.count("tokens_pinned", sum(end - first for first, end in pins))
         for request_id in cached.resumed_req_ids:
-            state = self._requests[request_id]
-            step.pins[state.slot] = pins_of(state.params)
+            step.pins[self._slots.slot(request_id)] = pins_of(self._requests[request_id].params)
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
             if end == self._requests[request_id].answer and max(end - self._grain, 1) <= done:
                 keep = self._branch if request_id in self._unnamed else self._keep
                 keep(request_id, done, step)
-        parts = _parts(scheduler_output)
-        step.branches = self._unnamed.plan(parts)
-        self._count_tokens(parts)
+        reads = _reads(scheduler_output)
+        step.branches = self._unnamed.plan(reads)
+        self._count_tokens(reads)
+        step.moves = self._slots.make_room()
         idle = not scheduler_output.num_scheduled_tokens
         step.waiting = idle and (self._waits or any(state.restoring for state in self._requests.values()))
         self._waits = False
         return step
 
-    def finish(self, request, slots: list[int]) -> tuple[Transfer | None, dict | None]:
+    def finish(self, request, blocks: list[int]) -> tuple[Transfer | None, dict | None]:
         """A request ends: what to save of it now, and what its response says of its session."""
+        self._slots.admit(request.request_id, False)
         state, unnamed = self._requests.pop(request.request_id), self._unnamed.finish(request.request_id)
         turn, said = state.turn, {"name": _source(request), **(state.outcome or {})}
         if turn is None and not unnamed:
             return None, {SESSION: said} if state.outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
+        slot = self._slots.slot(request.request_id) if blocks else None
         beyond = request.num_computed_tokens // self._grain != computed // self._grain
         if beyond:  # steps under way read more than can be taken back
             computed = state.kept
-        if state.restoring or not self._complete(request) or not slots or not computed:
+        if state.restoring or not self._complete(request) or not blocks or not computed:
             if turn is not None:
                 self._over(turn)
             return None, None
         if turn is None:
-            self._unnamed.leave(request, slots[0], computed)
+            self._unnamed.leave(request, slot, computed)
             return None, None
         tokens, n_earlier = list(request.all_token_ids[:computed]), state.kept if state.kept < computed else 0
-        save = Transfer(request.request_id, slots[0], turn, tokens, n_earlier, from_kept=beyond)
+        save = Transfer(request.request_id, slot, turn, tokens, n_earlier, from_kept=beyond)
         self._stats.count("sessions_saved", 1)
         try:
             self._saves.add(save)
@@ -219,10 +227,29 @@ class ConnectorScheduler:
 
     def stats(self) -> DeltaMemStats:
         """What was counted since the last call."""
-        free = self._block_pool.get_num_free_blocks()
+        used, parts_used = self._slots.used()
         stats, self._stats = self._stats, DeltaMemStats()
-        stats.data |= {"slots_used": self._n_slots - free, "slots_free": free}
+        stats.data |= {"slots_used": used, "slots_free": self._n_slots - used, "parts_used": parts_used}
         return stats
+
+    def _admit(self, request, short: bool) -> None:
+        """Have a request claim a part of a slot, or a whole one."""
+        name = request.request_id
+        if short != (name in self._slots.short):
+            self._slots.admit(name, short)
+            if name in self._unnamed:
+                self._unnamed.readmit(request)
+
+    def _is_short(self, request) -> bool:
+        """Not if it grows from turn to turn, or by what is yet to come: then it has a whole slot at once."""
+        grows = request.resumable or options_of(request.sampling_params).keys() & SESSIONS
+        return not grows and request.num_tokens <= self.plan.part_tokens
+
+    def _outgrows(self, request) -> bool:
+        """Whether a part has no room for the next token, unless there is none: vLLM, too, sees that ahead."""
+        under_way, ends = request.num_output_placeholders, request.num_prompt_tokens + request.max_tokens
+        over = under_way and request.num_computed_tokens + 2 - under_way >= ends
+        return request.num_computed_tokens >= self.plan.part_tokens and not over
 
     def _complete(self, request) -> bool:
         """Whether a request leaves a memory to save: not one whose client has gone."""
@@ -243,34 +270,35 @@ class ConnectorScheduler:
         written anew. The prompt before the answer it will contain, and this memory can be taken back to.
         """
         kept = sum(state.kept > 0 for state in self._requests.values())
-        if (kept + 1) * self._plan.worker_bytes <= self._store.settings.host_bytes:
-            state = self._requests[request_id]
-            state.kept = done
-            step.kept[request_id] = state.slot
+        if (kept + 1) * self.plan.worker_bytes <= self._store.settings.host_bytes:
+            self._requests[request_id].kept = done
+            step.kept[request_id] = self._slots.slot(request_id)
 
     def _branch(self, request_id: str, done: int, step: StepMetadata) -> None:
         """The same for a request without a session, in a slot that is vacant."""
         slot = self._unnamed.keep(request_id, done)
         if slot is not None:
-            step.copies[slot] = self._requests[request_id].slot
+            step.copies[slot] = self._slots.slot(request_id)
 
-    def _count_tokens(self, parts: list[tuple[str, int, int]]) -> None:
+    def _count_tokens(self, reads: list[tuple[str, int, int]]) -> None:
         """What a step writes, and where it makes room, from positions alone."""
-        layout, longest = self._plan.whole, 0
-        for _, before, after in parts:
+        layout, longest = self.plan.whole, 0
+        for request_id, before, after in reads:
             longest = max(longest, after)
             self._stats.count("tokens_written", after - before)
+            if request_id in self._slots.short:  # they are where they were
+                continue
             for name, amount in layout.placed(before, after).items():
                 self._stats.count(f"tokens_{name}", amount)
         if longest:
             self._stats.data |= {
-                "bytes_per_sequence": self._plan.bytes_per_sequence,
+                "bytes_per_sequence": self.plan.bytes_per_sequence,
                 "full_attention_bytes": layout.shape.full_attention_bytes(longest),
                 "longest_sequence_tokens": longest,
             }
 
 
-def _parts(scheduler_output) -> list[tuple[str, int, int]]:
+def _reads(scheduler_output) -> list[tuple[str, int, int]]:
     """Of every request of a step, how much of it has been computed before and will be after it."""
     cached, new = scheduler_output.scheduled_cached_reqs, scheduler_output.scheduled_new_reqs
     done = {request.req_id: request.num_computed_tokens for request in new}

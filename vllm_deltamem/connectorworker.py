@@ -50,7 +50,7 @@ class ConnectorWorker:
                 pool.branch(step.branches)
             pool.pin(step.pins)
             for request_id, slot in step.kept.items():
-                self._earlier[request_id] = self.carrier.copy(pool.slab[slot])
+                self._earlier[request_id] = self.carrier.copy(pool.memory(slot))
         for turn in step.begun:
             self._store.begin(turn.tenant, turn.name, turn.save_id)
 
@@ -59,14 +59,15 @@ class ConnectorWorker:
         pool = SlotPool.serving()
         for transfer in step.restores:
             pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
-            self.carrier.read(transfer, pool.slab[transfer.slot])
+            self.carrier.read(transfer, pool.memory(transfer.slot))
 
     def end_step(self, step: StepMetadata) -> None:
-        """Merge what is due, and note what has been read and written."""
+        """Merge what is due, move what is in the way, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
             pool.branches = []  # a dummy run has none
             pool.merge_due()
+            pool.move(step.moves)
         for turn in step.ended:
             self._store.end(turn.tenant, turn.name, turn.save_id)
         if step.waiting:
@@ -96,13 +97,13 @@ class ConnectorWorker:
     def _copy(self, transfer: Transfer) -> None:
         """Copy a slot, to be written."""
         kept = self._earlier.pop(transfer.request_id, None)
-        slot = kept if transfer.from_kept else self.carrier.copy(SlotPool.serving().slab[transfer.slot])
+        slot = kept if transfer.from_kept else self.carrier.copy(SlotPool.serving().memory(transfer.slot))
         self.carrier.write(Write(transfer, slot, kept if transfer.n_earlier else None))
 
     def _place(self, read: Read) -> None:
         """Have a slot hold what was read, and report it."""
         transfer, pool = read.transfer, SlotPool.serving()
-        pool.forget([transfer.slot])
+        pool.forget(transfer.slot)
         try:
             read.place()
             written, asked = (clip(x, transfer.reach.length) for x in (pool.pins_of(transfer.slot), transfer.pins))

@@ -21,6 +21,7 @@ def report(plan: MemoryPlan) -> str:
         "reduction": f"{1 - held / full:.1%}",
         "heads": _heads(shape),
         **_states(shape),
+        **_short(plan),
         "window": f"{layout.window} tokens, and the open segment",
         "segment": f"{layout.segment} tokens",
         "sinks": f"{layout.sinks} tokens",
@@ -39,6 +40,12 @@ def report(plan: MemoryPlan) -> str:
 def _states(shape: Shape) -> dict[str, str]:
     counted = f"{shape.state_bytes:,} bytes of states, counted in all of these"
     return {"recurrent layers": counted} if shape.state_bytes else {}
+
+
+def _short(plan: MemoryPlan) -> dict[str, str]:
+    size = plan.block_bytes * plan.workers
+    kept = f"up to {plan.part_tokens:,} tokens, exact, in {size:,} bytes: one of {plan.parts} parts of a slot"
+    return {"short sequences": kept} if plan.part else {}
 
 
 def _heads(shape: Shape) -> str:

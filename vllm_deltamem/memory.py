@@ -21,6 +21,8 @@ DEFAULT_FIDELITY = "k8v4"  # of a model without a profile: next to free on every
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
 WINDOW_SHARE = 0.25  # of a small memory, without a profile that says otherwise
 NEAR = 64  # tokens: importance is learned from queries that are at least so far from the token
+SHORT_SHARE = 0.125  # of the memory that a short sequence may take, as it is
+SHORT_TOKENS = 1024  # tokens of it at least
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,22 @@ def plan_layout(
         exact.append(x)
         coarse.append(max(min((spare - x * exact_bytes) // entry, longest - x), 0))
     return divided(_rows(exact, shape), _rows(coarse, shape))
+
+
+def plan_part(whole: Layout, most: int) -> Layout | None:
+    """The division of a part of a slot, in which every head's ring holds all tokens of a short sequence.
+
+    A layer's sliding window is what it is in a whole slot. most: tokens that the ring may have. None where there can
+    be no such part.
+    """
+    segment = whole.segment
+    cells = max(int(whole.memory_tokens * SHORT_SHARE), SHORT_TOKENS, 2 * segment)
+    window = min(cells, most) // segment * segment - segment
+    if window <= 0 or whole.shape.state_bytes:  # states have no layout of their own
+        return None
+    nothing = tuple((0,) * len(row) for row in whole.exact)
+    codecs = (FIDELITIES["bf16"],) * len(whole.codecs)
+    return replace(whole, codecs=codecs, window=window, pinned=0, exact=nothing, coarse=nothing, least_page=0)
 
 
 def _rows(counts: list[int], shape: Shape) -> tuple[tuple[int, ...], ...]:

@@ -7,8 +7,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm_deltamem.plan import plan_memory
 
 GAUGES = {
-    "slots_used": "Slots that sequences hold.",
+    "slots_used": "Slots that sequences hold, parts taken together.",
     "slots_free": "Slots that wait for a sequence.",
+    "parts_used": "Parts of slots that short sequences hold.",
     "bytes_per_sequence": "Bytes of one slot on all workers, whatever the length of its sequence.",
     "full_attention_bytes": "Bytes that full attention would hold for the longest sequence of the last step.",
     "longest_sequence_tokens": "Tokens of the longest sequence of the last step.",
@@ -69,10 +70,11 @@ class DeltaMemPromMetrics(KVConnectorPromMetrics):
                 for engine, values in per_engine_labelvalues.items():
                     self._metrics[engine, name] = metric.labels(*values)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) // len(per_engine_labelvalues)  # vLLM has their sum
+        plan = plan_memory(vllm_config)
         for engine in per_engine_labelvalues:
-            self.observe({"bytes_per_sequence": plan_memory(vllm_config).bytes_per_sequence}, engine)
+            self.observe({"bytes_per_sequence": plan.bytes_per_sequence}, engine)
             if blocks:
-                self.observe({"slots_free": blocks - 1}, engine)  # vLLM keeps one block for itself
+                self.observe({"slots_free": (blocks - 1) // plan.parts}, engine)  # vLLM keeps one block for itself
 
     def observe(self, transfer_stats_data, engine_idx=0):
         for name, value in transfer_stats_data.items():

@@ -10,7 +10,8 @@ from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels.pairs import Pairs
 from vllm_deltamem.kernels.slot import Policy
 from vllm_deltamem.layers import count_recurrent, find_attending, find_heads, find_windows
-from vllm_deltamem.memory import ALIGNMENT, STATE_ALIGNMENT, Layout, Shape, align, worker_heads
+from vllm_deltamem.memory import ALIGNMENT, STATE_ALIGNMENT, Layout, Shape, align, plan_part, worker_heads
+from vllm_deltamem.rope import trained_context
 
 logger = init_logger(__name__)
 
@@ -25,6 +26,18 @@ class MemoryPlan:
     merge: bool
     heads: slice  # kv heads of this worker
     workers: int
+    part: Layout | None = None  # of this worker: of a part of a slot, which a short sequence holds
+    parts: int = 1  # of a slot, each a block of vLLM's
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of the longest sequence that holds a part of a slot; 0 where all hold whole ones."""
+        return self.part.ring - 1 if self.part else 0
+
+    @property
+    def block_bytes(self) -> int:
+        """What a block of vLLM's takes on one worker."""
+        return self.worker_bytes // self.parts
 
     @property
     def worker_bytes(self) -> int:
@@ -82,15 +95,22 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
             "`deltamem calibrate MODEL -o PROFILE` makes one; heads then get what they need."
         )
     whole = profiles.divide(shape, settings, profile)
-    parts = [whole.of_worker(i, workers) for i in range(workers)]
-    page = align(max(part.page_bytes for part in parts), STATE_ALIGNMENT if shape.state_bytes else ALIGNMENT)
+    layouts = [whole.of_worker(i, workers) for i in range(workers)]
+    page = max(layout.page_bytes for layout in layouts)
+    part = plan_part(whole, trained_context(hf) or shape.max_model_len)
+    parts = page // max(part.of_worker(i, workers).page_bytes for i in range(workers)) if part else 1
+    if parts < 2:
+        part, parts = None, 1
+    least = align(-(-page // parts), STATE_ALIGNMENT if shape.state_bytes else ALIGNMENT)
     return MemoryPlan(
-        layout=parts[rank].with_page(page),
+        layout=layouts[rank].with_page(least * parts),
         whole=whole,
         profile=profile,
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
         workers=workers,
+        part=part and part.of_worker(rank, workers).with_page(least),
+        parts=parts,
     )
 
 

@@ -19,6 +19,7 @@ class Beginning(NamedTuple):
     digest: bytes
     pins: tuple[tuple[int, ...], ...]
     salt: str | None
+    short: bool
 
 
 class Readers:
@@ -33,7 +34,8 @@ class Readers:
         """A request arrives that may read for others, or have others read for it."""
         closed = (len(prompt.ids) - 1) // self._segment * self._segment
         if closed:
-            beginning = Beginning(closed, prompt.digest(closed), tuple(map(tuple, kind.pins)), kind.salt)
+            pins = tuple(map(tuple, kind.pins))
+            beginning = Beginning(closed, prompt.digest(closed), pins, kind.salt, kind.short)
             self._beginnings[request.request_id] = beginning
             self._alike.setdefault(beginning, {})[request.request_id] = request
 

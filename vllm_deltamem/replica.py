@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.serveoptions import parse
 
 # How long a replica that is stopped may go on to write sessions, in seconds; vLLM's own default is 5.
@@ -73,7 +74,8 @@ class Engine:
         slots = config.scheduler_config.max_num_seqs
         blocks = config.cache_config.num_gpu_blocks
         return {
-            "slots": min(slots, blocks - 1) if blocks else slots,  # vLLM keeps one block for itself
+            # vLLM keeps one block for itself.
+            "slots": min(slots, (blocks - 1) // plan_memory(config).parts) if blocks else slots,
             "slots_wanted": self.engine.get_num_unfinished_requests(),
         }
 

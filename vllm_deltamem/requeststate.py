@@ -12,7 +12,6 @@ class RequestState:
     params: SamplingParams | None
     turn: Turn | None = None  # of the session that it will be saved as
     answer: int | None = None  # where the first merge after its prompt will be, before which a memory may be kept
-    slot: int | None = None
     kept: int = 0  # tokens of that memory
     matched: tuple[Turn, Reach] | None = None  # what to restore once there is a slot
     restoring: int = 0  # tokens of what workers are restoring

@@ -45,6 +45,11 @@ def extend(model_config, least: int) -> None:
     )
 
 
+def trained_context(text) -> int:
+    """Tokens of context that a model was made for, where extend() has it count further; else 0."""
+    return getattr(text, TRAINED, 0)
+
+
 def _obstacle(text) -> str | None:
     """What keeps positions from being continued, if anything does."""
     ropes = _ropes(text)
@@ -69,7 +74,7 @@ def find_ropes(model_config, shape: Shape, device: torch.device | str) -> list[R
     Raises ValueError where positions go past the tables, or past the trained ones of such a model.
     """
     text, positions = model_config.hf_text_config, shape.max_model_len
-    rotated, trained = find_rotated(text), getattr(text, TRAINED, 0)
+    rotated, trained = find_rotated(text), trained_context(text)
     if not any(rotated[layer] for layer in shape.full_layers):
         return [None] * shape.layers
     if model_config.using_transformers_backend():

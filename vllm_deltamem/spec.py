@@ -1,6 +1,7 @@
-"""The slot towards vLLM's block manager: one block per sequence and layer, for its whole life."""
+"""The slot towards vLLM's block manager: the same blocks of a sequence for its whole life."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from vllm.v1.kv_cache_interface import (
@@ -14,12 +15,22 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_deltamem.memory import STATE_ALIGNMENT, align
+from vllm_deltamem.plan import MemoryPlan
 from vllm_deltamem.vacancies import SlotManager
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaMemSpec(CircularBufferSpec):
     """A page of opaque bytes. Claimed at admission, never grown, returned at finish, abort and preemption."""
+
+    parts: int = 1  # of a slot, each a block: a sequence holds all of them, or one if it is short
+    part_tokens: int = 0  # that a short one has at most
+
+    def max_memory_usage_bytes(self, vllm_config) -> int:
+        return self.parts * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config, max_len: int) -> int:
+        return self.parts
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(spec, (DeltaMemSpec, StateSpec)) for spec in kv_cache_specs.values())
@@ -29,20 +40,25 @@ class DeltaMemSpec(CircularBufferSpec):
 class StateSpec(MambaSpec):
     """The state of a recurrent layer, in the block of its sequence's slot."""
 
+    parts: ClassVar[int] = 1
+    part_tokens: ClassVar[int] = 0
 
-def make_spec(spec: AttentionSpec, page_bytes: int, max_model_len: int) -> DeltaMemSpec:
-    """The spec of a layer with pages of that size, in place of the paged spec that vLLM made.
 
-    The block covers max_model_len tokens, so that vLLM's slot mapping stays inside a one-block table.
+def make_spec(spec: AttentionSpec, plan: MemoryPlan) -> DeltaMemSpec:
+    """The spec of a layer, in place of the paged spec that vLLM made.
+
+    All blocks of a slot cover max_model_len tokens, so that vLLM's slot mapping stays inside its table.
     """
     _register()
     return DeltaMemSpec(
-        block_size=max(max_model_len, spec.block_size),
+        block_size=-(-max(plan.layout.shape.max_model_len, spec.block_size) // plan.parts),
+        parts=plan.parts,
+        part_tokens=plan.part_tokens,
         num_kv_heads=1,  # whatever the layer has: its page has no heads
         head_size=1,
         dtype=torch.uint8,
         num_head_slots=1,
-        state_content_bytes=page_bytes,
+        state_content_bytes=plan.layout.page_bytes // plan.parts,
         tokens_per_state=-1,
         dcp_sharded=False,
     )

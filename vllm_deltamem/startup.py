@@ -104,11 +104,12 @@ def check_version() -> None:
 
 def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
-    from vllm_deltamem.patches import http_tenant, hybrid_states, profiling_cache, request_options
+    from vllm_deltamem.patches import http_tenant, hybrid_states, outgrown_parts, profiling_cache, request_options
 
     check_version()
     profiling_cache.apply()
     hybrid_states.apply()
+    outgrown_parts.apply()
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from vllm_deltamem.blocks import Moves, Slot
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -32,7 +34,7 @@ class Transfer:
     """A session to save from a slot or to restore into it, and the save that it is."""
 
     request_id: str
-    slot: int
+    slot: Slot
     turn: Turn
     tokens: list[int] = field(default_factory=list)  # of a save
     n_earlier: int = 0  # of a save: how many of them the memory had read that the worker kept; 0 if it kept none
@@ -113,8 +115,8 @@ def clip(spans: list[list[int]], length: int) -> list[list[int]]:
 class Branch(NamedTuple):
     """What a slot holds in the middle of a step, once a piece of its prompt is read, goes to a vacant one."""
 
-    slot: int
-    target: int
+    slot: Slot
+    target: Slot
     piece: int  # of those that the step cuts the prompt into, one per segment
 
 
@@ -122,12 +124,13 @@ class Branch(NamedTuple):
 class StepMetadata(KVConnectorMetadata):
     """What the scheduler asks of the workers in one step."""
 
-    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
+    pins: dict[Slot, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
-    kept: dict[str, int] = field(default_factory=dict)  # slots to copy as they are before this step, by request
-    copies: dict[int, int] = field(default_factory=dict)  # likewise, by the slot that they are copied to
+    kept: dict[str, Slot] = field(default_factory=dict)  # slots to copy as they are before this step, by request
+    copies: dict[Slot, Slot] = field(default_factory=dict)  # likewise, by the slot that they are copied to
     branches: list[Branch] = field(default_factory=list)
+    moves: Moves = field(default_factory=lambda: Moves({}, {}))  # after the forward pass
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)
     waiting: bool = False  # whether there is nothing to do but to wait for what is being saved or restored

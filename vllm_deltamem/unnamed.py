@@ -9,10 +9,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_deltamem import beginnings
 from vllm_deltamem.beginnings import Beginnings
+from vllm_deltamem.blocks import Slot
 from vllm_deltamem.options import pins_of
 from vllm_deltamem.readers import Readers
 from vllm_deltamem.transfers import Branch, Prompt, Span
-from vllm_deltamem.vacancies import Kind, Vacancies, Vacancy
+from vllm_deltamem.vacancies import Kind, SlotManager, Vacancy
 
 
 class Unnamed:
@@ -21,36 +22,40 @@ class Unnamed:
     def __init__(self, segment: int, chunk: int):
         self._segment = segment
         self._readers, self._beginnings = Readers(segment, chunk), Beginnings(segment)
-        self._vacancies: Vacancies | None = None  # where `--no-enable-prefix-caching` says so: nobody arrives
+        self._slots: SlotManager | None = None  # where `--no-enable-prefix-caching` says so: nobody arrives
         self._requests: dict[str, Request] = {}  # that are not finished
-        self._slots: dict[str, int] = {}  # theirs
         self._parting: dict[str, set[int]] = {}  # tokens after which their prompts part from others
         self._leaders: dict[str, tuple[Request, int]] = {}  # who reads so far for a request, and how far
         self._awaiting: dict[str, bool] = {}  # of requests that the step at hand has asked about
-        self._sources: dict[str, int | None] = {}  # which slot a request that is admitted starts with a copy of
+        self._sources: dict[str, Slot | None] = {}  # which slot a request that is admitted starts with a copy of
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
-    def bind(self, vacancies: Vacancies) -> None:
+    def bind(self, slots: SlotManager) -> None:
         """Have prompts go on in slots that others have left."""
-        self._vacancies = vacancies
+        self._slots = slots
 
     def arrive(self, request: Request) -> bool:
-        """Whether a request takes part in this, of which nothing has been computed.
+        """Whether a request takes part in this, of which nothing has been computed; what it will hold is known.
 
         If its prompt parts from one that is not read yet, that one reads for both.
         """
-        if self._vacancies is None:
+        if self._slots is None:
             return False
-        name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), _kind(request)
+        name, prompt, kind = request.request_id, Prompt(request.prompt_token_ids), self._claims(request)
         self._requests[name] = request
         if not kind.pins and self._segment > 1:  # states of recurrent layers can't be copied while a chunk is read
-            shared, earlier = self._beginnings.part(prompt, kind.salt, name)
+            shared, earlier = self._beginnings.part(prompt, (kind.salt, kind.short), name)
             if shared >= beginnings.LEAST:
                 self._follow(name, earlier, shared)
         self._readers.add(request, prompt, kind)
         return True
+
+    def readmit(self, request: Request) -> None:
+        """A request of which nothing is computed any more is to claim another kind of slot than it did."""
+        self._readers.remove(request.request_id)
+        self._readers.add(request, Prompt(request.prompt_token_ids), self._claims(request))
 
     def match(self, request: Request) -> int | None:
         """How many tokens of a prompt the slot of another request holds, or held; None to wait until it does."""
@@ -59,47 +64,46 @@ class Unnamed:
             return None
         source, length = self._readers.find(request)
         if source is None:
-            length, slot = self._vacancies.choose(name, request.all_token_ids, _kind(request))
+            length, slot = self._slots.vacancies.choose(name, request.all_token_ids, self._claims(request))
         elif length:
-            self._vacancies.pass_over()
-            slot = self._slots[source]
+            self._slots.vacancies.pass_over()
+            slot = self._slots.slot(source)
         else:
             return None
         self._sources[name] = slot
         return length
 
-    def claim(self, request_id: str, slot: int) -> int | None:
+    def claim(self, request_id: str) -> Slot | None:
         """A request has claimed a slot. Returns the one that it starts with a copy of, if it does."""
-        self._slots[request_id] = slot
         return self._sources.pop(request_id, None)
 
-    def plan(self, parts: list[tuple[str, int, int]]) -> list[Branch]:
-        """Which memories a step keeps as they are where prompts part. parts: of every request, read before and after.
+    def plan(self, reads: list[tuple[str, int, int]]) -> list[Branch]:
+        """Which memories a step keeps as they are where prompts part. reads: of every request, before and after it.
 
         Nobody claims slots for this step any more: those that it copies from and to are free again.
         """
-        if self._vacancies is None:
+        if self._slots is None:
             return []
         self._awaiting.clear()
-        branches = [branch for part in parts if part[0] in self._parting for branch in self._part(*part)]
-        self._vacancies.give_back()
+        branches = [branch for read in reads if read[0] in self._parting for branch in self._part(*read)]
+        self._slots.vacancies.give_back()
         return branches
 
-    def keep(self, request_id: str, done: int) -> int | None:
+    def keep(self, request_id: str, done: int) -> Slot | None:
         """A vacant slot for a copy of what a request's holds, which may be told otherwise later; None: none is kept."""
         request = self._requests[request_id]
         if request.num_tokens // self._segment < done // self._segment:  # the last token before it is not known yet
             return None
-        return self._vacancies.copy(self._vacancy(request, done))
+        return self._slots.vacancies.copy(self._vacancy(request, self._slots.slot(request_id), done))
 
-    def leave(self, request: Request, slot: int, computed: int) -> None:
+    def leave(self, request: Request, slot: Slot, computed: int) -> None:
         """A request leaves its slot with what it has computed."""
-        self._vacancies.note(slot, self._vacancy(request, computed))
+        self._slots.vacancies.note(slot, self._vacancy(request, slot, computed))
 
     def finish(self, request_id: str) -> bool:
         """Forget a request; whether it took part."""
         self._readers.remove(request_id)
-        for known in (self._slots, self._parting, self._leaders, self._sources):
+        for known in (self._parting, self._leaders, self._sources):
             known.pop(request_id, None)
         return self._requests.pop(request_id, None) is not None
 
@@ -130,18 +134,23 @@ class Unnamed:
         return awaits
 
     def _part(self, request_id: str, done: int, end: int) -> list[Branch]:
-        found = []
+        found, slot, request = [], self._slots.slot(request_id), self._requests[request_id]
         for parting in sorted(self._parting[request_id]):
             if done < parting <= end and end > done + 1:  # a single token merges after the step, as in decoding
-                slot = self._vacancies.copy(self._vacancy(self._requests[request_id], parting, shared=True))
-                if slot is not None:
+                target = self._slots.vacancies.copy(self._vacancy(request, slot, parting, shared=True))
+                if target is not None:
                     piece = parting // self._segment - done // self._segment - 1
-                    found.append(Branch(self._slots[request_id], slot, piece))
+                    found.append(Branch(slot, target, piece))
         return found
 
-    def _vacancy(self, request: Request, computed: int, shared: bool = False) -> Vacancy:
-        return Vacancy(Span.of(request.all_token_ids[:computed], self._segment), _kind(request), shared)
+    def _vacancy(self, request: Request, slot: Slot, computed: int, shared: bool = False) -> Vacancy:
+        span = Span.of(request.all_token_ids[:computed], self._segment)
+        return Vacancy(span, _kind(request, short=not slot.whole), shared)
+
+    def _claims(self, request: Request) -> Kind:
+        """What a request can go on with."""
+        return _kind(request, request.request_id in self._slots.short)
 
 
-def _kind(request: Request) -> Kind:
-    return Kind(pins_of(request.sampling_params), request.cache_salt)
+def _kind(request: Request, short: bool) -> Kind:
+    return Kind(pins_of(request.sampling_params), request.cache_salt, short)

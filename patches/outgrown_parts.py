@@ -1,0 +1,52 @@
+"""Has a sequence that has outgrown its part of a slot start anew in a whole one."""
+
+import time
+from functools import wraps
+
+
+def apply() -> None:
+    """Wrap Scheduler.schedule, which preempts others for a request that gets no blocks, or the request itself."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original = Scheduler.schedule
+    if hasattr(original, "deltamem"):
+        return
+
+    @wraps(original)
+    def schedule(self, *args, **kwargs):
+        from vllm_deltamem.connector import DeltaMemConnector
+
+        if isinstance(self.connector, DeltaMemConnector):
+            _preempt_outgrown(self)
+        return original(self, *args, **kwargs)
+
+    schedule.deltamem = True
+    Scheduler.schedule = schedule
+
+
+def _preempt_outgrown(scheduler) -> None:
+    """They come first in the queue, in the order of their arrival, once all of their tokens under way are known."""
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.request import RequestStatus
+
+    preempted = []
+    for request in scheduler.connector.outgrown(scheduler.running):
+        if request.num_in_flight_tokens:
+            request.next_decode_eligible_step = scheduler.current_step + 2  # not in the step that is planned now
+        else:
+            preempted.append(request)
+    for request in preempted:
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, time.monotonic())
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+    if not preempted:
+        return
+    if scheduler._pause_state == PauseState.PAUSED_NEW:  # it ends once all that had begun are answered
+        scheduler.waiting.remove_requests(preempted)
+        for request in preempted:
+            scheduler.kv_holding_waiting.add_request(request)
+    else:
+        waiting = [request for request in scheduler.waiting if request.status == RequestStatus.PREEMPTED]
+        scheduler.waiting.remove_requests(waiting)
+        for request in sorted(waiting, key=lambda request: request.arrival_time, reverse=True):
+            scheduler.waiting.prepend_request(request)
