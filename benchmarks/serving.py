@@ -6,6 +6,8 @@
     python benchmarks/serving.py --model CONFIG_DIR --load-format dummy ...   honest speed without weights
     python benchmarks/serving.py --model DIR --cache-bytes 808452096 --contexts 32511 --batches 12 --memory 4915 \\
         --output-tokens 257                                                   how many run at once in a small cache
+    python benchmarks/serving.py --model DIR --cache-bytes 1610612736 --contexts 256 --max-model-len 32768 \\
+        --batches 32 --output-tokens 65 --dtype float32                       the same of short prompts
 
 Every backend (and memory size) is an engine of its own, one after the other, on the same random prompts. A
 batch of B prompts of C tokens is sent at once; before that, every batch has run once with prompts of WARM_UP tokens.
@@ -50,6 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", type=int, nargs="*", default=[None], help="sizes for DELTAMEM; default: its own")
     parser.add_argument("--settings", type=json.loads, default={}, help="further settings of DELTAMEM, as JSON")
     parser.add_argument("--output-tokens", type=int, default=33)
+    parser.add_argument("--max-model-len", type=int, help="as of `vllm serve`; default: what the longest context takes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--most-tokens", type=int, default=1 << 20, help="of a batch's prompts; larger ones are left out"
@@ -65,7 +68,7 @@ def measure(plan: dict) -> list[dict]:
     """Run one engine; returns a figure per context, batch and metric. Called in a process of its own."""
     from vllm import LLM, SamplingParams
 
-    longest = max(plan["contexts"]) + plan["output_tokens"]
+    longest = plan["max_model_len"] or max(plan["contexts"]) + plan["output_tokens"]
     own = {"additional_config": {"deltamem": plan["settings"]}} if plan["backend"] == "DELTAMEM" else {}
     llm = LLM(
         plan["model"],
@@ -139,7 +142,10 @@ def memory_figures(engine, plan: dict) -> list[dict]:
         if plan["backend"] == "DELTAMEM":
             from vllm_deltamem.plan import plan_memory
 
-            held, fit = plan_memory(config).bytes_per_sequence, room - 1
+            memory = plan_memory(config)
+            short = context + plan["output_tokens"] - 1 <= memory.part_tokens
+            parts = 1 if short else memory.parts
+            held, fit = parts * memory.block_bytes * memory.workers, (room - 1) // parts
         else:
             block = config.cache_config.block_size
             held, fit = -(-context // block) * block * token, room * block // context
@@ -165,6 +171,7 @@ def main(arguments: list[str]) -> None:
                 "contexts": args.contexts,
                 "batches": args.batches,
                 "output_tokens": args.output_tokens,
+                "max_model_len": args.max_model_len,
                 "repeats": args.repeats,
                 "load_format": args.load_format,
                 "dtype": args.dtype,
@@ -183,6 +190,8 @@ def main(arguments: list[str]) -> None:
             here = {"model": args.model.name, "backend": backend, "memory_tokens": memory}
             if args.cache_bytes:
                 here["cache_bytes"] = args.cache_bytes
+            if args.max_model_len:
+                here["max_model_len"] = args.max_model_len
             if args.dtype != "auto":
                 here["dtype"] = args.dtype
             if backend == "DELTAMEM":
