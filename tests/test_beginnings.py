@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus  # noqa: E402
 
 from vllm_deltamem import beginnings  # noqa: E402
 from vllm_deltamem.beginnings import Beginnings  # noqa: E402
+from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
 from vllm_deltamem.transfers import Prompt  # noqa: E402
 from vllm_deltamem.unnamed import Unnamed  # noqa: E402
 from vllm_deltamem.vacancies import Vacancies  # noqa: E402
@@ -74,7 +75,7 @@ def test_a_conversation_is_no_beginning(folder):
     system = tokens(150)
     talks = [system + tokens(40, seed=1), system + tokens(50, seed=2)]
     with serving(folder) as llm:
-        vacancies = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler._unnamed._vacancies
+        vacancies = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler._slots.vacancies
         for turn in range(3):
             for i, talk in enumerate(talks):
                 (((answer, _), known),) = ask(llm, talk)
@@ -114,7 +115,8 @@ def test_two_beginnings_that_one_step_keeps_go_to_two_slots(folder, slots):
 def unnamed():
     """As the scheduler has it, over a pool of 32 slots."""
     found = Unnamed(16, chunk=1024)
-    found.bind(Vacancies(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16)))
+    blocks = Blocks(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16), parts=1)
+    found.bind(SimpleNamespace(vacancies=Vacancies(blocks), short=set(), slot=lambda name: Slot(True, 0)))
     return found
 
 
@@ -133,7 +135,7 @@ def test_thousands_of_prompts_may_wait_for_one_another():
     waiting = [request(f"{i} {j}", [*documents[i], 7, j]) for i in range(2000) for j in range(2)]
     assert all(known.arrive(found) for found in waiting)
     first, *others = waiting
-    known.match(first), known.claim(first.request_id, 1)
+    known.match(first), known.claim(first.request_id)
     first.status = RequestStatus.RUNNING
     assert [known.match(other) for other in others] == [None] * 3999
     first.num_computed_tokens = 66

@@ -49,6 +49,16 @@ def test_info_follows_settings_and_flags(llama, capsys):
     assert found["pinned"] == "at most 5 tokens" and found["fidelity"].startswith("bf16")
 
 
+def test_info_says_what_is_short(llama, capsys):
+    """A part that is no larger than half of the memory, and at least 1,024 tokens."""
+    for memory, parts in ((3500, 3), (1500, 1)):
+        assert main(["info", llama, "--additional-config", json.dumps({"deltamem": {"memory": memory}})]) == 0
+        found = facts(capsys)
+        size = number(found["bytes per sequence"]) // parts
+        said = f"up to 1,023 tokens, exact, in {size:,} bytes: one of {parts} parts of a slot"
+        assert found.get("short sequences") == (said if parts > 1 else None)
+
+
 def test_info_of_a_model_that_mixes_windows(tmp_path, capsys):
     save_config(tmp_path, MIXED)
     assert main(["info", str(tmp_path)]) == 0

@@ -460,12 +460,15 @@ def test_a_dropped_cache_is_freed(folders):
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         config, prompt = runner.kv_cache_config, tokens(200)
         expected = generate(llm, [prompt], greedy(20))
-        held = StorageWeakRef(SlotPool.serving().slab.untyped_storage())
+        held = StorageWeakRef(SlotPool.serving().whole.rows.untyped_storage())
         runner._cleanup_profiling_kv_cache()
         assert held.expired() and SlotPool.serving() is None
         runner.initialize_kv_cache(config)
         assert generate(llm, [prompt], greedy(20)) == expected
-        assert SlotPool.serving().slab.untyped_storage().data_ptr() == runner.kv_caches[0].untyped_storage().data_ptr()
+        assert (
+            SlotPool.serving().whole.rows.untyped_storage().data_ptr()
+            == runner.kv_caches[0].untyped_storage().data_ptr()
+        )
 
 
 def turn(llm, prompt, name="talk"):

@@ -64,14 +64,14 @@ def test_a_state_lies_in_its_slot_behind_the_memory(folders):
         ask(llm, tokens(40), count=2)
         pool, layers = SlotPool.serving(), llm.llm_engine.vllm_config.compilation_config.static_forward_context
         states = [layer.kv_cache for layer in layers.values() if isinstance(layer.kv_cache, tuple)]
-        assert len(states) == 3 and len(pool.layers) == 2
-        begin, width = pool.slab.data_ptr(), pool.slab.shape[1]
-        memory = sum(extent.stop - extent.start for extent in pool.extents)
-        for slot in range(len(pool.slab)):
-            for part in (part[slot] for state in states for part in state):
-                first = part.data_ptr() - begin - slot * pool.slab.stride(0)
+        assert len(states) == 3 and len(pool.whole.layers) == 2
+        slots = pool.whole.rows
+        memory, width = sum(extent.stop - extent.start for extent in pool.whole.extents), slots.shape[1]
+        for row, slot in enumerate(slots):
+            for part in (part[row + 1] for state in states for part in state):  # the first is vLLM's null block
+                first = part.data_ptr() - slot.data_ptr()
                 assert memory <= first and first + part.numel() * part.element_size() <= width
-        used = [slot for slot in range(1, len(pool.slab)) if states[0][1][slot].any()]
+        used = [row for row in range(len(slots)) if states[0][1][row + 1].any()]
         assert len(used) == 1, "one sequence has run"
 
 

@@ -3,23 +3,30 @@
 import pytest
 import torch
 
+from vllm_deltamem.blocks import Slot
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.slot import Rope
-from vllm_deltamem.memory import Shape, plan_layout
+from vllm_deltamem.memory import Shape, align, plan_layout, plan_part
 from vllm_deltamem.plan import MemoryPlan
-from vllm_deltamem.pool import SlotPool
+from vllm_deltamem.pool import Rows, SlotPool
 
 SHAPE = Shape(layers=2, kv_heads=2, head_size=32, dtype=torch.float32, max_model_len=512)
 SLOTS, LENGTH, SCALE = 3, 300, 32**-0.5
 MARK = 1234.5  # in every value of the first tenant
 
 
-def make_pool():
-    layout = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
-    plan = MemoryPlan(layout, layout, profile=None, merge=True, heads=slice(0, 2), workers=1)
-    slab = torch.zeros(SLOTS + 1, layout.slot_bytes, dtype=torch.uint8)
-    caches = [slab[:, None, None, i * layout.page_bytes : (i + 1) * layout.page_bytes] for i in range(2)]
+def make_pool(parts=1):
+    """Slots of so many parts, each for 31 tokens if they are several."""
+    whole = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
+    part = plan_part(whole, 32) if parts > 1 else None
+    page = align(-(-whole.page_bytes // parts))
+    plan = MemoryPlan(
+        whole.with_page(page * parts), whole, profile=None, merge=True, heads=slice(0, 2), workers=1,
+        part=part and part.with_page(page), parts=parts,
+    )  # fmt: skip
+    blocks = torch.zeros(SLOTS * parts + 1, 2 * page, dtype=torch.uint8)
+    caches = [blocks[:, None, None, i * page : (i + 1) * page] for i in range(2)]
     angles = torch.outer(torch.arange(512.0), 1e4 ** -(torch.arange(16) / 16))
     return SlotPool.from_caches(plan, caches, [Rope(angles.cos(), angles.sin(), False)] * 2)
 
@@ -29,16 +36,16 @@ def pool():
     return make_pool()
 
 
-def run(pool, slot, length, seed, mark=0.0):
+def run(pool, row, length, seed, mark=0.0):
     """A sequence of random tokens through all layers; its outputs [length, 4, 32]."""
     generator = torch.Generator().manual_seed(seed)
-    segment, outputs = pool.layers[0].segment, torch.empty(length, 4, 32)
+    segment, outputs = pool.whole.layers[0].segment, torch.empty(length, 4, 32)
     for begin in range(0, length, segment):
         count = min(segment, length - begin)
-        rows = torch.tensor([slot]), torch.tensor([0, count]), torch.tensor([begin + count])
-        cpu.reset(pool.slab, *rows)
+        rows = torch.tensor([row]), torch.tensor([0, count]), torch.tensor([begin + count])
+        cpu.reset(pool.whole.rows, *rows)
         pool.write_pins()
-        for slots, policy, rope in zip(pool.layers, pool.policies, pool.ropes, strict=True):
+        for slots, policy, rope in zip(pool.whole.layers, pool.policies, pool.ropes, strict=True):
             q = torch.randn(count, 4, 32, generator=generator)
             k, v = torch.randn(2, count, 2, 32, generator=generator)
             cpu.write(k, v + mark, slots, *rows)
@@ -48,36 +55,58 @@ def run(pool, slot, length, seed, mark=0.0):
 
 
 def test_a_used_slot_is_as_good_as_new(pool):
-    expected = run(pool, 1, LENGTH, seed=7), pool.slab[1].clone()
-    run(pool, 2, LENGTH, seed=1, mark=MARK)
-    assert (pool.slab[2].view(torch.float32) > MARK / 2).any(), "the first sequence left its mark"
-    again = run(pool, 2, LENGTH, seed=7)
-    assert torch.equal(again, expected[0]) and torch.equal(pool.slab[2], expected[1])
+    expected = run(pool, 0, LENGTH, seed=7), pool.whole.rows[0].clone()
+    run(pool, 1, LENGTH, seed=1, mark=MARK)
+    assert (pool.whole.rows[1].view(torch.float32) > MARK / 2).any(), "the first sequence left its mark"
+    again = run(pool, 1, LENGTH, seed=7)
+    assert torch.equal(again, expected[0]) and torch.equal(pool.whole.rows[1], expected[1])
 
 
 def test_a_short_sequence_leaves_nothing_of_a_long_one(pool):
-    run(pool, 2, LENGTH, seed=1, mark=MARK)
-    before = pool.slab[2].clone()
-    run(pool, 2, 3, seed=7)
-    kept = (pool.slab[2] == before) & (before != 0)
+    run(pool, 1, LENGTH, seed=1, mark=MARK)
+    before = pool.whole.rows[1].clone()
+    run(pool, 1, 3, seed=7)
+    kept = (pool.whole.rows[1] == before) & (before != 0)
     assert kept.sum() < 200, "chance hits within the few bytes that three tokens take"
-    assert not (pool.slab[2].view(torch.float32) > MARK / 2).any()
+    assert not (pool.whole.rows[1].view(torch.float32) > MARK / 2).any()
 
 
 def test_reset_touches_only_slots_that_begin(pool):
-    pool.slab.fill_(7)
-    slots, cu_seqlens = torch.tensor([1, 2, -1]), torch.tensor([0, 5, 6, 8])
-    cpu.reset(pool.slab, slots, cu_seqlens, torch.tensor([5, 40, 2]))
-    assert [bool(row.any()) for row in pool.slab] == [True, False, True, True]
+    pool.whole.rows.fill_(7)
+    slots, cu_seqlens = torch.tensor([0, 1, -1]), torch.tensor([0, 5, 6, 8])
+    cpu.reset(pool.whole.rows, slots, cu_seqlens, torch.tensor([5, 40, 2]))
+    assert [bool(row.any()) for row in pool.whole.rows] == [False, True, True]
 
 
 def test_pins_go_with_their_sequence(pool):
-    pool.pin({1: [[3, 9]]})
-    run(pool, 1, 64, seed=3)
-    assert pool.layers[0].pins[1, 0].tolist() == [3, 9]
-    pool.pin({1: []})
-    run(pool, 1, 64, seed=3)
-    assert not pool.layers[0].pins[1].any()
+    pool.pin({Slot(True, 0): [[3, 9]]})
+    run(pool, 0, 64, seed=3)
+    assert pool.whole.layers[0].pins[0, 0].tolist() == [3, 9]
+    pool.pin({Slot(True, 0): []})
+    run(pool, 0, 64, seed=3)
+    assert not pool.whole.layers[0].pins[0].any()
+
+
+def test_a_slot_that_parts_had_with_pins_begins_empty():
+    """Spans of theirs are written once more when it is cleared, before anybody knows who has claimed it."""
+    pool = make_pool(parts=2)
+    pool.pin({Slot(False, 1): [[3, 9]]})
+    pool.reset([Rows(*map(torch.tensor, ([0], [0, 5], [5]))), Rows(*map(torch.tensor, ([-1], [0, 5], [5])))])
+    pool.pin({Slot(True, 0): []})
+    assert not pool.memory(Slot(True, 0)).any()
+
+
+def test_spans_of_a_slot_are_not_written_over_its_parts():
+    """Nor those of a part over the slot: what was left with pins may have been claimed in the other form."""
+    pool, span = make_pool(parts=2), [[3, 9]]
+    whole, part, beside = Slot(True, 0), Slot(False, 1), Slot(False, 2)
+    for first, then in ((whole, part), (part, whole)):
+        pool.pin({first: span, beside: span})
+        pool.pin({then: []})
+        before = pool.memory(whole).fill_(7).clone()
+        pool.write_pins()
+        assert torch.equal(pool.memory(whole), before)
+        assert pool.pins_of(beside) == span, "it is of another slot"
 
 
 def test_pages_must_lie_side_by_side(pool):

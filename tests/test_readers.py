@@ -40,7 +40,7 @@ def test_samples_of_a_request_read_its_prompt_once(folder, steps):
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler
         with patch.object(scheduler, "claim", wraps=scheduler.claim) as claims:
             assert samples(llm, prompt, 5) == expected and len(set(map(tuple, expected))) > 1
-        known = [call.args[2] for call in claims.call_args_list]
+        known = [call.args[1] for call in claims.call_args_list]
         assert known[:3] == [0, 199, 199], "of the prompt, three at a time"
         assert min(known[3:]) >= 192, "from what these have left"
 
@@ -121,7 +121,7 @@ def test_only_a_slot_that_can_be_taken_back_is_copied():
             status=status,
         )
 
-    readers, kind = Readers(16, chunk=64), Kind([], None)
+    readers, kind = Readers(16, chunk=64), Kind([], None, short=False)
     first, second = request("first", RequestStatus.RUNNING), request("second")
     for one in (first, second):
         readers.add(one, Prompt(one.prompt_token_ids), kind)

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
 from benchmarks.server import VllmServer
 from vllm_deltamem import profile as profiles
+from vllm_deltamem.plan import plan_memory
 from vllm_deltamem.profile import Profile, fingerprint_of, save
 from vllm_deltamem.rope import TRAINED
 from vllm_deltamem.spec import make_spec
@@ -292,7 +293,7 @@ def test_graphs_are_profiled_on_two_slots(llama, backend, blocks):
     config = vllm_config(llama, attention_backend=backend, num_gpu_blocks_override=512)
     config.cache_config.kv_cache_layout, kind = "BLHNC", config.model_config
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=kind.get_head_size(), dtype=kind.dtype)
-    groups = [KVCacheGroupSpec(["layer"], make_spec(spec, 4096, kind.max_model_len) if backend else spec)]
+    groups = [KVCacheGroupSpec(["layer"], make_spec(spec, plan_memory(config)) if backend else spec)]
     assert kv_cache_utils.get_kv_cache_config_from_groups(config, groups, available_memory=0).num_blocks == blocks
     held = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, available_memory=1 << 30)
     assert held.num_blocks == 512, "the user's number, where there is memory"

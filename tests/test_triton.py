@@ -234,7 +234,8 @@ def test_a_sequence_from_its_first_token(trained):
     assert_same_memory(actual, expected, turned=trained > 0)
 
 
-def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_steps_of_serving_are_those_of_the_cpu(monkeypatch, parts):
     """Chunks, padding and decoding through builder, layers and pool, a new tenant of a used slot; nothing is held."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -245,12 +246,12 @@ def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
 
     def run(steps):
         torch.manual_seed(4)
-        held, impl = make_pool(), backend.DeltaMemImpl.__new__(backend.DeltaMemImpl)
+        held, impl = make_pool(parts), backend.DeltaMemImpl.__new__(backend.DeltaMemImpl)
         builder, outputs, impl.scale = make_builder(held), [], 32**-0.5
         impl.sink_logits = torch.randn(4)
         for rows in steps:
             metadata = builder.build(0, serve(rows))
-            q = torch.randn(sum(count for _, count, _ in rows), 4, 32)
+            q = torch.randn(sum(count for _, count, *_ in rows), 4, 32)
             for impl.position in range(2):
                 k, v = torch.randn(2, len(q), 2, 32)
                 outputs.append(impl.forward(None, q, k, v, None, metadata, torch.zeros_like(q)))
@@ -259,6 +260,8 @@ def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
 
     steps = [[(1, 27, 27), (2, 37, 37)], [(2, 10, 47), (1, 1, 28)], [(1, 1, 29), (2, 1, 48), (0, 0, 0)]]
     steps += [[(2, 1, 49), (0, 0, 0)], [(1, 7, 7)], [(1, 1, 8)]]
+    if parts > 1:  # the second sequence has a slot, the first a part of another
+        steps = [[(block + block // 2, *row, 4 * (block == 2)) for block, *row in rows] for rows in steps]
     expected = run(steps)
     for module in (backend, pool):
         monkeypatch.setattr(module, "ON_CPU", False)
@@ -267,8 +270,8 @@ def test_steps_of_serving_are_those_of_the_cpu(monkeypatch):
     actual = run(steps)
     torch.testing.assert_close(actual[1], expected[1], atol=1e-3, rtol=1e-3)
     for layer in range(2):
-        assert_same_memory(*(held.layers[layer] for held, _ in (actual, expected)))
-    slab = StorageWeakRef(actual[0].slab.untyped_storage())
+        assert_same_memory(*(held.whole.layers[layer] for held, _ in (actual, expected)))
+    slab = StorageWeakRef(actual[0].whole.rows.untyped_storage())
     assert not slab.expired()
     del actual
     gc.collect()  # the interpreter leaves cycles

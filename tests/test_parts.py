@@ -1,0 +1,351 @@
+"""Short sequences hold parts of slots: exact in them, and computed anew in a whole slot once they have outgrown it."""
+
+import os
+import random
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from engines import STEPS, STOCK, ahead, engine, preempted, read_answers, save_model, tokens  # noqa: E402
+from test_engine import greedy  # noqa: E402
+from test_vacancies import ask  # noqa: E402
+from vllm.v1.core.block_pool import BlockPool  # noqa: E402
+from vllm.v1.core.sched.interface import PauseState  # noqa: E402
+
+from vllm_deltamem import memory  # noqa: E402
+from vllm_deltamem.backend import DeltaMemBackend  # noqa: E402
+from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
+from vllm_deltamem.config import DeltaMemConfig  # noqa: E402
+from vllm_deltamem.connectorscheduler import ConnectorScheduler  # noqa: E402
+from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
+
+SETTINGS = {"memory": 528, "segment": 16, "window": 24, "pinned": 8}
+SHORT, PARTS = 63, 8  # tokens that a part has room for, and parts of a slot
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    families = ("llama", "gemma3-mixed")
+    return {family: save_model(tmp_path_factory.mktemp(family), family) for family in families}
+
+
+@pytest.fixture(autouse=True)
+def shorter():
+    """Parts that are outgrown soon."""
+    with patch.object(memory, "SHORT_TOKENS", 32):
+        yield
+
+
+def serving(folder, slots=4, **options):
+    """An engine with so many slots."""
+    options = {"num_gpu_blocks_override": PARTS * slots + 1, "max_num_seqs": 32, "max_model_len": 2048} | options
+    return engine(folder, settings=SETTINGS, **options)
+
+
+def anew(folder, prompt, count):
+    """The answer of an engine that holds nothing else, from the prompt on."""
+    with serving(folder) as llm:
+        return ask(llm, prompt, count=count)[0][0]
+
+
+def finished(llm):
+    """What is answered, in that order."""
+    outputs = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += [output for output in llm.llm_engine.step() if output.finished]
+    return outputs
+
+
+def slots_of(llm):
+    (manager,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    return manager
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+def test_short_sequences_are_exact(folders, family):
+    """Of a memory that would code most of their entries: log-probabilities as of full attention, fp32."""
+    prompts, found = [tokens(n, seed=n) for n in (1, 16, 33, 50)], {}
+    for backend in (STOCK, "DELTAMEM"):
+        given = {"backend": backend, "dtype": "float32", "max_model_len": 2048}
+        settings = SETTINGS | {"fidelity": "k8v4"}
+        with engine(folders[family], settings=settings, max_num_batched_tokens=64, **given) as llm:
+            params = greedy(13, logprobs=1)
+            found[backend] = read_answers(llm.generate([{"prompt_token_ids": p} for p in prompts], params))
+    for (theirs, expected, _), (ours, chosen, _) in zip(*found.values(), strict=True):
+        assert ours == theirs
+        assert chosen == pytest.approx(expected, abs=1e-4)
+
+
+@STEPS
+def test_who_outgrows_a_part_goes_on_as_if_computed_in_a_slot(folders, steps):
+    """To the bit, whether the part was outgrown alone or among others, by tokens ahead of what is known or not."""
+    prompt = tokens(40)
+    with steps(), serving(folders["llama"]) as llm:
+        (answer, chosen), _ = ask(llm, prompt, count=60)[0]
+        assert slots_of(llm).used() == (0, 0)
+        among = ask(llm, prompt, *(tokens(20 + 9 * i, seed=1 + i) for i in range(6)), count=60)
+        assert among[0][0] == (answer, chosen)
+    before = SHORT - len(prompt) + 1  # the last of these is not in the part
+    with serving(folders["llama"]) as llm:
+        assert ask(llm, prompt, count=before)[0][0] == (answer[:before], chosen[:before])
+        assert ask(llm, prompt + answer[:before], count=60 - before)[0][0] == (answer[before:], chosen[before:])
+
+
+def test_a_part_ends_with_its_last_token(folders):
+    """What fits is not computed anew: nor what ends with the token that it has no room for, steps ahead or not."""
+    for steps in (lambda: patch.object(os, "sep", os.sep), ahead):
+        with steps(), serving(folders["llama"]) as llm:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
+                ask(llm, tokens(SHORT), count=1)
+                ask(llm, tokens(40), count=SHORT - 40 + 1)
+                assert not preempt.called
+                ask(llm, tokens(40), count=SHORT - 40 + 2)
+                assert preempt.call_count == 1
+                ask(llm, tokens(SHORT + 1), count=2)
+                assert preempt.call_count == 1
+
+
+def test_more_short_sequences_run_at_once_than_there_are_slots(folders):
+    prompts = [tokens(20, seed=i) for i in range(20)]
+    expected = [anew(folders["llama"], prompt, 20) for prompt in prompts[:2]]
+    with serving(folders["llama"], slots=2) as llm:
+        core, most = llm.llm_engine, 0
+        for i, prompt in enumerate(prompts):
+            core.add_request(str(i), {"prompt_token_ids": prompt}, greedy(20, logprobs=0))
+        found = {}
+        while core.has_unfinished_requests():
+            done = [output for output in core.step() if output.finished]
+            found |= {output.request_id: read_answers([output])[0][:2] for output in done}
+            most = max(most, slots_of(llm).used()[1])
+        assert most == 2 * PARTS
+        assert [found["0"], found["1"]] == expected
+
+
+def test_a_long_one_waits_for_a_whole_slot_and_short_ones_behind_it(folders):
+    """First come, first served, and whoever has outgrown a part comes before those that have not begun."""
+    with serving(folders["llama"], slots=1) as llm:
+        asked = {"short": (30, 10), "outgrows": (30, 40), "long": (100, 10), "later": (30, 10)}
+        for name, (length, count) in asked.items():
+            llm.llm_engine.add_request(name, {"prompt_token_ids": tokens(length, seed=length)}, greedy(count))
+        assert [output.request_id for output in finished(llm)] == ["short", "outgrows", "long", "later"]
+
+
+@STEPS
+def test_who_outgrew_a_part_first_goes_on_first(folders, steps):
+    """And a scheduler that is paused for new requests waits for all of them."""
+    with steps(), serving(folders["llama"], slots=1) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        for paused in (False, True):
+            for i in range(5):
+                llm.llm_engine.add_request(f"{i}", {"prompt_token_ids": tokens(30, seed=i)}, greedy(60 - 2 * i))
+            llm.llm_engine.step()
+            if paused:
+                scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            order = []
+            while scheduler.has_requests():
+                order += [output.request_id for output in llm.llm_engine.step() if output.finished]
+            assert order + [output.request_id for output in finished(llm)] == [*"01234"]
+
+
+def test_who_is_preempted_with_its_last_token_in_a_part_is_read_for_nobody(folders):
+    """vLLM resets its caches just then: it is to claim a slot, others that began alike hold parts."""
+    prompts, options = [tokens(40), tokens(42, seed=1)], {"enable_prefix_caching": True, "max_num_batched_tokens": 44}
+    with serving(folders["llama"], **options) as llm:
+        core, found, joined, reset = llm.llm_engine, {}, False, False
+        scheduler = core.engine_core.engine_core.scheduler
+        for name, prompt, count in (("first", prompts[0], 60), ("beside", prompts[1], 5)):
+            core.add_request(name, {"prompt_token_ids": prompt}, greedy(count, logprobs=0))
+        while core.has_unfinished_requests():
+            found |= {out.request_id: read_answers([out])[0][:2] for out in core.step() if out.finished}
+            (known, *_) = [r.num_tokens for r in scheduler.running if r.request_id.startswith("first")] or [0]
+            if known == 50 and not joined:
+                joined = True
+                core.add_request("later", {"prompt_token_ids": prompts[0]}, greedy(60, logprobs=0))
+            if known == SHORT + 1 and not reset:
+                reset = True
+                scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert found["first"] == found["later"] == anew(folders["llama"], prompts[0], 60)
+
+
+@STEPS
+def test_short_ones_make_way_for_a_long_one(folders, steps):
+    """It waits for none of them but those whose places are needed; they go on as if they had not been moved."""
+    prompts, long = [tokens(20, seed=i) for i in range(2 * PARTS)], tokens(100, seed=99)
+    with steps(), serving(folders["llama"], slots=2) as llm:
+        for i, prompt in enumerate(prompts):  # every other one leaves its place soon
+            llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, greedy(40 if i % 2 else 4, logprobs=0))
+        llm.llm_engine.add_request("long", {"prompt_token_ids": long}, greedy(4, logprobs=0))
+        outputs = finished(llm)
+    order, found = [output.request_id for output in outputs], read_answers(outputs)
+    assert order.index("long") == PARTS
+    found = dict(zip(order, found, strict=True))
+    with serving(folders["llama"], slots=PARTS) as llm:
+        for i in range(1, 2 * PARTS, 2):
+            assert ask(llm, prompts[i], count=40)[0][0] == found[str(i)][:2]
+        assert ask(llm, long, count=4)[0][0] == found["long"][:2]
+
+
+def test_aborted_and_preempted_ones_leave_their_parts(folders):
+    prompt = tokens(30)
+    expected = anew(folders["llama"], prompt, 20)
+    with serving(folders["llama"]) as llm:
+        output = preempted(llm, prompt, greedy(20, logprobs=0), 5)
+        assert read_answers([output])[0][:2] == expected
+        llm.llm_engine.add_request("gone", {"prompt_token_ids": prompt}, greedy(20))
+        llm.llm_engine.step()
+        assert slots_of(llm).used() == (1, 1)
+        llm.llm_engine.abort_request(["gone"])
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+        assert slots_of(llm).used() == (0, 0) and not slots_of(llm).short
+
+
+def test_sessions_hold_whole_slots(folders):
+    """They are what grows from turn to turn: none is read into a part."""
+    named = {"extra_args": {"deltamem_session": "talk"}}
+    with serving(folders["llama"]) as llm:
+        first = ask(llm, tokens(30), count=10, **named)[0]
+        (again, known) = ask(llm, tokens(30) + first[0][0], count=10, **named)[0]
+        assert known == 39
+        assert again == ask(llm, tokens(30) + first[0][0], count=10, extra_args={"deltamem_session": "new"})[0][0]
+
+
+@STEPS
+def test_conversations_go_on_from_parts_and_slots(folders, steps):
+    """Whatever is claimed, copied, kept for answers told otherwise, shared or outgrown: as if computed anew."""
+    rng, systems = random.Random(5), [tokens(33, seed=90 + i) for i in range(2)]
+    talks, asked, known = [list(rng.choice(systems)) for _ in range(9)], [], 0
+    options = {"enable_prefix_caching": True, "slots": 2, "max_num_batched_tokens": 64}
+    moving = patch.object(Blocks, "_swap", autospec=True, side_effect=Blocks._swap)
+    with (
+        steps(),
+        patch("vllm_deltamem.beginnings.LEAST", 16),
+        serving(folders["llama"], **options) as llm,
+        moving as moved,
+    ):
+        for turn in range(7):
+            chosen = rng.sample(range(9), rng.randrange(3, 9))
+            for i in chosen:
+                talks[i] += tokens(rng.randrange(1, 14), seed=100 * turn + i)
+            for i, (answer, cached) in zip(chosen, ask(llm, *(talks[i] for i in chosen), count=12), strict=True):
+                asked.append((list(talks[i]), answer))
+                talks[i] += answer[0][: rng.choice([12, 12, 11, 5])]
+                known += cached
+    lengths = [len(prompt) for prompt, _ in asked]
+    assert moved.called
+    assert min(lengths) < SHORT - 12 < max(lengths) - 12
+    assert known > sum(lengths) / 6
+    with serving(folders["llama"]) as llm:
+        assert [answer for answer, _ in ask(llm, *(p for p, _ in asked), count=12)] == [answer for _, answer in asked]
+
+
+def test_without_the_patch_a_part_is_not_written_past_its_end(folders):
+    """By a scheduler of the user's, say: vLLM preempts whoever gets no blocks, though others with it."""
+    prompts = [tokens(40, seed=i) for i in range(3)]
+    with serving(folders["llama"]) as llm:
+        expected = ask(llm, *prompts, count=40)
+        with patch.object(ConnectorScheduler, "outgrown", return_value=[]):
+            assert ask(llm, *prompts, count=40) == expected
+
+
+def test_samples_of_a_short_prompt_are_read_once(folders):
+    params = greedy(10, logprobs=0, n=1)
+    with serving(folders["llama"], enable_prefix_caching=True) as llm:
+        outputs = llm.generate([{"prompt_token_ids": tokens(40)}] * 3, params, use_tqdm=False)
+    answers = read_answers(outputs)
+    assert sorted(cached for *_, cached in answers) == [0, 39, 39]
+    assert len({tuple(answer) for answer, *_ in answers}) == 1
+
+
+def test_a_part_and_a_slot_do_not_serve_each_other(folders):
+    """A prompt that is too long for a part is computed anew, once."""
+    talk = tokens(50)
+    with serving(folders["llama"], enable_prefix_caching=True) as llm:
+        ask(llm, talk, count=2)
+        assert ask(llm, talk + tokens(5, seed=1), count=2)[0][1] == 50
+        longer = talk + tokens(30, seed=2)
+        assert [ask(llm, longer, count=2)[0][1], ask(llm, longer + [7], count=2)[0][1]] == [0, 80]
+
+
+def test_a_cache_that_holds_parts_alone_is_refused(folders):
+    """As vLLM refuses a cache that is too small for one sequence: it keeps a block for itself."""
+    with pytest.raises(ValueError, match="To serve at least one request"):
+        with serving(folders["llama"], num_gpu_blocks_override=PARTS):
+            pass
+
+
+def test_what_a_part_is(folders):
+    """A ring of so many tokens in every head and nothing else; as many as go into the slot."""
+    with serving(folders["gemma3-mixed"]):
+        plan = DeltaMemBackend.serving
+    assert plan.part_tokens == SHORT and plan.parts > 2
+    assert plan.parts * plan.part.slot_bytes == plan.layout.slot_bytes >= plan.parts * plan.part.used_bytes
+    assert not any(map(sum, plan.part.exact + plan.part.coarse))
+    rings = [extent for fields in plan.part._fields[:-1] for extent in [fields["ring_k"][1]]]
+    assert [extent[1] for extent in rings] == [64, 64, 64, 64, 64]  # sliding windows of 48 tokens, and a segment
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "ring"),
+    [
+        ({"memory": 8300, "segment": 64}, 1 << 17, 1024),  # an eighth
+        ({"memory": 200, "segment": 16}, 1 << 17, 32),  # SHORT_TOKENS
+        ({"memory": 4096, "segment": 512}, 1 << 17, 1024),  # two segments
+        ({"memory": 4096, "segment": 64}, 200, 192),  # the context that the model was made for
+        ({"memory": 4096, "segment": 64}, 100, None),
+    ],
+)
+def test_how_long_short_is(asked, most, ring):
+    shape = Shape(layers=2, kv_heads=2, head_size=32, dtype=memory.torch.bfloat16, max_model_len=1 << 17)
+    part = plan_part(plan_layout(shape, DeltaMemConfig(**asked)), most)
+    assert (part and part.ring) == ring
+
+
+def blocks_in(slots, parts):
+    return Blocks(BlockPool(num_gpu_blocks=slots * parts + 1, enable_caching=False, hash_block_size=16), parts)
+
+
+def test_parts_are_moved_out_of_the_slot_where_fewest_are_held():
+    blocks, forgotten = blocks_in(slots=3, parts=3), []
+    held = [Slot(False, place) for place in (0, 1, 2, 4, 7, 8)]
+    for slot in held:
+        blocks.take(slot)
+    where = {slot: blocks.of(slot)[0].block_id for slot in held}
+    assert blocks.vacant(whole=True) is None
+    assert blocks.make_vacant([], forgotten.append) == ({}, {}) == blocks.make_vacant(held[:2], forgotten.append)
+    moves = blocks.make_vacant(held, forgotten.append)
+    assert moves.parts == {Slot(False, 4): Slot(False, 6)}
+    assert moves.places == {where[Slot(False, 4)]: 6, 7: 4} and [block.block_id for block in forgotten] == [7]
+    assert blocks.vacant(whole=True) == Slot(True, 1) and blocks.vacant(whole=False) == Slot(False, 3)
+    assert blocks.slot([blocks.of(Slot(False, 6))[0], blocks._pool.null_block]) == Slot(False, 6)
+    assert blocks.of(Slot(False, 6))[0].block_id == where[Slot(False, 4)]
+    blocks.take(blocks.vacant(whole=False))
+    assert blocks.vacant(whole=True) is None
+    assert blocks.make_vacant([Slot(False, place) for place in range(9)], forgotten.append) == ({}, {}), (
+        "two are vacant"
+    )
+
+
+def test_slots_are_claimed_in_the_order_in_which_they_were_left():
+    blocks = blocks_in(slots=3, parts=2)
+    for row in range(3):
+        blocks.take(Slot(True, row))
+    blocks.leave([Slot(True, 2), Slot(True, 0), Slot(True, 1)], lambda block: None)
+    assert blocks.vacant(whole=True) == Slot(True, 2)
+    assert blocks.vacant(whole=True, besides=Slot(True, 2)) == Slot(True, 0)
+    blocks.claim_next([Slot(False, 3)])
+    assert blocks.vacant(whole=False) == Slot(False, 3)
+    assert blocks.vacant(whole=True) == Slot(True, 2), "half of the other one was left later"
+
+
+def test_blocks_that_make_no_slot_are_parts():
+    blocks = Blocks(BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=16), 3)
+    assert blocks.slots == 2
+    whole = [blocks.take(Slot(True, row)) for row in range(2)]
+    assert blocks.vacant(whole=True) is None and blocks.vacant(whole=False) == Slot(False, 6)
+    assert blocks.around(SimpleNamespace(block_id=7)) == [Slot(True, 2), Slot(False, 6)]
+    assert blocks.slot(whole[1]) == Slot(True, 1)
