@@ -9,6 +9,7 @@ import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+import torch  # noqa: E402
 from engines import STEPS, STOCK, ahead, engine, preempted, read_answers, save_model, tokens  # noqa: E402
 from test_engine import greedy  # noqa: E402
 from test_vacancies import ask  # noqa: E402
@@ -21,6 +22,8 @@ from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
 from vllm_deltamem.config import DeltaMemConfig  # noqa: E402
 from vllm_deltamem.connectorscheduler import ConnectorScheduler  # noqa: E402
 from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
+from vllm_deltamem.pool import SlotPool  # noqa: E402
+from vllm_deltamem.transfers import Span  # noqa: E402
 
 SETTINGS = {"memory": 528, "segment": 16, "window": 24, "pinned": 8}
 SHORT, PARTS = 63, 8  # tokens that a part has room for, and parts of a slot
@@ -77,6 +80,38 @@ def test_short_sequences_are_exact(folders, family):
     for (theirs, expected, _), (ours, chosen, _) in zip(*found.values(), strict=True):
         assert ours == theirs
         assert chosen == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_part_does_not_depend_on_chunks_company_reuse_or_preemption(folders):
+    """To the bit, of prompt and answer; every part has been used before."""
+    prompt, others = tokens(40), [tokens(20 + 3 * i, seed=1 + i) for i in range(PARTS - 1)]
+    params = greedy(15)
+
+    def left(llm, run):
+        """The part that the prompt was read in, as its request left it."""
+        llm.reset_prefix_cache()
+        run()
+        held = slots_of(llm).vacancies._held.items()
+        (slot,) = (slot for slot, vacancy in held if vacancy.span.digest == digest and vacancy.span.length == 54)
+        assert not slot.whole
+        return SlotPool.serving().memory(slot).clone()
+
+    expected = None
+    for chunk in (8, 23, 2048):
+        options = {"enable_prefix_caching": True, "max_num_seqs": 8, "max_num_batched_tokens": chunk}
+        with serving(folders["llama"], slots=1, **options) as llm:
+            answer = ask(llm, prompt, count=15)[0][0][0]
+            digest = Span.of(prompt + answer[:-1], 16).digest
+            ask(llm, *others, tokens(50, seed=9), count=12)
+            for run in (
+                lambda: ask(llm, prompt, count=15),
+                lambda: ask(llm, *others, prompt, count=15),
+                lambda: preempted(llm, prompt, params, 9),
+                lambda: preempted(llm, prompt, params, 1),
+            ):
+                found = left(llm, run)
+                expected = found if expected is None else expected
+                assert found.any() and torch.equal(found, expected), f"chunks of {chunk}"
 
 
 @STEPS
@@ -300,7 +335,7 @@ def test_what_a_part_is(folders):
     ],
 )
 def test_how_long_short_is(asked, most, ring):
-    shape = Shape(layers=2, kv_heads=2, head_size=32, dtype=memory.torch.bfloat16, max_model_len=1 << 17)
+    shape = Shape(layers=2, kv_heads=2, head_size=32, dtype=torch.bfloat16, max_model_len=1 << 17)
     part = plan_part(plan_layout(shape, DeltaMemConfig(**asked)), most)
     assert (part and part.ring) == ring
 
