@@ -84,7 +84,7 @@ def test_short_sequences_are_exact(folders, family):
 
 def test_a_part_does_not_depend_on_chunks_company_reuse_or_preemption(folders):
     """To the bit, of prompt and answer; every part has been used before."""
-    prompt, others = tokens(40), [tokens(20 + 3 * i, seed=1 + i) for i in range(PARTS - 1)]
+    prompt, others = tokens(40), [tokens(42 + i, seed=1 + i) for i in range(PARTS - 1)]
     params = greedy(15)
 
     def left(llm, run):
@@ -102,7 +102,7 @@ def test_a_part_does_not_depend_on_chunks_company_reuse_or_preemption(folders):
         with serving(folders["llama"], slots=1, **options) as llm:
             answer = ask(llm, prompt, count=15)[0][0][0]
             digest = Span.of(prompt + answer[:-1], 16).digest
-            ask(llm, *others, tokens(50, seed=9), count=12)
+            ask(llm, *others, tokens(48, seed=9), count=15)
             for run in (
                 lambda: ask(llm, prompt, count=15),
                 lambda: ask(llm, *others, prompt, count=15),
