@@ -143,8 +143,8 @@ def memory_figures(engine, plan: dict) -> list[dict]:
             from vllm_deltamem.plan import plan_memory
 
             memory = plan_memory(config)
-            short = context + plan["output_tokens"] - 1 <= memory.part_tokens
-            parts = 1 if short else memory.parts
+            tokens = context + plan["output_tokens"] - 1
+            parts = -(-tokens // memory.part.cells) if tokens <= memory.part_tokens else memory.parts
             held, fit = parts * memory.block_bytes * memory.workers, (room - 1) // parts
         else:
             block = config.cache_config.block_size

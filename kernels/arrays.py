@@ -184,6 +184,14 @@ def one_of(layer: LayerArrays, slot, row, limit):
     )  # fmt: skip
 
 
+@compiled
+def ring_of(layer: LayerArrays, slot):
+    """Keys and values [G, L, D] in the ring of a slot."""
+    heads, size, bits, here = len(layer.exact_start) - 1, layer.k.shape[2], layer.k.dtype, slot * layer.stride
+    ring = (heads, layer.cells, size)
+    return _at(layer.address[0] + here, ring, bits), _at(layer.address[1] + here, ring, bits)
+
+
 MASKED = -1e30  # finite, so that a row whose memory is empty yields weight 0 instead of NaN
 
 paired = compiled(is_paired)

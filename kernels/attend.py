@@ -134,7 +134,7 @@ def _attend_tokens(call: Call, rows: tuple) -> None:
         call.q, call.out, partial, lse, slots, call.heads.stride, cuts.table, cuts.size, *rows_of(*rows),
         call.scale, *call.strides, *call.angles, call.sink_logits, **call.turn, **_slot_constants(slots),
         SUNK=call.sunk, SLIDING=slots.sliding,
-        HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
+        **_ring_constants(slots), HALF=half_width(size), TILE=tile.rows, KEYS=tile.keys, KEY_BITS=slots.codec.key_bits,
         VALUE_BITS=slots.codec.value_bits, GROUP=call.group, D=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine_parts(call, rows, cuts, partial, lse, count)
@@ -163,7 +163,8 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
     attend_prompt[(blocks, len(cuts.table))](
         call.q, call.out, partial, lse, slots, call.heads.stride, *read, slots.coarse_rank.shape[1],
         cuts.table, cuts.size, *rows_of(*rows), call.scale, *call.strides, *call.angles, call.sink_logits, **call.turn,
-        **_slot_constants(slots), SUNK=call.sunk, SLIDING=slots.sliding, WIDTH=max(16, triton.next_power_of_2(size)),
+        **_slot_constants(slots), **_ring_constants(slots), SUNK=call.sunk, SLIDING=slots.sliding,
+        WIDTH=max(16, triton.next_power_of_2(size)),
         TILE=tile.rows, KEYS=tile.keys, CODED=slots.codec.key_bits < 16, GROUP=call.group, D=size, TOKENS=tokens,
         ROWS=rows_width(len(rows[0])), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -173,7 +174,8 @@ def _attend_prompts(call: Call, rows: tuple, live_tokens: int, read: torch.Tenso
 def _cuts(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Cuts, torch.Tensor, torch.Tensor]:
     """The cut of the heads' keys for so many blocks of query tokens, and buffers for the parts and their lse."""
     size, rows = call.q.shape[2], tokens * call.group
-    counts = tuple(call.slots.ring_k.shape[2] + capacity for capacity in call.heads.capacities)
+    ring = call.slots.window + call.slots.segment
+    counts = tuple(ring + capacity for capacity in call.heads.capacities)
     resident = processors(call.q.device) * tile.resident
     cuts = call.heads.cuts(counts, tile.keys, blocks, resident, rows * size * 4)
     shape = (cuts.parts, blocks, rows)
@@ -195,6 +197,10 @@ def _combine_parts(call: Call, rows: tuple, cuts: Cuts, partial, lse, blocks: in
 
 def _slot_constants(slots: LayerSlots) -> dict:
     return dict(WINDOW=slots.window, SEGMENT=slots.segment)
+
+
+def _ring_constants(slots: LayerSlots) -> dict:
+    return dict(CELLS=slots.ring_k.shape[2], PARTED=slots.parted)
 
 
 @cache

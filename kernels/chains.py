@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from .arrays import LayerArrays, Weights, one_of, read_plain
+from .arrays import LayerArrays, Weights, one_of, read_plain, ring_of
 from .cpuattention import combine, count_passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
-from .grid import Grid, far_limit, leaves, left_ring, width
+from .grid import Grid, far_limit, leaves, left_ring, rings, width
 from .rows import compiled, inlined
 from .team import add, each, replace, value
 
@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
 class Pieces(NamedTuple):
     """Pieces of B sequences, those of a sequence in order."""
 
-    slot: np.ndarray  # [B]
+    slots: np.ndarray  # [B, 1], or the parts that each has
     row: np.ndarray  # [B], in the storage of readouts
     unread: np.ndarray  # [B] bool, whether keys before RoPE are to be read first, which merging needs
     table: np.ndarray  # [N, 4]: sequence, first row of the batch, tokens, position of the first; by sequence
@@ -99,21 +99,22 @@ def _do(task, layer, tokens, pieces, seen, lse):
     n, g, does = task[PIECE], task[HEAD], task[DOES]
     i, begin, count, position = pieces.table[n]
     own, end = slice(begin, begin + count), position + count
-    slot, row = pieces.slot[i], pieces.row[i]
-    arrays = one_of(layer.arrays, slot, row, far_limit(end, layer.grid))
+    slots, row = pieces.slots[i], pieces.row[i]
+    arrays = one_of(layer.arrays, slots[0], row, far_limit(end, layer.grid))
     if does & READS:
         read_plain(arrays, np.arange(arrays.start[g], arrays.start[g + 1]))
     if does & PUTS:
-        put(tokens.k[own], tokens.v[own], g, position, arrays)
+        last_ring = sum(rings(position, layer.arrays.cells, layer.grid)) - 1
+        put(tokens.k[own], tokens.v[own], g, position, ring_of(layer.arrays, slots[last_ring]))
     if task[LAST] > task[FIRST]:
-        _attend(task, layer, arrays, tokens.q[own], position, tokens, seen, lse, tokens.out[own])
+        _attend(task, layer, slots, arrays, tokens.q[own], position, tokens, seen, lse, tokens.out[own])
     if does & MERGES:
-        arrays = one_of(layer.arrays, slot, row, far_limit(end + 1, layer.grid))
+        arrays = one_of(layer.arrays, slots[0], row, far_limit(end + 1, layer.grid))
         merge_head(arrays, layer.weights, g, leaves(end, layer.grid), layer.grid)
 
 
 @compiled
-def _attend(task, layer, arrays, q, position, tokens, seen, lse, out):
+def _attend(task, layer, slots, arrays, q, position, tokens, seen, lse, out):
     """Do a task's passes, and combine those of its rows if told to; seen and lse: rows that tasks share.
 
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
@@ -124,7 +125,8 @@ def _attend(task, layer, arrays, q, position, tokens, seen, lse, out):
         seen, lse, place = np.empty((of * rows, size), q.dtype), np.empty(of * rows, np.float32), 0
     own = slice(place, place + of * rows)
     seen, lse = seen[own].reshape(of, rows, size), lse[own].reshape(of, rows)
-    see(layer.way, layer.grid, arrays, g, q, position, first, last, task[BEGIN], task[END], tokens.scale, seen, lse)
+    seeing = layer.way, layer.grid, layer.arrays, slots, arrays, g, q, position, first, last, task[BEGIN], task[END]
+    see(*seeing, tokens.scale, seen, lse)
     if task[DOES] & COMBINES:
         combine(layer.way.kind, seen, lse, tokens.sink_logits, g * (heads // len(arrays.ring_k)), first, last, out)
 
@@ -163,7 +165,7 @@ def _tasks(layer, tokens, pieces, merges, threads):
             if rows < 2 * LEAST_ROWS:
                 end = 0
                 for share in range(1, shares + 1):
-                    start, end = end, 1 + share * (of - 1) // shares  # the first one looks at the ring, too
+                    start, end = end, 1 + share * (of - 1) // shares  # the first one looks at a ring more
                     m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
                 m = _task(found, m, n, g, 0, rows, m - before, COMBINES | merging, 0, 0, of, shared)
                 shared += of * _whole(rows, layer.way)
@@ -184,17 +186,18 @@ def _shares(layer, group, pieces, threads):
     Also where the pieces of each sequence begin [B + 1], and how many passes each piece takes for a head [N, G].
     """
     heads, table = len(layer.arrays.exact_start) - 1, pieces.table
-    chains, ends = len(pieces.slot) * heads, layer.arrays.exact_start + layer.arrays.coarse_start
+    chains, ends = len(pieces.row) * heads, layer.arrays.exact_start + layer.arrays.coarse_start
     cost, last, most = np.zeros(chains), np.zeros(chains), np.ones(chains, np.int64)
-    begin, passes = np.zeros(len(pieces.slot) + 1, np.int64), np.ones((len(table), heads), np.int64)
+    begin, passes = np.zeros(len(pieces.row) + 1, np.int64), np.ones((len(table), heads), np.int64)
     for n in range(len(table)):
         i, _, count, position = table[n]
         begin[i + 1], end = n + 1, position + count
         for g in range(heads):
             chain, gone = i * heads + g, left_ring(end, layer.grid)
             entries = width(ends[g + 1] - ends[g], gone, layer.grid)
-            passes[n, g] = count_passes(entries, far_limit(end, layer.grid), layer.grid)
-            last[chain] = group * count * (entries + layer.arrays.cells)
+            n_rings = rings(position, layer.arrays.cells, layer.grid)[1]
+            passes[n, g] = count_passes(n_rings, entries, far_limit(end, layer.grid), layer.grid)
+            last[chain] = group * count * (entries + n_rings * layer.arrays.cells)
             cost[chain] += last[chain]
             most[chain] = max(most[chain], _most(group * count, passes[n, g]))
     order = np.argsort(-cost, kind="mergesort")
@@ -203,7 +206,7 @@ def _shares(layer, group, pieces, threads):
 
 @compiled
 def _most(rows, passes):
-    """How many tasks can share the attention of a piece: its rows, or, where those are few, its passes over entries."""
+    """How many tasks can share the attention of a piece: its rows, or, where those are few, its passes but one."""
     return rows // LEAST_ROWS if rows >= 2 * LEAST_ROWS else passes - 1 if rows else 1
 
 

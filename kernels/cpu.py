@@ -20,38 +20,47 @@ from .slot import LayerSlots, Policy, Rope
 class Pieces(NamedTuple):
     """Pieces of B sequences, those of each in order."""
 
-    slot: list[int]  # [B]
+    slot: list[int]  # [B], the first of each
     begin: list[int]  # [B], tokens before its first piece
     end: list[int]  # [B], tokens up to the end of its last piece
+    slots: np.ndarray  # [B, 1], or the parts that each has
     table: np.ndarray  # [N, 4], see chains.Pieces
 
     @classmethod
     def of(cls, steps) -> "Pieces":
         """Of steps (slot_indices, cu_seqlens, seq_lens), in each of which a slot has one piece at most."""
-        parts = [np.stack([x.numpy() for x in (s, cu[:-1], cu.diff(), lens)], 1) for s, cu, lens in steps]
+        parts = [np.column_stack([x.numpy() for x in (cu[:-1], cu.diff(), lens, s)]) for s, cu, lens in steps]
         rows = np.concatenate(parts).astype(np.int64)
-        rows = rows[(rows[:, 0] >= 0) & (rows[:, 2] > 0)]
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        slot, first, sequence = np.unique(rows[:, 0], return_index=True, return_inverse=True)
+        rows = rows[(rows[:, 3] >= 0) & (rows[:, 1] > 0)]
+        rows = rows[np.argsort(rows[:, 3], kind="stable")]
+        slot, first, sequence = np.unique(rows[:, 3], return_index=True, return_inverse=True)
         last = [*first[1:] - 1, len(rows) - 1][: len(slot)]
-        table = np.column_stack([sequence, rows[:, 1], rows[:, 2], rows[:, 3] - rows[:, 2]])
-        return cls(slot.tolist(), table[first, 3].tolist(), rows[last, 3].tolist(), table)
+        table = np.column_stack([sequence, rows[:, 0], rows[:, 1], rows[:, 2] - rows[:, 1]])
+        return cls(slot.tolist(), table[first, 3].tolist(), rows[last, 2].tolist(), rows[last, 3:], table)
 
     def take(self, sequences: list[int]) -> "Pieces":
         """Those of some of them, which come in this order."""
         tables = [self.table[self.table[:, 0] == i] for i in sequences]
         own = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         table = np.column_stack([own, np.concatenate(tables)[:, 1:]])
-        return Pieces(*([column[i] for i in sequences] for column in self[:3]), table)
+        return Pieces(*([column[i] for i in sequences] for column in self[:3]), self.slots[sequences], table)
 
 
-def reset(slab, slot_indices, cu_seqlens, seq_lens) -> list[int]:
-    """Zero the slots [S, bytes] uint8 of sequences whose first token is in this batch; returns them."""
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    fresh = slot_indices[(lengths > 0) & (lengths == seq_lens) & (slot_indices >= 0)].tolist()
-    for slot in fresh:
+def reset(slab, slot_indices, cu_seqlens, seq_lens, cells: int | None = None) -> list[int]:
+    """Zero the slots [S, bytes] uint8 of sequences whose first token is in this batch; returns them.
+
+    cells: of a part, where slots are parts, of which one is zeroed that a sequence comes to.
+    """
+    before = seq_lens - cu_seqlens.diff()
+    if cells is None:
+        fresh = slot_indices[(before == 0) & (seq_lens > 0) & (slot_indices >= 0)]
+    else:
+        part = torch.arange(slot_indices.shape[1]) * cells
+        reached = (part >= before[:, None]) & (part < seq_lens[:, None]) & (slot_indices[:, :1] >= 0)
+        fresh = slot_indices[reached]
+    for slot in fresh.tolist():
         slab[slot].zero_()
-    return fresh
+    return fresh.tolist()
 
 
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
@@ -97,7 +106,8 @@ def compile_walk(slots: LayerSlots, rope: Rope | None) -> None:
     readouts = Readouts(slots)
     readouts.of(0, 1)
     with compiling():
-        _walk(slots, Pieces([], [], [], np.zeros((0, 4), np.int64)), rope, None, readouts)
+        none = np.zeros((0, 1), np.int64)
+        _walk(slots, Pieces([], [], [], none, np.zeros((0, 4), np.int64)), rope, None, readouts)
 
 
 def _memorised(slots, tokens):
@@ -120,5 +130,5 @@ def _walk(slots, pieces, rope, policy, readouts, k=None, v=None, q=None, out=Non
     none = sink_logits is None
     sinks = np.full(tokens[2].shape[1], -np.inf, np.float32) if none else sink_logits.detach().float().numpy()
     tokens = chains.Tokens(*tokens, as_bits(nothing if out is None else out), float(scale), sinks)
-    some = chains.Pieces(np.array(pieces.slot, np.int64), row, unread, pieces.table)
+    some = chains.Pieces(np.ascontiguousarray(pieces.slots), row, unread, pieces.table)
     chains.walk(layer, tokens, some, policy is not None, torch.get_num_threads())

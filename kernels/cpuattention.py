@@ -4,55 +4,56 @@ import math
 
 import numpy as np
 
-from .arrays import MASKED, rank_position
+from .arrays import MASKED, rank_position, ring_of
 from .cpupartial import partial_attention, rows_at_once
-from .grid import left_ring, parts, width
+from .grid import left_ring, parts, rings, width
 from .rows import compiled, load, save, turn
 from .slot import EMPTY
 
 
 @compiled
-def put(k, v, g, position, arrays):
-    """Keys and values of tokens [T, G, D] from a position on into the ring cells of head g."""
+def put(k, v, g, position, ring):
+    """Keys and values of tokens [T, G, D] from a position on into the cells of head g of a ring."""
     for t in range(len(k)):
-        cell = (position + t) % arrays.ring_k.shape[1]
+        cell = (position + t) % ring[0].shape[1]
         for d in range(k.shape[2]):
-            arrays.ring_k[g, cell, d], arrays.ring_v[g, cell, d] = k[t, g, d], v[t, g, d]
+            ring[0][g, cell, d], ring[1][g, cell, d] = k[t, g, d], v[t, g, d]
 
 
 @compiled
-def count_passes(entries, limit, grid):
-    """How many times queries look: at the ring, and at each part of the entries, once more for those that are far."""
-    return 1 + parts(entries, grid) * (2 if limit else 1)
+def count_passes(rings, entries, limit, grid):
+    """How many times queries look: at each ring, and at each part of the entries, once more for those that are far."""
+    return rings + parts(entries, grid) * (2 if limit else 1)
 
 
 @compiled
-def see(way, grid, arrays, g, q, position, first, last, begin, end, scale, seen, lse):
+def see(way, grid, layer, slots, arrays, g, q, position, first, last, begin, end, scale, seen, lse):
     """Write what tokens from a position on, those of a piece, see in the passes from begin to end.
 
-    q [T, H, D]; first and last: of the rows of the head's group, N with those that fill up a block; seen [P, N, D];
-    lse [P, N] fp32.
+    layer: LayerArrays; slots: those of the sequence, `arrays` of the first; q [T, H, D]; first and last: of the rows
+    of the head's group, N with those that fill up a block; seen [P, N, D]; lse [P, N] fp32.
     """
     (tokens, heads, _), gone = q.shape, left_ring(position + len(q), grid)
     query = np.zeros(seen.shape[1:], q.dtype)
     _side_by_side(q, g * (heads // len(arrays.ring_k)), first, last, query)
-    if begin == 0 < end:
-        step = rows_at_once(arrays.ring_k.shape[1], way.block)
+    step, (first_ring, n_rings) = rows_at_once(layer.cells, way.block), rings(position, layer.cells, grid)
+    for p in range(begin, min(end, n_rings)):
+        k, v = ring_of(layer, slots[first_ring + p])
         for here in range(0, len(query), step):
             there = min(here + step, len(query))
-            cells = arrays.ring_k[g], arrays.ring_v[g], _mask(grid, position, tokens, first + here, there - here)
-            partial_attention(way, query[here:there], *cells, scale, seen[0, here:there], lse[0, here:there])
+            mask = _mask(grid, layer.cells, first_ring + p, position, tokens, first + here, there - here)
+            partial_attention(way, query[here:there], k[g], v[g], mask, scale, seen[p, here:there], lse[p, here:there])
     capacity = arrays.exact_start[g + 1] - arrays.exact_start[g] + arrays.coarse_start[g + 1] - arrays.coarse_start[g]
     entries = width(capacity, gone, grid)
     near = parts(entries, grid)
-    for p in range(max(begin, 1), end):
-        part, far = (p - 1) % near, p > near
+    for p in range(max(begin, n_rings), end):
+        part, far = (p - n_rings) % near, p >= n_rings + near
         held = slice(part * grid.part, entries if part == near - 1 else (part + 1) * grid.part)
         held = slice(arrays.start[g] + held.start, arrays.start[g] + held.stop)
         bias = arrays.bias[held]
         if arrays.limit:
             bias = _hide(bias, arrays.rank[held], arrays.limit, not far)
-        if p == max(begin, near + 1):  # the first that is seen from afar
+        if p == max(begin, n_rings + near):  # the first that is seen from afar
             _see_from_afar(way.kind, arrays, grid, position, tokens, first, query)
         partial_attention(way, query, arrays.k[held], arrays.v[held], bias.reshape(1, -1), scale, seen[p], lse[p])
 
@@ -81,12 +82,13 @@ def _see_from_afar(kind, arrays, grid, position, tokens, first, query):
 
 
 @compiled
-def _mask(grid, position, tokens, first, rows):
-    """0 or MASKED over the ring cells [1 or rows, L], for rows from the first on of tokens from a position on."""
-    cells, newest = grid.window + grid.segment, position + tokens - 1
+def _mask(grid, cells, ring, position, tokens, first, rows):
+    """0 or MASKED over the cells of a ring [1 or rows, L], for rows from the first on of tokens from a position on."""
+    newest = position + tokens - 1
     mask, held = np.zeros((rows if tokens > 1 else 1, cells), np.float32), np.empty(cells, np.int64)
     for cell in range(cells):
-        held[cell] = newest - (newest - cell) % cells  # the newest token that it can hold
+        # the newest token that it can hold
+        held[cell] = ring * cells + cell if grid.parted else newest - (newest - cell) % cells
     for row in range(len(mask)):
         own = position + (first + row) % tokens
         begin = max(own - grid.window + 1 if grid.sliding else own // grid.segment * grid.segment - grid.window, 0)

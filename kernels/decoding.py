@@ -17,6 +17,7 @@ from .tiles import (
     mate,
     no_keys,
     pairs_of,
+    part_of,
     rank_position,
     row_at,
     sizes,
@@ -32,13 +33,14 @@ def attend_token(
     SUNK: tl.constexpr, TRAINED: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, CELLS: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
     """One token's heads of a group over one cut of their keys. scale includes log2(e): softmax is in base 2."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     RING: tl.constexpr = WINDOW + SEGMENT
     DTYPE: tl.constexpr = q.dtype.element_ty
-    slot, token, count, seq_len = row_at(rows, tl.program_id(0))
+    n = tl.program_id(0)
+    slot, token, count, seq_len = row_at(rows, n)
     if (slot < 0) | (count <= 0):
         return
     head = tl.load(table + 4 * tl.program_id(1))
@@ -70,13 +72,13 @@ def attend_token(
     low = tl.zeros([TILE, HALF], tl.float32)
     high = tl.zeros([TILE, HALF], tl.float32)
 
-    ring_k = at(slots.ring_k, slot, stride) + head * (RING * D)
-    ring_v = at(slots.ring_v, slot, stride) + head * (RING * D)
     for at_key in range(start, tl.minimum(tl.minimum(start + size, RING), seq_len - gone), KEYS):
         seen = gone + at_key + key
         inside = (at_key + key < RING) & (seen < seq_len)
-        k_low, k_high = halves(ring_k, seen % RING, inside, D, HALF)
-        v_low, v_high = halves(ring_v, seen % RING, inside, D, HALF)
+        lies_in = part_of(rows, n, slot, seen, inside, CELLS, PARTED)
+        cell = head * CELLS + seen % CELLS
+        k_low, k_high = halves(at(slots.ring_k, lies_in, stride), cell, inside, D, HALF)
+        v_low, v_high = halves(at(slots.ring_v, lies_in, stride), cell, inside, D, HALF)
         sees = inside
         if SLIDING:
             sees &= seen >= seq_len - WINDOW

@@ -16,6 +16,7 @@ class Grid(NamedTuple):
     window: int
     segment: int
     sliding: bool
+    parted: bool
     sinks: int
     trained: int  # 0 where no entry is ever far
     candidates: int  # see slot.CANDIDATES
@@ -24,7 +25,9 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, slots: LayerSlots, rope: Rope | None) -> "Grid":
         trained = 0 if rope is None or slots.sliding else rope.trained
-        return cls(slots.window, slots.segment, slots.sliding, slots.sinks, trained, slot.CANDIDATES, PART)
+        return cls(
+            slots.window, slots.segment, slots.sliding, slots.parted, slots.sinks, trained, slot.CANDIDATES, PART
+        )  # fmt: skip
 
 
 left_ring = compiled(reference.left_ring)  # of a Grid
@@ -34,6 +37,15 @@ left_ring = compiled(reference.left_ring)  # of a Grid
 def far_limit(seq_len, grid):
     """See reference.far_limit."""
     return max(((seq_len - 1) // grid.segment + 1) * grid.segment - grid.trained, 0) if grid.trained else 0
+
+
+@compiled
+def rings(position, cells, grid):
+    """Which rings of a sequence a piece looks at whose tokens begin at a position: the first, and how many."""
+    if not grid.parted:
+        return 0, 1
+    begin = max(position // grid.segment * grid.segment - grid.window + 1, 0) if grid.sliding else 0
+    return begin // cells, position // cells - begin // cells + 1
 
 
 @compiled

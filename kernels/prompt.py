@@ -18,6 +18,7 @@ from .tiles import (
     mate,
     no_keys,
     pairs_of,
+    part_of,
     rank_position,
     row_at,
     sizes,
@@ -61,6 +62,7 @@ def attend_prompt(
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, CODED: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    CELLS: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows over one cut of a head's keys. scale includes log2(e): softmax is in base 2.
 
@@ -99,14 +101,13 @@ def attend_prompt(
     top, total = no_keys(sink_logits, query_head, valid, SUNK, part)
     sums = tl.zeros([TILE, WIDTH], tl.float32)
 
-    ring_k = at(slots.ring_k, slot, stride) + head * (RING * D)
-    ring_v = at(slots.ring_v, slot, stride) + head * (RING * D)
     for at_key in range(start, tl.minimum(tl.minimum(start + size, RING), newest - gone + 1), KEYS):
         seen = gone + at_key + key
         inside = (at_key + key < RING) & (seen <= newest)
-        cell = (seen % RING)[:, None] * D + d[None, :]
-        k = tl.load(ring_k + cell, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        v = tl.load(ring_v + cell, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        lies_in = part_of(rows, n, slot, seen, inside, CELLS, PARTED)
+        cell = (head * CELLS + seen % CELLS)[:, None] * D + d[None, :]
+        k = tl.load(at(slots.ring_k, lies_in, stride) + cell, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(at(slots.ring_v, lies_in, stride) + cell, mask=inside[:, None] & (d < D)[None, :], other=0.0)
         sees = inside[None, :] & (seen[None, :] <= position[:, None])
         if SLIDING:
             sees &= seen[None, :] > position[:, None] - WINDOW

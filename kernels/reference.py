@@ -3,7 +3,8 @@
 cpu.py and cuda.py have `write`, `attend` and `merge`, too, which may take further arguments. README.md beside this file
 has the maths.
 A batch is N sequences; sequence i owns query rows cu_seqlens[i]:cu_seqlens[i+1], the last tokens of its
-seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range marks padding.
+seq_lens[i], all inside one segment. slot_indices[i] < 0 or an empty row range marks padding. Where slots are parts,
+slot_indices [N, parts] has those of a sequence in order, as many as its tokens take; the first marks padding.
 """
 
 import torch
@@ -49,12 +50,18 @@ def far_query(q, position, rope: Rope):
     return rotate(plain, torch.full_like(position, rope.trained - 1), rope).to(q.dtype)
 
 
+def ring_cells(slots: LayerSlots, slot: int | list[int], position):
+    """Slot and ring cell [C] of a sequence's tokens at positions [C]."""
+    cells = slots.ring_k.shape[2]
+    row = torch.tensor(slot)[position // cells] if slots.parted else torch.full_like(position, slot)
+    return row, position % cells
+
+
 def write(k, v, slots: LayerSlots, slot_indices, cu_seqlens, seq_lens) -> None:
     """Put the keys and values of new tokens into their ring cells. k, v [T, G, D] model dtype."""
     for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
-        cells = torch.arange(seq_len - (end - begin), seq_len) % slots.ring_k.shape[2]
-        slots.ring_k[slot, :, cells] = k[begin:end].transpose(0, 1)
-        slots.ring_v[slot, :, cells] = v[begin:end].transpose(0, 1)
+        row, cell = ring_cells(slots, slot, torch.arange(seq_len - (end - begin), seq_len))
+        slots.ring_k[row, :, cell], slots.ring_v[row, :, cell] = k[begin:end], v[begin:end]
 
 
 def attend(
@@ -70,7 +77,7 @@ def attend(
     sink_logits [H]: of a key without a value that every query of a head sees, where the model has learned them
     (gpt-oss, arXiv 2508.10925).
     """
-    kv_heads, ring = slots.ring_k.shape[1:3]
+    kv_heads = slots.ring_k.shape[1]
     group = q.shape[1] // kv_heads
     for slot, begin, end, seq_len in _rows(slot_indices, cu_seqlens, seq_lens):
         gone, limit = left_ring(seq_len, slots), far_limit(seq_len, slots, rope)
@@ -79,12 +86,13 @@ def attend(
         hidden = position[None] > query[:, None]  # [T, K]
         if slots.sliding:
             hidden |= position[None] <= query[:, None] - slots.window
+        row, cell = ring_cells(slots, slot, position)
         seen_from_afar = far_query(q[begin:end], query, rope) if limit else q[begin:end]
         for g in range(kv_heads):
-            mem_k, mem_v, mass, rank = _entries(slots, slot, g)
+            mem_k, mem_v, mass, rank = _entries(slots, row[0], g)
             held = rank != EMPTY
-            keys = torch.cat([mem_k[held].float(), slots.ring_k[slot, g, position % ring].float()])
-            values = torch.cat([mem_v[held].float(), slots.ring_v[slot, g, position % ring].float()])
+            keys = torch.cat([mem_k[held].float(), slots.ring_k[row, g, cell].float()])
+            values = torch.cat([mem_v[held].float(), slots.ring_v[row, g, cell].float()])
             bias = torch.zeros(len(query), len(keys))
             bias[:, : held.sum()] = mass[held].log()
             bias[:, held.sum() :].masked_fill_(hidden, -torch.inf)
@@ -167,10 +175,11 @@ def gate(cosine, mass, weights):
 
 def _rows(slot_indices, cu_seqlens, seq_lens):
     starts = cu_seqlens.tolist()
-    for slot, begin, end, seq_len in zip(
-        slot_indices.tolist(), starts[:-1], starts[1:], seq_lens.tolist(), strict=True
+    first = slot_indices.reshape(len(slot_indices), -1)[:, 0]
+    for live, slot, begin, end, seq_len in zip(
+        (first >= 0).tolist(), slot_indices.tolist(), starts[:-1], starts[1:], seq_lens.tolist(), strict=True
     ):
-        if slot >= 0 and end > begin:
+        if live and end > begin:
             yield slot, begin, end, seq_len
 
 

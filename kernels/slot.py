@@ -41,10 +41,11 @@ class LayerSlots(NamedTuple):
     coarse_start[g]:coarse_start[g+1]; both fill from the front, in no order.
 
     A layer of sliding-window attention has no entries, and the tokens that leave its ring are gone.
+    Where slots are parts, a sequence has several, slot_indices [N, parts], and all of its tokens lie in their rings.
     """
 
     pins: torch.Tensor  # [S, P, 2] int32, spans [first, end) of positions that the client pinned (all layers)
-    ring_k: torch.Tensor  # [S, G, L, D] model dtype; token p sits in cell p % L
+    ring_k: torch.Tensor  # [S, G, L, D] model dtype; token p sits in cell p % L, of part p // L
     ring_v: torch.Tensor  # [S, G, L, D] model dtype
     key_sum: torch.Tensor  # [S, G, D] fp32, sum of the pre-RoPE keys of every token that left the ring
     exact_k: torch.Tensor  # [S, X, D] model dtype, rotated
@@ -64,6 +65,7 @@ class LayerSlots(NamedTuple):
     segment: int
     sinks: int  # the first positions of every sequence, pinned without being asked
     sliding: bool = False  # a query sees exactly the last `window` tokens, itself among them
+    parted: bool = False  # L is then no longer the window and a segment
 
 
 class Rope(NamedTuple):

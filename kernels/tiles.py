@@ -39,6 +39,15 @@ def row_at(rows, n):
 
 
 @triton.jit
+def part_of(rows, n, slot, position, inside, CELLS: tl.constexpr, PARTED: tl.constexpr):
+    """In whose ring tokens of sequence n at positions [B] lie, int64: slot, or [B, 1] where it has several parts."""
+    if PARTED:
+        slot_indices, slot_step, _, _, _ = rows
+        slot = tl.load(slot_indices + n * slot_step + position // CELLS, mask=inside, other=0).to(tl.int64)[:, None]
+    return slot
+
+
+@triton.jit
 def all_rows(rows, ROWS: tl.constexpr):
     """Slot, query rows and length of every sequence, [ROWS] each; padding has slot -1."""
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences = rows

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import ROW_ARGUMENTS, heads_of, processors, rows_of, rows_width
 from .slot import LayerSlots
-from .tiles import all_rows, at, locate, row_at
+from .tiles import all_rows, at, locate, part_of, row_at
 
 TOKENS = 16  # of one program
 CLEARED = 4096  # words of 8 bytes that a program clears at a time
@@ -27,8 +27,8 @@ def write(
     _write[(blocks, kv_heads)](
         k, v, slots.ring_k, slots.ring_v, heads_of(slots).stride, *rows,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        RING=slots.ring_k.shape[2], D=size, WIDTH=triton.next_power_of_2(size), TOKENS=1 if single else TOKENS,
-        ROWS=rows_width(len(slot_indices)), num_warps=1 if single else 4,
+        CELLS=slots.ring_k.shape[2], PARTED=slots.parted, D=size, WIDTH=triton.next_power_of_2(size),
+        TOKENS=1 if single else TOKENS, ROWS=rows_width(len(slot_indices)), num_warps=1 if single else 4,
     )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def _write(
     k, v, ring_k, ring_v, stride,
     slot_indices, slot_step, cu_seqlens, seq_lens, sequences,
     k_token, k_head, v_token, v_head,
-    RING: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    CELLS: tl.constexpr, PARTED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's new tokens in one head."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
@@ -60,15 +61,16 @@ def _write(
     if (slot < 0) | (count <= 0):
         return
     token = first + tl.arange(0, TOKENS)
-    cell = (seq_len - count + token) % RING
+    position = seq_len - count + token
+    part = part_of(rows, n, slot, position, token < count, CELLS, PARTED)
     d = tl.arange(0, WIDTH)
     mask = (token < count)[:, None] & (d < D)[None, :]
     source = (begin + token).to(tl.int64)[:, None]
-    target = ((head * RING + cell) * D)[:, None] + d[None, :]
+    target = ((head * CELLS + position % CELLS) * D)[:, None] + d[None, :]
     key = tl.load(k + source * k_token + head * k_head + d[None, :], mask=mask)
     value = tl.load(v + source * v_token + head * v_head + d[None, :], mask=mask)
-    tl.store(at(ring_k, slot, stride) + target, key, mask=mask)
-    tl.store(at(ring_v, slot, stride) + target, value, mask=mask)
+    tl.store(at(ring_k, part, stride) + target, key, mask=mask)
+    tl.store(at(ring_v, part, stride) + target, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)

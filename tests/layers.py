@@ -12,11 +12,14 @@ POSITIONS = 4096
 
 
 def make_layer(fidelity="k8v4", size=32, exact=(4,), coarse=(20,), window=12, segment=16, dtype=torch.float32, slots=3,
-               sliding=None):  # fmt: skip
-    """A zeroed slab of two layers, and a function that views the second of them on any copy of it."""
+               sliding=None, cells=0):  # fmt: skip
+    """A zeroed slab of two layers, and a function that views the second of them on any copy of it.
+
+    cells: of a part, where slots are parts.
+    """
     shape = Shape(2, len(exact), size, dtype, POSITIONS, (None, sliding))
     codecs, exact = (FIDELITIES[fidelity],) * 2, ((3,) * len(exact), exact)
-    layout = Layout(shape, codecs, window, segment, 2, 4, exact=exact, coarse=(coarse, coarse))
+    layout = Layout(shape, codecs, window, segment, 2, 4, exact=exact, coarse=(coarse, coarse), cells=cells)
     # rows with a gap between them, as vLLM's blocks may have
     slab = torch.zeros(slots, layout.slot_bytes + 64, dtype=torch.uint8)[:, : layout.slot_bytes]
     pairs = make_pairs(len(coarse), size)
@@ -49,12 +52,17 @@ def make_tokens(count, kv_heads=3, size=32, group=2, dtype=torch.float32):
 
 
 def make_batch(rows):
-    """Index tensors of rows (slot, query tokens, length); slot_indices is a column of a wider block table."""
+    """Index tensors of rows (slot, query tokens, length); slot_indices are columns of a wider block table.
+
+    A slot may be a tuple of parts, in all rows.
+    """
     slots, counts, lengths = zip(*rows, strict=True)
-    table = torch.full((len(rows), 3), 77, dtype=torch.int32)
-    table[:, 0] = torch.tensor(slots)
+    parted = isinstance(slots[0], tuple)
+    table = torch.full((len(rows), 2 + max(map(len, slots)) if parted else 3), 77, dtype=torch.int32)
+    for row, slot in zip(table, slots, strict=True):
+        row[: len(slot) if parted else 1] = torch.tensor(slot)
     cu_seqlens = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    return table[:, 0], cu_seqlens, torch.tensor(lengths, dtype=torch.int32)
+    return table[:, :-2] if parted else table[:, 0], cu_seqlens, torch.tensor(lengths, dtype=torch.int32)
 
 
 def advance(slots: LayerSlots, slot, k, v, rope, policy) -> None:

@@ -18,7 +18,7 @@ from vllm_deltamem import memory
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has the card itself")
 SHAPE = {"vocab_size": 8192, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 SETTINGS = {"memory": 56, "segment": 16, "window": 8, "pinned": 0, "fidelity": "k8v8"}  # merges after 48 tokens
-PARTS = 3  # of a slot twice as large, for up to 31 tokens each
+PARTS = 3  # of a slot, of 16 tokens each
 STOPS = [*range(0, 8192, 5)]  # one token in five ends an answer
 SESSION = {"extra_args": {"deltamem_session": "talk"}}
 
@@ -49,22 +49,22 @@ def abort(llm, prompt: list[int]) -> None:
     core.abort_request(["broken"])
 
 
-def sizes(parts: int) -> dict:
-    """Settings of an engine whose slots have so many parts."""
-    memory.SHORT_TOKENS = 16
-    return SETTINGS if parts == 1 else SETTINGS | {"memory": 112}
+def divide(parts: int) -> None:
+    """Have slots be divided, where it is several parts."""
+    memory.PART_TOKENS = memory.PART_TOKENS if parts == 1 else 16
 
 
 def talk(folder: str, parts: int) -> dict:
     """Conversations in few slots, prompts in pieces. Takes a process of its own."""
     from tests.card import Graph, card, compiled
-    from vllm_deltamem import beginnings
+    from vllm_deltamem import beginnings, vacancies
 
-    beginnings.LEAST = 32
+    beginnings.LEAST, vacancies.LEAST = 32, 8
+    divide(parts)
     options = {"enforce_eager": False, "enable_prefix_caching": True, "gpu_memory_utilization": 0.1}
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 6 * parts + 1}
     fixed, stopping = {"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 12, "stop_token_ids": STOPS}
-    with card(), engine(folder, dtype="float32", settings=sizes(parts), **options) as llm:
+    with card(), engine(folder, dtype="float32", settings=SETTINGS, **options) as llm:
         reserved, ready = scratch(), set(compiled)
         first = ask(llm, (tokens(60, 0), fixed), (tokens(9, 1), stopping), (tokens(7, 2), fixed | SESSION))
         abort(llm, tokens(20, 3))
@@ -75,9 +75,9 @@ def talk(folder: str, parts: int) -> dict:
             (stopped + whole + tokens(5, 5), stopping),
             (named + said + tokens(5, 6), fixed | SESSION),
         )
-        alike = tokens(72, 7)
+        alike = tokens(73, 7)
         third = ask(llm, (alike[:61], fixed), (alike[:36] + alike[61:], fixed), (alike[:61], fixed))
-        outgrowing = ask(llm, (tokens(25, 8), fixed), (tokens(27, 9), fixed), (tokens(60, 10), fixed))
+        outgrowing = ask(llm, (tokens(40, 8), fixed), (tokens(37, 9), fixed), (tokens(60, 10), fixed))
         made = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler.plan.parts
     return {
         "asked": first + second + third + outgrowing,
@@ -105,7 +105,7 @@ def scratch() -> dict[str, int]:
     ],
 )
 def test_serving_as_on_a_gpu(tmp_path, monkeypatch, family, shape, parts, shared):
-    monkeypatch.setattr(memory, "SHORT_TOKENS", memory.SHORT_TOKENS)
+    monkeypatch.setattr(memory, "PART_TOKENS", memory.PART_TOKENS)
     folder, found = save_model(tmp_path / family, family, **shape), tmp_path / "found"
     command = [sys.executable, "-m", "tests.test_card", str(folder), str(found), str(parts)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -121,7 +121,8 @@ def test_serving_as_on_a_gpu(tmp_path, monkeypatch, family, shape, parts, shared
     assert [cached for *_, cached in second] == [60, known[1], known[2] - 1]  # a stop token has been read
     assert [cached for *_, cached in third] == shared
     assert said["parts"] == parts
-    with engine(folder, dtype="float32", settings=sizes(parts)) as llm:
+    divide(parts)
+    with engine(folder, dtype="float32", settings=SETTINGS) as llm:
         for i, (prompt, answer, chosen, _) in enumerate(said["asked"]):
             named = {"extra_args": {"deltamem_session": str(i)}} if i in (2, 5) else {}  # which holds a whole slot
             ((_, same, there, _),) = ask(llm, (prompt, {"max_tokens": len(answer), "ignore_eos": True} | named))

@@ -28,7 +28,7 @@ def pieces_of(slots, *sequences):
             rows.append((i, first, count, begin))
             first, begin = first + count, begin + count
     slot, begin, end = (list(column) for column in zip(*sequences, strict=True))
-    return cpu.Pieces(slot, begin, end, np.array(rows))
+    return cpu.Pieces(slot, begin, end, np.array(slot)[:, None], np.array(rows))
 
 
 def tasks_of(slots, readouts, pieces, threads, group=3, merges=True):
@@ -37,7 +37,7 @@ def tasks_of(slots, readouts, pieces, threads, group=3, merges=True):
     tokens = chains.Tokens(
         *(as_bits(x.bfloat16()) for x in (kv, kv, q, q)), 1.0, np.full(q.shape[1], -np.inf, np.float32)
     )
-    sequences = np.array(pieces.slot), np.zeros(len(pieces.slot), np.int64), np.ones(len(pieces.slot), np.bool_)
+    sequences = pieces.slots, np.zeros(len(pieces.slot), np.int64), np.ones(len(pieces.slot), np.bool_)
     given = chains.Pieces(*sequences, pieces.table)
     return chains._tasks(readouts.layer(None, make_policy(3, 64)), tokens, given, merges, threads)[:2]
 
@@ -163,7 +163,8 @@ def test_pieces_in_one_walk_leave_the_same_bits_as_one_at_a_time(trained, rows):
     k, v, q = make_tokens(738, 3, 64, 3, torch.bfloat16)
     pieces, found = pieces_of(slots, *sequences), []
     alone = [
-        cpu.Pieces([sequences[i][0]], [p], [p + n], np.array([(0, b, n, p)])) for i, b, n, p in pieces.table.tolist()
+        cpu.Pieces([sequences[i][0]], [p], [p + n], pieces.slots[i : i + 1], np.array([(0, b, n, p)]))
+        for i, b, n, p in pieces.table.tolist()
     ]
     for walks in ([pieces], alone):
         slab[:] = 0

@@ -70,6 +70,22 @@ def test_cpu_path_matches_reference(settings, rope, learned):
     assert (expected_slots.coarse_mass[2] > 1).any(), "the test must merge"
 
 
+@pytest.mark.parametrize("sliding", [None, 13, 40])
+@pytest.mark.parametrize("chunks", [[120], [1, 30, 33, 1, 55], [16] * 7 + [8]], ids=str)
+def test_sequences_in_parts(chunks, sliding):
+    """Of one that is scattered over four, in any order; rows are to the bit what they are in other chunks."""
+    k, v, q = make_tokens(120, 2, group=3)
+    found, slabs, slot = [], [], (7, 0, 3, 5)
+    for module, cut in ((reference, [120]), (cpu, [120]), (cpu, chunks)):
+        slab, view = make_layer("bf16", 32, (0, 0), (0, 0), 112, 16, slots=9, sliding=sliding, cells=32)
+        found.append(run(module, view(slab), k, v, q, slot, cut, None, make_policy(2)))
+        slabs.append(slab)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[2], found[1])
+    assert torch.equal(slabs[1], slabs[0]) and torch.equal(slabs[2], slabs[0])
+    assert slabs[0][[*slot]].any(1).all() and not slabs[0][[1, 2, 4, 6, 8]].any()
+
+
 def test_sink_logits_take_part_of_the_weight():
     """As gpt-oss has. Without any memory, too, and far beyond what is seen."""
     k, v, q = make_tokens(173)

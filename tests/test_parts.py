@@ -1,8 +1,7 @@
-"""Short sequences hold parts of slots: exact in them, and computed anew in a whole slot once they have outgrown it."""
+"""Short sequences hold parts of slots: exact there, and computed anew in a whole slot once they have outgrown them."""
 
 import os
 import random
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +15,7 @@ from test_vacancies import ask  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 
-from vllm_deltamem import memory  # noqa: E402
+from vllm_deltamem import memory, vacancies  # noqa: E402
 from vllm_deltamem.backend import DeltaMemBackend  # noqa: E402
 from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
 from vllm_deltamem.config import DeltaMemConfig  # noqa: E402
@@ -25,8 +24,9 @@ from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
 from vllm_deltamem.transfers import Span  # noqa: E402
 
-SETTINGS = {"memory": 528, "segment": 16, "window": 24, "pinned": 8}
-SHORT, PARTS = 63, 8  # tokens that a part has room for, and parts of a slot
+SETTINGS = {"memory": 80, "segment": 8, "window": 12, "pinned": 4}
+PARTS, CELLS = 8, 8  # of a slot; tokens that a part has room for
+SHORT = PARTS * CELLS - 1  # tokens of the longest sequence that holds parts
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def shorter():
-    """Parts that are outgrown soon."""
-    with patch.object(memory, "SHORT_TOKENS", 32):
+    """Parts that are outgrown soon, and are worth being copied."""
+    with patch.object(memory, "PART_TOKENS", CELLS), patch.object(vacancies, "LEAST", CELLS):
         yield
 
 
@@ -70,7 +70,7 @@ def slots_of(llm):
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
 def test_short_sequences_are_exact(folders, family):
     """Of a memory that would code most of their entries: log-probabilities as of full attention, fp32."""
-    prompts, found = [tokens(n, seed=n) for n in (1, 16, 33, 50)], {}
+    prompts, found = [tokens(n, seed=n) for n in (1, 8, 33, 42)], {}
     for backend in (STOCK, "DELTAMEM"):
         given = {"backend": backend, "dtype": "float32", "max_model_len": 2048}
         settings = SETTINGS | {"fidelity": "k8v4"}
@@ -91,17 +91,16 @@ def test_a_part_does_not_depend_on_chunks_company_reuse_or_preemption(folders):
         """The part that the prompt was read in, as its request left it."""
         llm.reset_prefix_cache()
         run()
-        held = slots_of(llm).vacancies._held.items()
-        (slot,) = (slot for slot, vacancy in held if vacancy.span.digest == digest and vacancy.span.length == 54)
-        assert not slot.whole
-        return SlotPool.serving().memory(slot).clone()
+        (slot,) = (slot for slot, vacancy in slots_of(llm).vacancies._held.items() if vacancy.span == span)
+        assert not slot.whole and len(slot.rows) == 7
+        return SlotPool.serving().slabs[1].rows[[*slot.rows]]
 
     expected = None
     for chunk in (8, 23, 2048):
         options = {"enable_prefix_caching": True, "max_num_seqs": 8, "max_num_batched_tokens": chunk}
-        with serving(folders["llama"], slots=1, **options) as llm:
+        with serving(folders["llama"], slots=PARTS, **options) as llm:
             answer = ask(llm, prompt, count=15)[0][0][0]
-            digest = Span.of(prompt + answer[:-1], 16).digest
+            span = Span.of(prompt + answer[:-1], None)
             ask(llm, *others, tokens(48, seed=9), count=15)
             for run in (
                 lambda: ask(llm, prompt, count=15),
@@ -144,20 +143,25 @@ def test_a_part_ends_with_its_last_token(folders):
                 assert preempt.call_count == 1
 
 
-def test_more_short_sequences_run_at_once_than_there_are_slots(folders):
-    prompts = [tokens(20, seed=i) for i in range(20)]
-    expected = [anew(folders["llama"], prompt, 20) for prompt in prompts[:2]]
-    with serving(folders["llama"], slots=2) as llm:
-        core, most = llm.llm_engine, 0
+@STEPS
+def test_more_short_sequences_run_at_once_than_there_are_slots(folders, steps):
+    """Each takes parts as it grows; when none are left, who came last goes on later."""
+    prompts = [tokens(18, seed=i) for i in range(12)]
+    with serving(folders["llama"]) as llm:
+        expected = {str(i): ask(llm, prompt, count=30)[0][0] for i, prompt in enumerate(prompts)}
+    with steps(), serving(folders["llama"], slots=2) as llm:
+        core, most, preempted = llm.llm_engine, 0, 0
+        scheduler = core.engine_core.engine_core.scheduler
         for i, prompt in enumerate(prompts):
-            core.add_request(str(i), {"prompt_token_ids": prompt}, greedy(20, logprobs=0))
+            core.add_request(str(i), {"prompt_token_ids": prompt}, greedy(30, logprobs=0))
         found = {}
         while core.has_unfinished_requests():
             done = [output for output in core.step() if output.finished]
             found |= {output.request_id: read_answers([output])[0][:2] for output in done}
-            most = max(most, slots_of(llm).used()[1])
-        assert most == 2 * PARTS
-        assert [found["0"], found["1"]] == expected
+            most = max(most, len(scheduler.running))
+            preempted = max(preempted, *(request.num_preemptions for request in scheduler.requests.values()), 0)
+    assert most == 5 and preempted
+    assert found == expected
 
 
 def test_a_long_one_waits_for_a_whole_slot_and_short_ones_behind_it(folders):
@@ -170,20 +174,24 @@ def test_a_long_one_waits_for_a_whole_slot_and_short_ones_behind_it(folders):
 
 
 @STEPS
-def test_who_outgrew_a_part_first_goes_on_first(folders, steps):
+def test_who_outgrew_parts_goes_on_in_the_order_of_arrival(folders, steps):
     """And a scheduler that is paused for new requests waits for all of them."""
-    with steps(), serving(folders["llama"], slots=1) as llm:
+    with steps(), serving(folders["llama"], slots=5) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         for paused in (False, True):
             for i in range(5):
-                llm.llm_engine.add_request(f"{i}", {"prompt_token_ids": tokens(30, seed=i)}, greedy(60 - 2 * i))
+                llm.llm_engine.add_request(f"{i}", {"prompt_token_ids": tokens(30, seed=i)}, greedy(60))
             llm.llm_engine.step()
             if paused:
                 scheduler.set_pause_state(PauseState.PAUSED_NEW)
-            order = []
+            answered, resumed = [], []
             while scheduler.has_requests():
-                order += [output.request_id for output in llm.llm_engine.step() if output.finished]
-            assert order + [output.request_id for output in finished(llm)] == [*"01234"]
+                answered += [output.request_id for output in llm.llm_engine.step() if output.finished]
+                whole = [request.request_id[0] for request in scheduler.running if request.num_preemptions]
+                resumed += [name for name in whole if name not in resumed]
+            answered += [output.request_id for output in finished(llm)]
+            scheduler.set_pause_state(PauseState.UNPAUSED)
+            assert resumed == [*"01234"] and sorted(answered) == [*"01234"]
 
 
 def test_who_is_preempted_with_its_last_token_in_a_part_is_read_for_nobody(folders):
@@ -209,19 +217,19 @@ def test_who_is_preempted_with_its_last_token_in_a_part_is_read_for_nobody(folde
 @STEPS
 def test_short_ones_make_way_for_a_long_one(folders, steps):
     """It waits for none of them but those whose places are needed; they go on as if they had not been moved."""
-    prompts, long = [tokens(20, seed=i) for i in range(2 * PARTS)], tokens(100, seed=99)
+    prompts, long = [tokens(2, seed=i) for i in range(2 * PARTS)], tokens(100, seed=99)
     with steps(), serving(folders["llama"], slots=2) as llm:
         for i, prompt in enumerate(prompts):  # every other one leaves its place soon
-            llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, greedy(40 if i % 2 else 4, logprobs=0))
-        llm.llm_engine.add_request("long", {"prompt_token_ids": long}, greedy(4, logprobs=0))
+            llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, greedy(7 if i % 2 else 2, logprobs=0))
+        llm.llm_engine.add_request("long", {"prompt_token_ids": long}, greedy(1, logprobs=0))
         outputs = finished(llm)
     order, found = [output.request_id for output in outputs], read_answers(outputs)
     assert order.index("long") == PARTS
     found = dict(zip(order, found, strict=True))
     with serving(folders["llama"], slots=PARTS) as llm:
         for i in range(1, 2 * PARTS, 2):
-            assert ask(llm, prompts[i], count=40)[0][0] == found[str(i)][:2]
-        assert ask(llm, long, count=4)[0][0] == found["long"][:2]
+            assert ask(llm, prompts[i], count=7)[0][0] == found[str(i)][:2]
+        assert ask(llm, long, count=1)[0][0] == found["long"][:2]
 
 
 def test_aborted_and_preempted_ones_leave_their_parts(folders):
@@ -232,7 +240,7 @@ def test_aborted_and_preempted_ones_leave_their_parts(folders):
         assert read_answers([output])[0][:2] == expected
         llm.llm_engine.add_request("gone", {"prompt_token_ids": prompt}, greedy(20))
         llm.llm_engine.step()
-        assert slots_of(llm).used() == (1, 1)
+        assert slots_of(llm).used() == (1, 4)
         llm.llm_engine.abort_request(["gone"])
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
@@ -254,7 +262,7 @@ def test_conversations_go_on_from_parts_and_slots(folders, steps):
     """Whatever is claimed, copied, kept for answers told otherwise, shared or outgrown: as if computed anew."""
     rng, systems = random.Random(5), [tokens(33, seed=90 + i) for i in range(2)]
     talks, asked, known = [list(rng.choice(systems)) for _ in range(9)], [], 0
-    options = {"enable_prefix_caching": True, "slots": 2, "max_num_batched_tokens": 64}
+    options = {"enable_prefix_caching": True, "slots": 6, "max_num_batched_tokens": 64}
     moving = patch.object(Blocks, "_swap", autospec=True, side_effect=Blocks._swap)
     with (
         steps(),
@@ -306,6 +314,28 @@ def test_a_part_and_a_slot_do_not_serve_each_other(folders):
         assert [ask(llm, longer, count=2)[0][1], ask(llm, longer + [7], count=2)[0][1]] == [0, 80]
 
 
+def test_a_prompt_that_goes_on_otherwise_starts_with_a_copy(folders):
+    """Of whole parts, at any token; what it was copied from goes on, too. Where none are vacant, it claims them."""
+    talk = tokens(50)
+    asked = [(talk, 0), (talk[:29] + tokens(9, seed=1), 29), (talk[:20] + tokens(5, seed=2), 20), (talk + [7], 50)]
+    with serving(folders["llama"], enable_prefix_caching=True) as llm:
+        found = [ask(llm, prompt, count=5)[0] for prompt, _ in asked]
+    with serving(folders["llama"]) as llm:
+        assert found == [(ask(llm, prompt, count=5)[0][0], cached) for prompt, cached in asked]
+    with serving(folders["llama"], slots=1, enable_prefix_caching=True) as llm:
+        assert [ask(llm, prompt, count=5)[0][1] for prompt, _ in asked] == [0, 29, 20, 20]
+
+
+def test_of_what_was_left_longest_ago_the_end_is_claimed_first(folders):
+    """The parts before it still serve."""
+    talk, others = tokens(50), [tokens(56, seed=1), tokens(24, seed=2)]
+    with serving(folders["llama"], slots=2, enable_prefix_caching=True) as llm:
+        ask(llm, talk, count=2)
+        for prompt in others:
+            ask(llm, prompt, count=2)
+        assert [ask(llm, prompt, count=2)[0][1] for prompt in (talk, others[1])] == [32, 23]
+
+
 def test_a_cache_that_holds_parts_alone_is_refused(folders):
     """As vLLM refuses a cache that is too small for one sequence: it keeps a block for itself."""
     with pytest.raises(ValueError, match="To serve at least one request"):
@@ -314,73 +344,75 @@ def test_a_cache_that_holds_parts_alone_is_refused(folders):
 
 
 def test_what_a_part_is(folders):
-    """A ring of so many tokens in every head and nothing else; as many as go into the slot."""
+    """A ring of so many tokens in every head, sliding or not, and nothing else; as many as go into the slot."""
     with serving(folders["gemma3-mixed"]):
         plan = DeltaMemBackend.serving
-    assert plan.part_tokens == SHORT and plan.parts > 2
+    assert plan.part_tokens == plan.parts * CELLS - 1 and plan.parts == 7
     assert plan.parts * plan.part.slot_bytes == plan.layout.slot_bytes >= plan.parts * plan.part.used_bytes
     assert not any(map(sum, plan.part.exact + plan.part.coarse))
     rings = [extent for fields in plan.part._fields[:-1] for extent in [fields["ring_k"][1]]]
-    assert [extent[1] for extent in rings] == [64, 64, 64, 64, 64]  # sliding windows of 48 tokens, and a segment
+    assert [extent[1] for extent in rings] == [CELLS] * 5
 
 
-@pytest.mark.parametrize(
-    ("asked", "most", "ring"),
-    [
-        ({"memory": 8300, "segment": 64}, 1 << 17, 1024),  # an eighth
-        ({"memory": 200, "segment": 16}, 1 << 17, 32),  # SHORT_TOKENS
-        ({"memory": 4096, "segment": 512}, 1 << 17, 1024),  # two segments
-        ({"memory": 4096, "segment": 64}, 200, 192),  # the context that the model was made for
-        ({"memory": 4096, "segment": 64}, 100, None),
-    ],
-)
-def test_how_long_short_is(asked, most, ring):
+@pytest.mark.parametrize(("segment", "cells"), [(64, 256), (512, 512)], ids=["PART_TOKENS", "a segment"])
+def test_how_many_tokens_a_part_has_room_for(segment, cells):
     shape = Shape(layers=2, kv_heads=2, head_size=32, dtype=torch.bfloat16, max_model_len=1 << 17)
-    part = plan_part(plan_layout(shape, DeltaMemConfig(**asked)), most)
-    assert (part and part.ring) == ring
+    with patch.object(memory, "PART_TOKENS", 256):
+        assert plan_part(plan_layout(shape, DeltaMemConfig(memory=8300, segment=segment))).cells == cells
+
+
+@pytest.mark.parametrize(("trained", "short"), [(1 << 17, SHORT), (45, 39), (CELLS - 1, 0)])
+def test_short_is_no_longer_than_the_context_that_the_model_was_made_for(folders, trained, short):
+    with patch("vllm_deltamem.plan.trained_context", return_value=trained), serving(folders["llama"]) as llm:
+        assert DeltaMemBackend.serving.part_tokens == short
+        ask(llm, tokens(50), count=20)
 
 
 def blocks_in(slots, parts):
     return Blocks(BlockPool(num_gpu_blocks=slots * parts + 1, enable_caching=False, hash_block_size=16), parts)
 
 
+def whole(row):
+    return Slot(True, (row,))
+
+
+def part(*places):
+    return Slot(False, places)
+
+
 def test_parts_are_moved_out_of_the_slot_where_fewest_are_held():
-    blocks, forgotten = blocks_in(slots=3, parts=3), []
-    held = [Slot(False, place) for place in (0, 1, 2, 4, 7, 8)]
-    for slot in held:
-        blocks.take(slot)
-    where = {slot: blocks.of(slot)[0].block_id for slot in held}
-    assert blocks.vacant(whole=True) is None
+    blocks, forgotten, held = blocks_in(slots=3, parts=3), [], (0, 1, 2, 4, 7, 8)
+    blocks.take(part(*held))
+    where = {place: blocks.of(part(place))[0].block_id for place in held}
+    assert blocks.whole() is None
     assert blocks.make_vacant([], forgotten.append) == ({}, {}) == blocks.make_vacant(held[:2], forgotten.append)
     moves = blocks.make_vacant(held, forgotten.append)
-    assert moves.parts == {Slot(False, 4): Slot(False, 6)}
-    assert moves.places == {where[Slot(False, 4)]: 6, 7: 4} and [block.block_id for block in forgotten] == [7]
-    assert blocks.vacant(whole=True) == Slot(True, 1) and blocks.vacant(whole=False) == Slot(False, 3)
-    assert blocks.slot([blocks.of(Slot(False, 6))[0], blocks._pool.null_block]) == Slot(False, 6)
-    assert blocks.of(Slot(False, 6))[0].block_id == where[Slot(False, 4)]
-    blocks.take(blocks.vacant(whole=False))
-    assert blocks.vacant(whole=True) is None
-    assert blocks.make_vacant([Slot(False, place) for place in range(9)], forgotten.append) == ({}, {}), (
-        "two are vacant"
-    )
+    assert moves.parts == {4: 6}
+    assert moves.places == {where[4]: 6, 7: 4} and [block.block_id for block in forgotten] == [7]
+    assert blocks.whole() == whole(1) and blocks.some(1) == part(3)
+    assert blocks.slot([blocks.of(part(6))[0]]) == part(6)
+    assert blocks.of(part(6))[0].block_id == where[4]
+    blocks.take(blocks.some(1))
+    assert blocks.whole() is None
+    assert blocks.make_vacant(range(9), forgotten.append) == ({}, {}), "two are vacant"
 
 
 def test_slots_are_claimed_in_the_order_in_which_they_were_left():
     blocks = blocks_in(slots=3, parts=2)
     for row in range(3):
-        blocks.take(Slot(True, row))
-    blocks.leave([Slot(True, 2), Slot(True, 0), Slot(True, 1)], lambda block: None)
-    assert blocks.vacant(whole=True) == Slot(True, 2)
-    assert blocks.vacant(whole=True, besides=Slot(True, 2)) == Slot(True, 0)
-    blocks.claim_next([Slot(False, 3)])
-    assert blocks.vacant(whole=False) == Slot(False, 3)
-    assert blocks.vacant(whole=True) == Slot(True, 2), "half of the other one was left later"
+        blocks.take(whole(row))
+    blocks.leave([whole(2), whole(0), whole(1)], lambda block: None)
+    assert blocks.whole() == whole(2)
+    assert blocks.whole(besides=whole(2)) == whole(0)
+    blocks.claim_next(part(3, 1))
+    assert blocks.some(1) == part(1) and blocks.some(2) == part(1, 3), "the last one first"
+    assert blocks.some(2, besides=(3,)) == part(1, 5) and blocks.some(7) is None
+    assert blocks.whole() == whole(2), "half of the others was left later"
 
 
 def test_blocks_that_make_no_slot_are_parts():
     blocks = Blocks(BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=16), 3)
     assert blocks.slots == 2
-    whole = [blocks.take(Slot(True, row)) for row in range(2)]
-    assert blocks.vacant(whole=True) is None and blocks.vacant(whole=False) == Slot(False, 6)
-    assert blocks.around(SimpleNamespace(block_id=7)) == [Slot(True, 2), Slot(False, 6)]
-    assert blocks.slot(whole[1]) == Slot(True, 1)
+    held = [blocks.take(whole(row)) for row in range(2)]
+    assert blocks.whole() is None and blocks.some(2) == part(6, 7)
+    assert blocks.slot([blocks._pool.null_block, *held[1]]) == whole(1)

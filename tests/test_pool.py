@@ -1,8 +1,11 @@
 """Slots carry nothing from one sequence to the next: looking for the bytes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from vllm_deltamem import memory
 from vllm_deltamem.blocks import Slot
 from vllm_deltamem.config import DeltaMemConfig
 from vllm_deltamem.kernels import cpu
@@ -17,9 +20,10 @@ MARK = 1234.5  # in every value of the first tenant
 
 
 def make_pool(parts=1):
-    """Slots of so many parts, each for 31 tokens if they are several."""
+    """Slots of so many parts, each for 32 tokens if they are several."""
     whole = plan_layout(SHAPE, DeltaMemConfig(memory=96, segment=16, window=24, pinned=8))
-    part = plan_part(whole, 32) if parts > 1 else None
+    with patch.object(memory, "PART_TOKENS", 32):
+        part = plan_part(whole).with_parts(parts) if parts > 1 else None
     page = align(-(-whole.page_bytes // parts))
     plan = MemoryPlan(
         whole.with_page(page * parts), whole, profile=None, merge=True, heads=slice(0, 2), workers=1,
@@ -43,8 +47,7 @@ def run(pool, row, length, seed, mark=0.0):
     for begin in range(0, length, segment):
         count = min(segment, length - begin)
         rows = torch.tensor([row]), torch.tensor([0, count]), torch.tensor([begin + count])
-        cpu.reset(pool.whole.rows, *rows)
-        pool.write_pins()
+        pool.reset([Rows(*rows)])
         for slots, policy, rope in zip(pool.whole.layers, pool.policies, pool.ropes, strict=True):
             q = torch.randn(count, 4, 32, generator=generator)
             k, v = torch.randn(2, count, 2, 32, generator=generator)
@@ -79,34 +82,23 @@ def test_reset_touches_only_slots_that_begin(pool):
 
 
 def test_pins_go_with_their_sequence(pool):
-    pool.pin({Slot(True, 0): [[3, 9]]})
-    run(pool, 0, 64, seed=3)
-    assert pool.whole.layers[0].pins[0, 0].tolist() == [3, 9]
-    pool.pin({Slot(True, 0): []})
-    run(pool, 0, 64, seed=3)
-    assert not pool.whole.layers[0].pins[0].any()
+    for spans in ([[3, 9]], []):
+        pool.pin({0: spans})
+        run(pool, 0, 64, seed=3)
+        assert pool.pins_of(Slot(True, (0,))) == spans
 
 
-def test_a_slot_that_parts_had_with_pins_begins_empty():
-    """Spans of theirs are written once more when it is cleared, before anybody knows who has claimed it."""
+def test_parts_are_cleared_as_a_sequence_comes_to_them():
+    """Of a slot that was left with pins, say; others lie beside them."""
     pool = make_pool(parts=2)
-    pool.pin({Slot(False, 1): [[3, 9]]})
-    pool.reset([Rows(*map(torch.tensor, ([0], [0, 5], [5]))), Rows(*map(torch.tensor, ([-1], [0, 5], [5])))])
-    pool.pin({Slot(True, 0): []})
-    assert not pool.memory(Slot(True, 0)).any()
-
-
-def test_spans_of_a_slot_are_not_written_over_its_parts():
-    """Nor those of a part over the slot: what was left with pins may have been claimed in the other form."""
-    pool, span = make_pool(parts=2), [[3, 9]]
-    whole, part, beside = Slot(True, 0), Slot(False, 1), Slot(False, 2)
-    for first, then in ((whole, part), (part, whole)):
-        pool.pin({first: span, beside: span})
-        pool.pin({then: []})
-        before = pool.memory(whole).fill_(7).clone()
-        pool.write_pins()
-        assert torch.equal(pool.memory(whole), before)
-        assert pool.pins_of(beside) == span, "it is of another slot"
+    pool.memory(Slot(True, (0,))).fill_(7)
+    pool.memory(Slot(True, (1,))).fill_(7)
+    cleared = []
+    for before, count in ((0, 1), (1, 30), (31, 2), (33, 1)):
+        ends = torch.tensor([0, count]), torch.tensor([before + count])
+        pool.reset([Rows(torch.tensor([-1]), *ends), Rows(torch.tensor([[3, 0]]), *ends)])
+        cleared.append([not row.any() for row in pool.slabs[1].rows[:4]])
+    assert cleared == 2 * [[False, False, False, True]] + 2 * [[True, False, False, True]]
 
 
 def test_pages_must_lie_side_by_side(pool):

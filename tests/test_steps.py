@@ -7,7 +7,6 @@ import torch
 
 from tests.test_pool import make_pool, pool  # noqa: F401
 from vllm_deltamem.backend import TOGETHER, DeltaMemMetadataBuilder
-from vllm_deltamem.blocks import Slot
 from vllm_deltamem.kernels import cpu
 
 SEGMENT = 16  # of the pool, whose window is 24
@@ -15,9 +14,9 @@ SEGMENT = 16  # of the pool, whose window is 24
 
 def make_builder(pool):  # noqa: F811
     made = DeltaMemMetadataBuilder.__new__(DeltaMemMetadataBuilder)
-    part = pool.slabs[1:] and pool.slabs[1].layers[0]
-    made.plan, made.pool = SimpleNamespace(layout=pool.whole.layers[0], parts=pool.parts, part=part), pool
-    made._held = torch.empty(len(pool.slabs), 64, dtype=torch.int32)
+    made.plan, made.pool = SimpleNamespace(layout=pool.whole.layers[0], parts=pool.parts), pool
+    made._held = [torch.empty(64, *slab.held, dtype=torch.int32) for slab in pool.slabs]
+    made._cleared = 513 if pool.parts == 1 else 32
     return made
 
 
@@ -30,13 +29,15 @@ def builder(pool):  # noqa: F811
 def make_batch(rows, longest=None):
     """What vLLM says of rows (block, new tokens, length), longest: the length that it promises for a graph.
 
-    Of several blocks the second, or the null block, may follow the length.
+    A block may be a list; what else is in the table was some other sequence's.
     """
-    rows = [(*row, row[0] + 50)[:4] for row in rows]
-    slots, counts, lengths, beside = (torch.tensor(column, dtype=torch.int32) for column in zip(*rows, strict=True))
+    blocks, counts, lengths = zip(*rows, strict=True)
+    blocks = [[block] if isinstance(block, int) else block for block in blocks]
+    table = torch.tensor([[*row, 6, 6, 6][:3] if any(row) else [0] * 3 for row in blocks], dtype=torch.int32)
+    counts, lengths = (torch.tensor(column, dtype=torch.int32) for column in (counts, lengths))
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()])
     return SimpleNamespace(
-        block_table_tensor=torch.stack([slots, beside], 1), query_start_loc=starts, query_start_loc_cpu=starts,
+        block_table_tensor=table, query_start_loc=starts, query_start_loc_cpu=starts,
         seq_lens=lengths, seq_lens_cpu_upper_bound=lengths, num_reqs=len(rows), num_actual_tokens=int(starts[-1]),
         max_query_len=longest or int(counts.max()),
     )  # fmt: skip
@@ -82,7 +83,7 @@ def test_a_graph_capture_clears_and_merges_nothing(builder):
 
 
 def test_only_slots_of_new_sequences_are_cleared(builder):
-    builder.pool.pin({Slot(True, 0): [[3, 9]]})
+    builder.pool.pin({0: [[3, 9]]})
     builder.build(0, make_batch([(1, 1, 1), (2, 1, 2)]))
     assert [bool(row.any()) for row in builder.pool.whole.rows] == [True, True, True]
     assert builder.pool.whole.layers[0].pins[0, :2].tolist() == [[3, 9], [0, 0]], (
@@ -122,20 +123,20 @@ def test_many_due_rows_take_several_calls(builder):
 
 
 def test_sequences_have_rows_where_their_slots_are():
-    """A slot of two blocks, whole or in parts; the null block stands beside a part."""
-    builder = make_builder(make_pool(parts=2))
-    batch = [(3, 20, 60, 4), (2, 5, 20, 0), (6, 1, 48, 0), (5, 1, 48, 6), (0, 0, 0, 7)]
+    """A slot of two blocks, whole, behind the null block, or in parts; in the other slab -1 comes first."""
+    builder, none = make_builder(make_pool(parts=2)), [-1, -1]
+    batch = [([0, 3, 4], 20, 60), ([2], 5, 20), ([6, 1], 1, 48), ([0, 5, 6], 1, 48), ([0], 0, 0)]
     single, first, second = builder.build(0, make_batch(batch)).steps
-    assert [rows.slot_indices.tolist() for rows in single.rows] == [[-1, 2], [5, -1]]
-    assert [rows.slot_indices.tolist() for rows in first.rows] == [[1, -1, -1], [-1, -1, 1]], "with padding between"
-    assert [rows.slot_indices.tolist() for rows in second.rows] == [[1, -1, -1], [-1, -1, 1]]
+    assert [rows.slot_indices.tolist() for rows in single.rows] == [[-1, 2], [[5, 0], [-1, 4]]]
+    assert [rows.slot_indices.tolist() for rows in first.rows] == [[1, -1, -1], [[-1, 2], none, [1, 5]]], "padding"
+    assert [rows.slot_indices.tolist() for rows in second.rows] == [[1, -1, -1], [[-1, 2], none, [1, 5]]]
     assert [due.rows.slot_indices.tolist() for due in single.due] == [[-1, 2]], "nothing is merged in a part"
-    (step,) = builder.build(0, make_batch([(3, 1, 61, 4), (2, 1, 21, 0), (0, 0, 0, 7)])).steps
-    assert [rows.slot_indices.tolist() for rows in step.rows] == [[1, -1, -1], [-1, 1, -1]]
+    (step,) = builder.build(0, make_batch([([0, 3, 4], 1, 61), ([2], 1, 21), ([0], 0, 0)])).steps
+    assert [rows.slot_indices.tolist() for rows in step.rows] == [[1, -1, -1], [[-1, 2], [1, 5], none]]
 
 
-def test_a_new_part_is_cleared_alone():
+def test_new_parts_are_cleared_alone():
     pool = make_pool(parts=2)  # noqa: F811
     pool.whole.rows.fill_(7)
-    make_builder(pool).build(0, make_batch([(2, 4, 4, 0), (5, 4, 4, 6)]))
-    assert [bool(row.any()) for row in pool.slabs[1].rows] == [True, False, True, True, False, False]
+    make_builder(pool).build(0, make_batch([([2], 4, 4), ([0, 5, 6], 4, 4), ([3, 4], 1, 33)]))
+    assert [bool(row.any()) for row in pool.slabs[1].rows] == [True, False, True, False, False, False]

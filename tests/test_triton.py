@@ -121,6 +121,34 @@ def test_prompts_of_a_group_with_a_block_for_every_token():
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sliding", [None, 13, 40])
+@pytest.mark.parametrize("size,group,dtype", [(32, 3, torch.float32), (80, 2, torch.float16)])
+def test_sequences_in_parts(size, group, dtype, sliding):
+    """Scattered ones, in any order, of other lengths in one call; a sliding window reaches back into others."""
+    torch.manual_seed(3)
+    none = (0, 0)
+    slab, view = make_layer("bf16", size, none, none, 112, 16, dtype, slots=9, sliding=sliding, cells=32)
+    written, tolerance = slab.clone(), 1e-5 if dtype == torch.float32 else 3e-3
+    for slot, length in (((7, 0, 3, 5), 120), ((2,), 9), ((8, 1), 64)):
+        k, v, _ = make_tokens(length, 2, size, group, dtype)
+        advance(view(slab), slot, k, v, None, make_policy(2, size))
+        for begin in range(0, length, 16):
+            piece = slice(begin, min(begin + 16, length))
+            hints = dict(max_query_len=piece.stop - begin)
+            cuda.write(
+                k[piece], v[piece], view(written), *make_batch([(slot, piece.stop - begin, piece.stop)]), **hints
+            )
+    assert torch.equal(written, slab) and slab[[0, 1, 2, 3, 5, 7, 8]].any(1).all() and not slab[[4, 6]].any()
+    q = torch.randn(30, 2 * group, size).to(dtype)
+    decode = [((7, 0, 3, 5), 1, 120), ((-1,), 1, 0), ((2,), 1, 9), ((8, 1), 0, 64), ((8, 1), 1, 64)]
+    pieces = [((-1,), 3, 0), ((2,), 7, 9), ((8, 1), 11, 64), ((-1,), 0, 0), ((7, 0, 3, 5), 6, 120)]
+    for batch in (decode, pieces):
+        expected, actual = torch.zeros_like(q), torch.zeros_like(q)
+        reference.attend(q, view(slab), *make_batch(batch), 0.2, expected)
+        cuda.attend(q, view(slab), *make_batch(batch), 0.2, actual, max_query_len=max(row[1] for row in batch))
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("window", [13, 90])
 def test_sliding_layer(window):
     """The last tokens exactly, whatever the tiles and pieces; nothing is merged."""

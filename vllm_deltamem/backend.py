@@ -125,7 +125,10 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
         # Of every slab the slots of a step's sequences: captured CUDA graphs read them here.
-        self._held = torch.empty(1 + bool(self.plan.part), rows, dtype=torch.int32, device=device)
+        shapes = [(), (self.plan.part.parts,)] if self.plan.part else [()]
+        self._held = [torch.empty(rows, *shape, dtype=torch.int32, device=device) for shape in shapes]
+        # Tokens between two at which a sequence comes to bytes that are to be cleared; there is one if it has a slot.
+        self._cleared = self.plan.part.cells if self.plan.part and ON_CPU else shape.max_model_len + 1
         if shape.state_bytes:
             start_states(vllm_config)
         SlotPool.held_by(self)
@@ -139,7 +142,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         starts = batch.query_start_loc_cpu.numpy()
         ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: speculative decoding is refused; 0 for padding
         counts = starts[1:] - starts[:-1]
-        if ((counts == ends) & (ends > 0)).any():
+        if (-((counts - ends) // self._cleared) * self._cleared < ends).any():
             pool.reset([Rows(held, batch.query_start_loc, batch.seq_lens) for held in slots])
         pool.due = []
         if batch.max_query_len > 1:
@@ -169,14 +172,13 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
 
     def _slots(self, batch: CommonAttentionMetadata) -> list[torch.Tensor]:
         """The slots of a step's sequences, of every slab a row [N]; those of padding hold vLLM's null block."""
-        table, parts = batch.block_table_tensor, self.plan.parts
-        held = list(self._held[:, : len(table)])
-        first = self.pool.places[table[:, 0]]
-        torch.div(first, parts, rounding_mode="floor", out=held[0])
-        if self.plan.part:
-            whole = table[:, 1] > 0  # a part has the null block beside it
-            held[0].masked_fill_(~whole, NOWHERE)
-            held[1].copy_(first).masked_fill_(whole, NOWHERE)
+        table, places = batch.block_table_tensor, self.pool.places
+        whole, *parts = held = [held[: len(table)] for held in self._held]
+        first = table[:, len(parts)]  # of a whole slot, which has the null block before it where there are parts
+        torch.div(places[first], self.plan.parts, rounding_mode="floor", out=whole)
+        for own in parts:
+            whole.masked_fill_(table[:, 0] > 0, NOWHERE)
+            torch.index_select(places, 0, table[:, : own.shape[1]].flatten(), out=own.view(-1))
         return held
 
     def _decoding(self, batch: CommonAttentionMetadata, slots: list[torch.Tensor]) -> DeltaMemMetadata:
@@ -234,7 +236,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         owner, cu_seqlens, seq_lens = self.pool.upload(sum(columns, [])).split([len(column) for column in columns])
         counts = [len(owners) for owners, _, _ in tables]
         ends = cu_seqlens.split([n + 1 for n in counts]), seq_lens.split(counts)
-        held = [torch.where(owner >= 0, rows[owner.clamp(min=0)], NOWHERE).split(counts) for rows in slots]
+        held = [_of_owners(owner, rows).split(counts) for rows in slots]
         slabs = [[Rows(*rows) for rows in zip(own, *ends, strict=True)] for own in held]
         return [list(rows) for rows in zip(*slabs, strict=True)]
 
@@ -242,6 +244,12 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         """vLLM's attention layers by name, as they follow one another in the model."""
         layers = self.vllm_config.compilation_config.static_forward_context
         return {name: layer for name, layer in layers.items() if name in self.layer_names}
+
+
+def _of_owners(owner: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The slots of sequences, of which the owners are indices; a negative one is padding's."""
+    nobody = (owner < 0).view(-1, *[1] * (slots.dim() - 1))
+    return slots[owner.clamp(min=0)].masked_fill_(nobody, NOWHERE)
 
 
 def _with_longest(tables: list[Table], placed: Iterator[list[Rows]]) -> list[Due]:

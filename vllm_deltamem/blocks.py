@@ -5,7 +5,8 @@ was vacant. Workers move the bytes, and look up the place of a block in a table 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -13,16 +14,16 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 
 class Slot(NamedTuple):
-    """What a sequence holds: a whole slot, or a part of one."""
+    """What a sequence holds: a whole slot, or some parts of slots."""
 
     whole: bool
-    row: int  # among all that are whole, or among all parts
+    rows: tuple[int, ...]  # the one among all that are whole, or those among all parts, in the order of their tokens
 
 
 class Moves(NamedTuple):
     """Parts that lie elsewhere after a step."""
 
-    parts: dict[Slot, Slot]  # where to
+    parts: dict[int, int]  # where to
     places: dict[int, int]  # of the blocks concerned, from then on
 
 
@@ -36,37 +37,43 @@ class Blocks:
         self.slots = len(self._lying) // parts
 
     def slot(self, blocks: Sequence[KVCacheBlock]) -> Slot:
-        """blocks: what a sequence holds; where it is a part, vLLM's null block comes second."""
-        place = self._places[blocks[0].block_id]
-        whole = self.parts == 1 or not blocks[1].is_null
-        return Slot(True, place // self.parts) if whole else Slot(False, place)
+        """blocks: what a sequence holds. Where slots have parts, vLLM's null block comes first in a whole one."""
+        whole = self.parts == 1 or blocks[0].is_null
+        if whole:
+            return Slot(True, (self._places[blocks[self.parts > 1].block_id] // self.parts,))
+        return Slot(False, tuple(self._places[block.block_id] for block in blocks))
 
     def of(self, slot: Slot) -> list[KVCacheBlock]:
-        count = self.parts if slot.whole else 1
-        return self._lying[slot.row * count :][:count]
+        if not slot.whole:
+            return [self._lying[place] for place in slot.rows]
+        return self._lying[slot.rows[0] * self.parts :][: self.parts]
 
-    def around(self, block: KVCacheBlock) -> list[Slot]:
-        """All slots that a block is of."""
-        place = self._places[block.block_id]
-        return [Slot(True, place // self.parts)] + ([Slot(False, place)] if self.parts > 1 else [])
+    def place(self, block: KVCacheBlock) -> int:
+        """Which part a block is."""
+        return self._places[block.block_id]
 
-    def vacant(self, whole: bool, besides: Slot | None = None) -> Slot | None:
-        """The slot to be claimed next: the one that was left first, or was left with nothing of use."""
-        found, enough = Counter(), self.parts if whole else 1
+    def whole(self, besides: Slot | None = None) -> Slot | None:
+        """The whole slot to be claimed next: the one that was left first, or was left with nothing of use."""
+        found = Counter()
         for place in self._vacant_places():
-            slot = Slot(whole, place // enough)
+            slot = Slot(True, (place // self.parts,))
             found[slot] += 1
-            if found[slot] == enough and slot != besides:
+            if found[slot] == self.parts and slot != besides:
                 return slot
         return None
 
-    def make_vacant(self, movable: Iterable[Slot], forget: Callable[[KVCacheBlock], None]) -> Moves:
+    def some(self, count: int, besides: Collection[int] = ()) -> Slot | None:
+        """So many parts to be claimed next, likewise."""
+        places = tuple(islice((place for place in self._vacant_places() if place not in besides), count))
+        return Slot(False, places) if len(places) == count else None
+
+    def make_vacant(self, movable: Iterable[int], forget: Callable[[KVCacheBlock], None]) -> Moves:
         """Move parts, of these, out of a slot to vacant places elsewhere, as few as can be.
 
         forget: called with each block that lies in such a place. None are moved where too few are vacant.
         """
         moves, vacant = Moves({}, {}), dict.fromkeys(self._vacant_places())  # in the order in which they are claimed
-        fixed = {*range(len(self._lying))} - vacant.keys() - {slot.row for slot in movable}
+        fixed = {*range(len(self._lying))} - vacant.keys() - {*movable}
         rows = [range(row * self.parts, (row + 1) * self.parts) for row in range(self.slots)]
         rows = [row for row in rows if fixed.isdisjoint(row)]
         if not rows or len(vacant) < self.parts:
@@ -77,15 +84,16 @@ class Blocks:
             if source not in vacant:
                 target = next(elsewhere)
                 forget(self._lying[target])
-                moves.parts[Slot(False, source)] = Slot(False, target)
+                moves.parts[source] = target
                 moves.places.update(self._swap(source, target))
-        self._queue(self.of(Slot(True, emptiest.start // self.parts)), last=True)  # or a short one breaks it again
+        # after all others, or a short one breaks it again
+        self._queue(self.of(Slot(True, (emptiest.start // self.parts,))), last=True)
         return moves
 
     def take(self, slot: Slot) -> list[KVCacheBlock]:
         """Claim a vacant slot."""
         blocks = self.of(slot)
-        self.claim_next([slot])
+        self._queue(blocks, last=False)
         return self._pool.get_new_blocks(len(blocks))
 
     def hold(self, slot: Slot) -> None:
@@ -93,12 +101,12 @@ class Blocks:
         self._pool.touch(self.of(slot))
 
     def leave(self, slots: Sequence[Slot], forget: Callable[[KVCacheBlock], None]) -> None:
-        """Have slots be claimed after all others; forget: called with each of their blocks that is."""
-        self._pool.unpin_blocks([block for slot in slots for block in self.of(slot)], forget)
+        """Have slots be claimed after all others, the last parts first; forget: called with each block that is."""
+        self._pool.unpin_blocks([block for slot in slots for block in reversed(self.of(slot))], forget)
 
-    def claim_next(self, slots: Sequence[Slot]) -> None:
-        """Have vacant slots be claimed before all others."""
-        self._queue([block for slot in slots for block in self.of(slot)], last=False)
+    def claim_next(self, slot: Slot) -> None:
+        """Have a vacant slot be claimed before all others, the last parts first."""
+        self._queue(self.of(slot)[::-1], last=False)
 
     def _queue(self, blocks: list[KVCacheBlock], last: bool) -> None:
         """Have vacant blocks be claimed after all others, or before them."""

@@ -54,7 +54,7 @@ class ConnectorScheduler:
 
     def _say_sizes(self, parts: int) -> None:
         plan, shape = self.plan, self.plan.whole.shape
-        short = f", or {parts:,} of up to {plan.part_tokens:,} tokens, each in a part of a slot"
+        short = f", or short ones of up to {plan.part_tokens:,} tokens in {parts:,} parts of slots"
         logger.info(
             "deltamem: %s bytes per sequence at any length; full attention would hold %s at max_model_len %s; "
             "%s sequences fit%s.",
@@ -152,10 +152,10 @@ class ConnectorScheduler:
         step, self._step = self._step, StepMetadata()
         cached = scheduler_output.scheduled_cached_reqs
         for request in scheduler_output.scheduled_new_reqs:
-            pins = step.pins[self._slots.slot(request.req_id)] = pins_of(request.sampling_params)
-            self._stats.count("tokens_pinned", sum(end - first for first, end in pins))
+            self._stats.count("tokens_pinned", sum(end - first for first, end in pins_of(request.sampling_params)))
+            self._pin(request.req_id, step)
         for request_id in cached.resumed_req_ids:
-            step.pins[self._slots.slot(request_id)] = pins_of(self._requests[request_id].params)
+            self._pin(request_id, step)
         for request_id, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             end = done + scheduler_output.num_scheduled_tokens[request_id]
             if end == self._requests[request_id].answer and max(end - self._grain, 1) <= done:
@@ -232,8 +232,14 @@ class ConnectorScheduler:
         stats.data |= {"slots_used": used, "slots_free": self._n_slots - used, "parts_used": parts_used}
         return stats
 
+    def _pin(self, request_id: str, step: StepMetadata) -> None:
+        """Have workers write what a request pins; in parts of slots all tokens stay as they are."""
+        slot = self._slots.slot(request_id)
+        if slot.whole:
+            step.pins[slot.rows[0]] = pins_of(self._requests[request_id].params)
+
     def _admit(self, request, short: bool) -> None:
-        """Have a request claim a part of a slot, or a whole one."""
+        """Have a request claim parts of slots, or a whole one."""
         name = request.request_id
         if short != (name in self._slots.short):
             self._slots.admit(name, short)
@@ -246,7 +252,7 @@ class ConnectorScheduler:
         return not grows and request.num_tokens <= self.plan.part_tokens
 
     def _outgrows(self, request) -> bool:
-        """Whether a part has no room for the next token, unless there is none: vLLM, too, sees that ahead."""
+        """Whether parts have no room for the next token, unless there is none: vLLM, too, sees that ahead."""
         under_way, ends = request.num_output_placeholders, request.num_prompt_tokens + request.max_tokens
         over = under_way and request.num_computed_tokens + 2 - under_way >= ends
         return request.num_computed_tokens >= self.plan.part_tokens and not over

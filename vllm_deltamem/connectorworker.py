@@ -58,14 +58,13 @@ class ConnectorWorker:
         """Begin to read what the step restores."""
         pool = SlotPool.serving()
         for transfer in step.restores:
-            pool.pin({transfer.slot: []})  # those of the sequence before; its own come when it is scheduled
             self.carrier.read(transfer, pool.memory(transfer.slot))
 
     def end_step(self, step: StepMetadata) -> None:
         """Merge what is due, move what is in the way, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
-            pool.branches = []  # a dummy run has none
+            pool.branches, pool.pins = [], {}  # a dummy run has none
             pool.merge_due()
             pool.move(step.moves)
         for turn in step.ended:

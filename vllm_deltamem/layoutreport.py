@@ -43,9 +43,10 @@ def _states(shape: Shape) -> dict[str, str]:
 
 
 def _short(plan: MemoryPlan) -> dict[str, str]:
-    size = plan.block_bytes * plan.workers
-    kept = f"up to {plan.part_tokens:,} tokens, exact, in {size:,} bytes: one of {plan.parts} parts of a slot"
-    return {"short sequences": kept} if plan.part else {}
+    if not plan.part:
+        return {}
+    each = f"{plan.block_bytes * plan.workers:,} bytes for every {plan.part.cells:,} tokens"
+    return {"short sequences": f"up to {plan.part_tokens:,} tokens, exact: {each}, a part of {plan.parts} of a slot"}
 
 
 def _heads(shape: Shape) -> str:

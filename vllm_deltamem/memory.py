@@ -21,8 +21,7 @@ DEFAULT_FIDELITY = "k8v4"  # of a model without a profile: next to free on every
 DEFAULT_SHARE = 0.15  # of full attention at max_model_len
 WINDOW_SHARE = 0.25  # of a small memory, without a profile that says otherwise
 NEAR = 64  # tokens: importance is learned from queries that are at least so far from the token
-SHORT_SHARE = 0.125  # of the memory that a short sequence may take, as it is
-SHORT_TOKENS = 1024  # tokens of it at least
+PART_TOKENS = 256  # that a part of a slot has room for at least
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,18 @@ class Layout:
     pinned: int
     exact: tuple[tuple[int, ...], ...]  # entries of [layer][kv head], none in sliding layers
     coarse: tuple[tuple[int, ...], ...]
+    cells: int = 0  # of a ring, where slots are parts; 0 where one holds the window and a segment
     least_page: int = 0  # vLLM wants equal pages on all workers: the largest worker's
 
     @property
     def ring(self) -> int:
-        """Ring cells of a layer with full attention."""
+        """Tokens of a sequence that a layer with full attention keeps as they are."""
         return self.window + self.segment
+
+    @property
+    def parts(self) -> int:
+        """Of a sequence at most, where slots are parts; 0 else."""
+        return self.ring // self.cells if self.cells else 0
 
     @cached_property
     def _fields(self) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], ...]:
@@ -104,7 +109,7 @@ class Layout:
         offset = align(8 * MAX_PINS)  # `pins` come first, shared by all layers
         layers = []
         for layer, (exact, coarse, codec) in enumerate(zip(self.exact, self.coarse, self.codecs, strict=True)):
-            ring = (shape.sliding(layer) or self.window) + self.segment
+            ring = self.cells or (shape.sliding(layer) or self.window) + self.segment
             x, y, (g, size) = sum(exact), sum(coarse), shape.heads(layer)
             k_cells, k_dtype, k_affine = _coded(size, codec.key_bits, dtype)
             v_cells, v_dtype, v_affine = _coded(size, codec.value_bits, dtype)
@@ -192,6 +197,10 @@ class Layout:
         shape = replace(shape, kv_heads=heads.stop - heads.start, state_bytes=shape.state_bytes // workers)
         return replace(self, shape=shape, exact=exact, coarse=coarse)
 
+    def with_parts(self, parts: int) -> "Layout":
+        """Where slots are parts, of which a sequence has so many at most: all of its tokens stay in their rings."""
+        return replace(self, window=parts * self.cells - self.segment)
+
     def with_page(self, page_bytes: int) -> "Layout":
         """The same division in larger pages."""
         return replace(self, least_page=page_bytes)
@@ -216,6 +225,7 @@ class Layout:
             segment=self.segment,
             sinks=self.sinks,
             sliding=self.shape.sliding(layer) is not None,
+            parted=self.cells > 0,
         )
 
 
@@ -281,20 +291,23 @@ def plan_layout(
     return divided(_rows(exact, shape), _rows(coarse, shape))
 
 
-def plan_part(whole: Layout, most: int) -> Layout | None:
-    """The division of a part of a slot, in which every head's ring holds all tokens of a short sequence.
+def plan_part(whole: Layout) -> Layout:
+    """The division of a part of a slot: a ring of a whole segment or more in every head, and nothing else.
 
-    A layer's sliding window is what it is in a whole slot. most: tokens that the ring may have. None where there can
-    be no such part.
+    A layer's sliding window is what it is in a whole slot, but what leaves it stays.
     """
-    segment = whole.segment
-    cells = max(int(whole.memory_tokens * SHORT_SHARE), SHORT_TOKENS, 2 * segment)
-    window = min(cells, most) // segment * segment - segment
-    if window <= 0 or whole.shape.state_bytes:  # states have no layout of their own
-        return None
     nothing = tuple((0,) * len(row) for row in whole.exact)
     codecs = (FIDELITIES["bf16"],) * len(whole.codecs)
-    return replace(whole, codecs=codecs, window=window, pinned=0, exact=nothing, coarse=nothing, least_page=0)
+    part = replace(
+        whole,
+        codecs=codecs,
+        pinned=0,
+        exact=nothing,
+        coarse=nothing,
+        cells=max(PART_TOKENS, whole.segment),
+        least_page=0,
+    )
+    return part.with_parts(1)
 
 
 def _rows(counts: list[int], shape: Shape) -> tuple[tuple[int, ...], ...]:

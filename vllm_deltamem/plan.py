@@ -26,12 +26,12 @@ class MemoryPlan:
     merge: bool
     heads: slice  # kv heads of this worker
     workers: int
-    part: Layout | None = None  # of this worker: of a part of a slot, which a short sequence holds
+    part: Layout | None = None  # of this worker: of a part of a slot, of which a short sequence holds some
     parts: int = 1  # of a slot, each a block of vLLM's
 
     @property
     def part_tokens(self) -> int:
-        """Tokens of the longest sequence that holds a part of a slot; 0 where all hold whole ones."""
+        """Tokens of the longest sequence that holds parts of slots; 0 where all hold whole ones."""
         return self.part.ring - 1 if self.part else 0
 
     @property
@@ -97,9 +97,10 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
     whole = profiles.divide(shape, settings, profile)
     layouts = [whole.of_worker(i, workers) for i in range(workers)]
     page = max(layout.page_bytes for layout in layouts)
-    part = plan_part(whole, trained_context(hf) or shape.max_model_len)
-    parts = page // max(part.of_worker(i, workers).page_bytes for i in range(workers)) if part else 1
-    if parts < 2:
+    part = plan_part(whole)
+    parts = page // max(part.of_worker(i, workers).page_bytes for i in range(workers))
+    held = min(parts, (trained_context(hf) or shape.max_model_len) // part.cells)  # of a sequence
+    if parts < 2 or not held or shape.state_bytes:  # states can't be divided
         part, parts = None, 1
     least = align(-(-page // parts), STATE_ALIGNMENT if shape.state_bytes else ALIGNMENT)
     return MemoryPlan(
@@ -109,7 +110,7 @@ def plan_memory(vllm_config, settings: DeltaMemConfig | None = None, rank: int =
         merge=settings.merge,
         heads=worker_heads(shape.kv_heads, rank, workers),
         workers=workers,
-        part=part and part.of_worker(rank, workers).with_page(least),
+        part=part and part.of_worker(rank, workers).with_parts(held).with_page(least),
         parts=parts,
     )
 

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ else:
 class Rows(NamedTuple):
     """The sequences of a call, see kernels/reference.py."""
 
-    slot_indices: torch.Tensor  # [N] int32, rows of a slab, -1 for those that sit the call out
+    slot_indices: torch.Tensor  # [N] or [N, parts] int32, rows of a slab, -1 for those that sit the call out
     cu_seqlens: torch.Tensor  # [N + 1] int32
     seq_lens: torch.Tensor  # [N] int32, tokens of the sequence up to the end of the call
 
@@ -47,6 +48,7 @@ class SlotPool:
     parts: int  # of a slot
     places: torch.Tensor  # [blocks] int32, the part that is a block of vLLM's; the null block is none: -1
     branches: list[Branch] = field(default_factory=list)  # of the step under way
+    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of the same, by whole slot: see pin()
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
     # of the model that this process loaded last; vLLM makes and drops a small cache before the real one
     _holder: ClassVar[weakref.ref | None] = None
@@ -72,8 +74,8 @@ class SlotPool:
         return self.slabs[0 if slot.whole else 1]
 
     def memory(self, slot: Slot) -> torch.Tensor:
-        """The bytes of a slot, uint8."""
-        return self.slab(slot).rows[slot.row]
+        """The bytes of a whole slot, uint8."""
+        return self.whole.rows[slot.rows[0]]
 
     def merge(self, layer: int, due: list[Due]) -> None:
         """Merge in one layer."""
@@ -98,93 +100,83 @@ class SlotPool:
         """
         tokens = 2
         for count in kernels.least_rows(min(most_rows, USUAL_ROWS)):
-            rows = Rows(*map(self.upload, ([-1] * count, [0] + [tokens] * count, [tokens] * count)))
-            self.reset([rows] * len(self.slabs))
-            for slots, rope, (heads, sinks) in self._all(queries):
+            ends, lens = self.upload([0] + [tokens] * count), self.upload([tokens] * count)
+            rows = [Rows(lens.new_full((count, *slab.held), -1), ends, lens) for slab in self.slabs]
+            self.reset(rows)
+            for slots, own, rope, (heads, sinks) in self._all(rows, queries):
                 _, kv_heads, _, size = slots.ring_k.shape
                 qkv = slots.ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
                 q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
                 out = torch.zeros_like(q, memory_format=torch.contiguous_format)
                 for query_len in (1, tokens):
                     known = {"max_query_len": query_len, "live_tokens": tokens}
-                    kernels.write(k, v, slots, *rows, **known)
-                    kernels.attend(q, slots, *rows, 1.0, out, rope, sinks, **known)
+                    kernels.write(k, v, slots, *own, **known)
+                    kernels.attend(q, slots, *own, 1.0, out, rope, sinks, **known)
         self.due = [Due(Rows(*map(self.upload, ([-1], [0, 1], [0]))), longest)]
         self.merge_due()
 
-    def _all(self, queries: list) -> Iterator[tuple]:
-        """Layers of all slabs, with their rope and what warm_up() is told of their queries."""
-        for slab in self.slabs:
-            yield from zip(slab.layers, self.ropes, queries, strict=True)
+    def _all(self, rows: list[Rows], queries: list) -> Iterator[tuple]:
+        """Layers of all slabs, with the slab's rows, their rope and what warm_up() is told of their queries."""
+        for slab, own in zip(self.slabs, rows, strict=True):
+            yield from zip(slab.layers, repeat(own), self.ropes, queries)
 
     def reset(self, rows: list[Rows]) -> None:
         """Clear the slots of sequences whose first token is in this step, and write their pins. rows: of every slab."""
-        for slab, own in zip(self.slabs, rows, strict=True):
-            fresh = kernels.reset(slab.rows, *own)
-            if ON_CPU:
-                slab.forget(fresh)
-        self.write_pins()
+        whole, *parts = rows
+        fresh = kernels.reset(self.whole.rows, *whole)
+        if ON_CPU:
+            self.whole.forget(fresh)
+            for slab, own in zip(self.slabs[1:], parts, strict=True):  # a GPU's kernels look at no cell without a token
+                kernels.reset(slab.rows, *own, cells=slab.layers[0].ring_k.shape[2])
+        self._write_pins()
 
     def forget(self, slot: Slot) -> None:
         """Drop what the CPU path has read of a slot that is restored."""
-        self.slab(slot).forget([slot.row])
+        self.whole.forget([*slot.rows])
 
-    def pin(self, claimed: dict[Slot, list[list[int]]]) -> None:
-        """Note the pinned spans of slots that sequences just claimed, and write them."""
-        for slot, spans in claimed.items():
-            self._unpin_around(slot)
-            self.slab(slot).claim(slot.row, spans)
-        if claimed:
-            self.write_pins()
+    def pin(self, claimed: dict[int, list[list[int]]]) -> None:
+        """Write the pinned spans of whole slots that sequences just claimed, and once more where reset() clears one."""
+        self.pins = claimed
+        for row in claimed:
+            self.whole.layers[0].pins[row] = 0  # a memory that went back may have had some past its new end
+        self._write_pins()
 
     def move(self, moves: Moves) -> None:
         """Have parts lie elsewhere from the next step on."""
         for source, target in moves.parts.items():
-            self.copy(source, target)
-            self.slab(source).pins.pop(source.row, None)
+            self.slabs[1].copy(source, target)
         if moves.places:
             blocks, places = self.upload([*moves.places]), self.upload([*moves.places.values()])
             self.places.index_copy_(0, blocks.long(), places)
 
     def copy(self, source: Slot, target: Slot) -> None:
-        """Have a vacant slot hold what another one of its kind holds now."""
+        """Have a vacant slot hold what another one of its kind holds now, as far as it has as many parts."""
         assert source.whole == target.whole, "their bytes mean other things"
-        self._unpin_around(target)
-        self.slab(target).copy(source.row, target.row)
+        for rows in zip(source.rows, target.rows, strict=False):
+            self.slab(target).copy(*rows)
 
     def branch(self, branches: list[Branch]) -> None:
         """Have the forward pass copy slots, none of which has pins, while prompts are read."""
         self.branches = branches
-        self.pin({branch.target: [] for branch in branches})
-        for branch in branches:
-            self.forget(branch.target)
+        for row in (row for branch in branches if branch.target.whole for row in branch.target.rows):
+            self.whole.layers[0].pins[row] = 0
+            self.whole.forget([row])
 
     def copy_branches(self, layer: int, piece: int) -> None:
         """Copy in one layer what is due after this piece of every prompt."""
         for branch in self.branches:
             if branch.piece == piece:
-                self.slab(branch.target).copy_layer(layer, branch.slot.row, branch.target.row)
+                for rows in zip(branch.slot.rows, branch.target.rows, strict=False):
+                    self.slab(branch.target).copy_layer(layer, *rows)
 
     def pins_of(self, slot: Slot) -> list[list[int]]:
-        """The spans that are written in a slot."""
-        return [span for span in self.slab(slot).layers[0].pins[slot.row].tolist() if any(span)]
+        """The spans that are written in a whole slot."""
+        return [span for span in self.whole.layers[0].pins[slot.rows[0]].tolist() if any(span)]
 
-    def write_pins(self) -> None:
-        """Write all spans again: the reset of a slot and the restoring of a session wipe them."""
-        for slab in self.slabs:
-            for row, spans in slab.pins.items():
-                slab.layers[0].pins[row, : len(spans)] = self.upload(spans)
-
-    def _unpin_around(self, slot: Slot) -> None:
-        """Spans of slots that share bytes with one that was claimed are not to be written again."""
-        whole, *parts = self.slabs
-        if slot.whole:
-            for part in parts:
-                for row in range(slot.row * self.parts, (slot.row + 1) * self.parts):
-                    if part.pins.pop(row, None):
-                        part.layers[0].pins[row] = 0  # they have been since the slot was cleared
-        else:
-            whole.pins.pop(slot.row // self.parts, None)
+    def _write_pins(self) -> None:
+        for row, spans in self.pins.items():
+            if spans:
+                self.whole.layers[0].pins[row, : len(spans)] = self.upload(spans)
 
     def upload(self, values: list) -> torch.Tensor:
         """Values as an int32 tensor on the slab's device, without waiting for it."""

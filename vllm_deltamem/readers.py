@@ -50,7 +50,7 @@ class Readers:
         """Whose slot holds how many tokens of a request's, or will hold more if that one waits (0).
 
         A prompt that ends with a segment has no moment at which its last token alone is missing: there it is what was
-        read before the last chunk.
+        read before the last chunk, unless parts keep all tokens as they are.
         """
         beginning, waiting_for = self._beginnings.get(request.request_id), None
         for other in self._alike.get(beginning, {}).values():
@@ -58,9 +58,9 @@ class Readers:
                 continue
             read, end = other.num_computed_tokens, beginning.closed + self._segment
             left = other.num_prompt_tokens - read
-            if left > 0 and (other.num_tokens < end or left > self._chunk):
+            if left > 0 and (other.num_tokens < end or left > self._chunk or beginning.short):
                 waiting_for = other.request_id
-            elif 0 < read < end:
-                span = Span.of(other.all_token_ids[:read], self._segment)
+            elif 0 < read and (read < end or beginning.short):
+                span = Span.of(other.all_token_ids[:read], None if beginning.short else self._segment)
                 return other.request_id, span.shared(Prompt(request.all_token_ids))
         return waiting_for, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from vllm.platforms import current_platform
@@ -23,14 +23,15 @@ class Slab:
     layers: list[LayerSlots]
     extents: list[slice]  # of a row, what is a layer's alone
     readouts: list[Readouts]  # per layer, on a CPU
-    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # spans of the rows that have any
+    held: tuple[int, ...]  # the shape of a sequence's slot_indices: (parts,), or () of whole slots
 
     @classmethod
     def of(cls, rows: torch.Tensor, layout: Layout, pairs: list) -> Slab:
         """View rows as a layout says; pairs: of every layer, see Layout.views."""
         layers = [layout.views(rows, i, pairs[i]) for i in range(layout.shape.layers)]
         extents = [layout.extent(i) for i in range(layout.shape.layers)]
-        return cls(rows, layers, extents, Readouts.of_layers(layers) if ON_CPU else [])
+        held = (layout.parts,) if layout.parts else ()
+        return cls(rows, layers, extents, Readouts.of_layers(layers) if ON_CPU else [], held)
 
     def forget(self, rows: list[int]) -> None:
         """Drop what the CPU path has read of slots that were cleared or restored."""
@@ -38,19 +39,9 @@ class Slab:
             for row in rows:
                 readouts.forget(row)
 
-    def claim(self, row: int, spans: list[list[int]]) -> None:
-        """Note the pinned spans of a slot that a sequence just claimed."""
-        self.layers[0].pins[row] = 0  # a memory that went back may have had some past its new end
-        self.pins.pop(row, None)
-        if spans:
-            self.pins[row] = spans
-
     def copy(self, source: int, target: int) -> None:
-        """Have a vacant slot hold what another one holds now."""
+        """Have a vacant row hold what another one holds now."""
         self.rows[target] = self.rows[source]
-        self.pins.pop(target, None)
-        if source in self.pins:
-            self.pins[target] = self.pins[source]
         self.forget([target])
 
     def copy_layer(self, layer: int, source: int, target: int) -> None:

@@ -21,16 +21,17 @@ from vllm_deltamem.vacancies import SlotManager
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaMemSpec(CircularBufferSpec):
-    """A page of opaque bytes. Claimed at admission, never grown, returned at finish, abort and preemption."""
+    """A page of opaque bytes. Returned at finish, abort and preemption."""
 
-    parts: int = 1  # of a slot, each a block: a sequence holds all of them, or one if it is short
+    parts: int = 1  # of a slot, each a block: a sequence holds all of them, or any as it grows if it is short
     part_tokens: int = 0  # that a short one has at most
+    cells: int = 0  # tokens of a part
 
     def max_memory_usage_bytes(self, vllm_config) -> int:
         return self.parts * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config, max_len: int) -> int:
-        return self.parts
+        return self.parts + (self.parts > 1)  # before a whole slot comes vLLM's null block
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(spec, (DeltaMemSpec, StateSpec)) for spec in kv_cache_specs.values())
@@ -42,6 +43,7 @@ class StateSpec(MambaSpec):
 
     parts: ClassVar[int] = 1
     part_tokens: ClassVar[int] = 0
+    cells: ClassVar[int] = 0
 
 
 def make_spec(spec: AttentionSpec, plan: MemoryPlan) -> DeltaMemSpec:
@@ -54,6 +56,7 @@ def make_spec(spec: AttentionSpec, plan: MemoryPlan) -> DeltaMemSpec:
         block_size=-(-max(plan.layout.shape.max_model_len, spec.block_size) // plan.parts),
         parts=plan.parts,
         part_tokens=plan.part_tokens,
+        cells=plan.part.cells if plan.part else 0,
         num_kv_heads=1,  # whatever the layer has: its page has no heads
         head_size=1,
         dtype=torch.uint8,

@@ -3,14 +3,15 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from vllm_deltamem.blocks import Moves, Slot
+
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,30 @@ class Span:
 
     closed: int  # tokens of whole segments
     digest: bytes  # of these tokens
-    rest: tuple[int, ...]  # those of the open segment
+    rest: bytes  # those of the open segment, int32
 
     @classmethod
-    def of(cls, tokens: Sequence[int], segment: int) -> "Span":
-        closed, read = len(tokens) // segment * segment, Prompt(tokens)
-        return cls(closed, read.digest(closed), tuple(read.ids[closed:].tolist()))
+    def of(cls, tokens: Sequence[int], segment: int | None) -> "Span":
+        """segment: None where the memory keeps all tokens as they are."""
+        closed, read = len(tokens) // segment * segment if segment else 0, Prompt(tokens)
+        return cls(closed, read.digest(closed), read.ids[closed:].tobytes())
 
     @property
     def length(self) -> int:
-        return self.closed + len(self.rest)
+        return self.closed + len(self.rest) // TOKEN_BYTES
+
+    def first(self, length: int) -> "Span":
+        """The first of these tokens, some of the open segment among them."""
+        return replace(self, rest=self.rest[: (length - self.closed) * TOKEN_BYTES])
 
     def shared(self, prompt: "Prompt") -> int:
         """How many tokens of a prompt need not be computed; one always has to be."""
         ids = prompt.ids
         if len(ids) <= self.closed or prompt.digest(self.closed) != self.digest:
             return 0
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rest, ids[self.closed : -1], strict=False))
-        return self.closed + len(list(alike))
+        rest = np.frombuffer(self.rest, np.int32)[: len(ids) - 1 - self.closed]
+        other = np.flatnonzero(rest != ids[self.closed : self.closed + len(rest)])
+        return self.closed + (int(other[0]) if len(other) else len(rest))
 
 
 class Prompt:
@@ -124,7 +131,7 @@ class Branch(NamedTuple):
 class StepMetadata(KVConnectorMetadata):
     """What the scheduler asks of the workers in one step."""
 
-    pins: dict[Slot, list[list[int]]] = field(default_factory=dict)  # of slots that a sequence just claimed
+    pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of whole slots that a sequence just claimed
     restores: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
     kept: dict[str, Slot] = field(default_factory=dict)  # slots to copy as they are before this step, by request

@@ -91,10 +91,12 @@ class Unnamed:
 
     def keep(self, request_id: str, done: int) -> Slot | None:
         """A vacant slot for a copy of what a request's holds, which may be told otherwise later; None: none is kept."""
-        request = self._requests[request_id]
+        request, slot = self._requests[request_id], self._slots.slot(request_id)
+        if not slot.whole:  # it can be taken back to any token
+            return None
         if request.num_tokens // self._segment < done // self._segment:  # the last token before it is not known yet
             return None
-        return self._slots.vacancies.copy(self._vacancy(request, self._slots.slot(request_id), done))
+        return self._slots.vacancies.copy(self._vacancy(request, slot, done))
 
     def leave(self, request: Request, slot: Slot, computed: int) -> None:
         """A request leaves its slot with what it has computed."""
@@ -144,7 +146,7 @@ class Unnamed:
         return found
 
     def _vacancy(self, request: Request, slot: Slot, computed: int, shared: bool = False) -> Vacancy:
-        span = Span.of(request.all_token_ids[:computed], self._segment)
+        span = Span.of(request.all_token_ids[:computed], self._segment if slot.whole else None)
         return Vacancy(span, _kind(request, short=not slot.whole), shared)
 
     def _claims(self, request: Request) -> Kind:

@@ -14,13 +14,15 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm_deltamem.blocks import Blocks, Moves, Slot
 from vllm_deltamem.transfers import Prompt, Span, clip
 
+LEAST = 64  # tokens: to read fewer costs less than to copy the part that they lie in
+
 
 class Kind(NamedTuple):
     """What a memory depends on besides tokens, and whose it is: only a request that has the same may go on with it."""
 
     pins: list[list[int]]
     salt: str | None  # vLLM's cache_salt
-    short: bool  # whether it is all tokens as they are, in a part of a slot
+    short: bool  # whether it is all tokens as they are, in parts of slots
 
 
 class Vacancy(NamedTuple):
@@ -38,11 +40,15 @@ class Vacancy(NamedTuple):
 
 
 class Vacancies:
-    """What is known of vacant slots. Empty where `--no-enable-prefix-caching` says so: nobody notes any."""
+    """What is known of vacant slots. Empty where `--no-enable-prefix-caching` says so: nobody notes any.
 
-    def __init__(self, blocks: Blocks):
-        self._blocks = blocks
+    cells: tokens of a part.
+    """
+
+    def __init__(self, blocks: Blocks, cells: int):
+        self._blocks, self._cells = blocks, cells
         self._held: dict[Slot, Vacancy] = {}
+        self._around: dict[int, Slot] = {}  # those of them that are parts, by each one
         self._chosen: tuple[str, Slot] | None = None  # for the request that vLLM admits at the moment
         self._lent: list[Slot] = []  # that this step copies from or to: nobody may claim them meanwhile
 
@@ -51,17 +57,33 @@ class Vacancies:
 
     def note(self, slot: Slot, vacancy: Vacancy) -> None:
         """What a slot will hold that its sequence is about to leave."""
+        if not slot.whole:
+            slot = Slot(False, slot.rows[: self._parts(vacancy.span.length)])
+            self._around |= dict.fromkeys(slot.rows, slot)
         self._held[slot] = vacancy
 
+    def noted(self, slot: Slot) -> Slot | None:
+        """What of a slot will hold what is noted: all of it, or its first parts."""
+        found = slot if slot.whole else self._around.get(slot.rows[0])
+        return found if found in self._held else None
+
     def forget(self, block: KVCacheBlock) -> None:
-        """Slots with this block are claimed, or vLLM resets its prefix cache."""
-        for slot in self._blocks.around(block):
-            self._held.pop(slot, None)
+        """A block is claimed, or vLLM resets its prefix cache. Of what lies in parts, those before it stay."""
+        place = self._blocks.place(block)
+        self._held.pop(Slot(True, (place // self._blocks.parts,)), None)
+        slot = self._around.get(place)
+        if slot is not None:
+            vacancy, kept = self._held.pop(slot), slot.rows.index(place)
+            for row in slot.rows:
+                del self._around[row]
+            if kept:
+                self.note(slot, vacancy._replace(span=vacancy.span.first(kept * self._cells)))
 
     def choose(self, request_id: str, tokens: Sequence[int], kind: Kind) -> tuple[int, Slot | None]:
         """How many of a request's tokens a slot holds at most, and that slot if it is to be copied: else it is claimed.
 
         Slots that hold shorter beginnings of them are the next to be claimed by others: a longer one supersedes them.
+        One that goes on otherwise is copied as far as it serves, and stays.
         """
         self.pass_over()
         if not self._held:
@@ -70,16 +92,29 @@ class Vacancies:
         ascending = sorted(self._held, key=lambda slot: self._held[slot].span.closed)  # so that all is hashed once
         reached = {slot: self._held[slot].reach(prompt, kind) for slot in ascending}
         best = max(reached, key=lambda slot: (reached[slot], not self._held[slot].shared))
-        if not reached[best]:
+        length, other = reached[best], kind.short and reached[best] < self._held[best].span.length
+        if not length or (other and length < LEAST):
             return 0, None
-        shorter = [slot for slot in reached if slot != best and reached[slot] == self._held[slot].span.length]
-        self._blocks.claim_next([slot for slot in shorter if not self._held[slot].shared])
-        if self._held[best].shared and (best in self._lent or self._blocks.vacant(best.whole, besides=best)):
+        for slot, vacancy in self._held.items():
+            if slot != best and slot not in self._lent and reached[slot] == vacancy.span.length and not vacancy.shared:
+                self._blocks.claim_next(slot)
+        source = best if best.whole else Slot(False, best.rows[: self._parts(length)])
+        lent = best in self._lent
+        if lent or ((other or self._held[best].shared) and self._room(len(tokens), best)):
             self._blocks.hold(best)
             self._lent.append(best)
-            return reached[best], best
-        self._chosen = request_id, best
-        return reached[best], None
+            return length, source
+        self._chosen = request_id, source
+        return length, None
+
+    def _parts(self, tokens: int) -> int:
+        return -(-tokens // self._cells)
+
+    def _room(self, tokens: int, besides: Slot) -> Slot | None:
+        """What so many tokens may claim, without claiming that slot."""
+        if besides.whole:
+            return self._blocks.whole(besides)
+        return self._blocks.some(self._parts(tokens), besides.rows)
 
     def give_back(self) -> None:
         """Nobody claims slots for this step any more; whoever does so in a later one finds the copies made."""
@@ -90,18 +125,22 @@ class Vacancies:
         """Have the request that vLLM admits claim any slot."""
         self._chosen = None
 
-    def claim(self, request_id: str, whole: bool) -> list[KVCacheBlock]:
-        """Claim the slot that was chosen for a request, or the next one."""
+    def claim(self, request_id: str, whole: bool, parts: int) -> list[KVCacheBlock]:
+        """Claim the slot that was chosen for a request, or the next one; so many parts if it is none that is whole."""
         chosen, self._chosen = self._chosen, None
-        mine = chosen is not None and chosen[0] == request_id
-        return self._blocks.take(chosen[1] if mine else self._blocks.vacant(whole))
+        if chosen is None or chosen[0] != request_id:
+            return self._blocks.take(self._blocks.whole() if whole else self._blocks.some(parts))
+        return self._blocks.take(chosen[1])
 
     def copy(self, vacancy: Vacancy) -> Slot | None:
         """A vacant slot for a copy of what a sequence holds; None if there is none, or if one holds that already.
 
         It is lent until the step is planned: two copies of a step never go to one slot.
         """
-        slot = None if vacancy in self._held.values() else self._blocks.vacant(not vacancy.kind.short)
+        if vacancy in self._held.values():
+            return None
+        short = vacancy.kind.short
+        slot = self._blocks.some(self._parts(vacancy.span.length)) if short else self._blocks.whole()
         if slot is not None:
             self._blocks.take(slot)
             self.note(slot, vacancy)
@@ -110,16 +149,17 @@ class Vacancies:
 
 
 class SlotManager(CircularBufferManager):
-    """Gives every request one slot, or, to a short one, a part of one.
+    """Gives every request one slot, or, to a short one, as many parts as its tokens take.
 
     Those left with a memory that is noted are claimed again after all others.
     """
 
     def __init__(self, kv_cache_spec, block_pool: BlockPool, *args, **kwargs):
         super().__init__(kv_cache_spec, block_pool, *args, **kwargs)
-        self.blocks, self._part_tokens = Blocks(block_pool, kv_cache_spec.parts), kv_cache_spec.part_tokens
-        self.vacancies = Vacancies(self.blocks)
-        self.short: set[str] = set()  # requests that hold a part or are to, until they have finished
+        self._part_tokens, self._cells = kv_cache_spec.part_tokens, kv_cache_spec.cells
+        self.blocks = Blocks(block_pool, kv_cache_spec.parts)
+        self.vacancies = Vacancies(self.blocks, self._cells)
+        self.short: set[str] = set()  # requests that hold parts or are to, until they have finished
         self._wholes = 0  # whole slots that requests hold
         self._asked = False  # whether a request of the step at hand waits for a whole slot
 
@@ -140,36 +180,57 @@ class SlotManager(CircularBufferManager):
     def make_room(self) -> Moves:
         """Parts to be moved, for who waits for a whole slot to claim it in the next step."""
         asked, self._asked = self._asked, False
-        if not asked or self.blocks.vacant(whole=True):
+        if not asked or self.blocks.whole():
             return Moves({}, {})
         held = [self.blocks.slot(blocks) for blocks in self.req_to_blocks.values() if blocks]
-        return self.blocks.make_vacant([slot for slot in held if not slot.whole], self.vacancies.forget)
+        movable = [row for slot in held if not slot.whole for row in slot.rows]
+        return self.blocks.make_vacant(movable, self.vacancies.forget)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        """More than there are while no slot is vacant, though blocks may be, or if tokens have no room in a part."""
-        whole, none = request_id not in self.short, self.block_pool.get_num_free_blocks() + 1
-        if self.req_to_blocks.get(request_id):
-            return 0 if self.slot(request_id).whole or num_tokens <= self._part_tokens else none
-        slot = self.blocks.vacant(whole)
-        self._asked |= whole and slot is None
-        return none if slot is None else len(self.blocks.of(slot))
-
-    def _claim_ring_block(self, request_id: str, record_for_zeroing: bool = True) -> list[KVCacheBlock]:
-        held = self.req_to_blocks[request_id]
+        """More than there are while no slot is vacant, though blocks may be, or if parts have no room for so many."""
+        held, none = self.req_to_blocks.get(request_id), self.block_pool.get_num_free_blocks() + 1
+        if request_id in self.short and not self._is_whole(held):
+            return none if num_tokens > self._part_tokens else self._lacking(held, num_tokens)
         if held:
-            return []
-        short = request_id in self.short
-        held.extend(self.vacancies.claim(request_id, not short))
-        self._wholes += not short
-        if short:
-            held.append(self.block_pool.null_block)  # which tells workers that it is a part
-        return list(held)
+            return 0 if self._is_whole(held) else none
+        slot = self.blocks.whole()
+        self._asked |= slot is None
+        return none if slot is None else self.blocks.parts
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args) -> list[KVCacheBlock]:
+        return self._claim(request_id, num_tokens)
+
+    def allocate_external_computed_blocks(self, request_id: str, local: int, external: int, *args, **kwargs) -> None:
+        """Claim what holds the tokens that need not be computed."""
+        self._claim(request_id, external)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        slot = self.slot(request_id) if self.req_to_blocks.get(request_id) else None
-        self._wholes -= slot is not None and slot.whole
+        held = self.req_to_blocks.get(request_id)
+        noted = self.vacancies.noted(self.blocks.slot(held)) if held else None
+        self._wholes -= self._is_whole(held)
         blocks = [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
-        if slot in self.vacancies:
-            self.blocks.leave([slot], self.vacancies.forget)
+        if noted is None:
+            return blocks
+        left = {block.block_id for block in self.blocks.of(noted)}
+        self.blocks.leave([noted], self.vacancies.forget)
+        return [block for block in blocks if block.block_id not in left]
+
+    def _claim(self, request_id: str, tokens: int) -> list[KVCacheBlock]:
+        """Claim a slot, or the parts that are lacking; returns what was claimed."""
+        held, whole = self.req_to_blocks[request_id], request_id not in self.short
+        lacking = not held if whole else self._lacking(held, tokens)
+        if not lacking:
             return []
-        return blocks
+        claimed = self.vacancies.claim(request_id, whole, lacking)
+        if whole and self.blocks.parts > 1:
+            claimed.insert(0, self.block_pool.null_block)  # which tells workers that it is no part
+        self._wholes += whole
+        held.extend(claimed)
+        return claimed
+
+    def _lacking(self, held: Sequence[KVCacheBlock] | None, tokens: int) -> int:
+        """How many parts a short request has to claim yet."""
+        return max(-(-tokens // self._cells) - len(held or ()), 0)
+
+    def _is_whole(self, held: Sequence[KVCacheBlock] | None) -> bool:
+        return bool(held) and (self.blocks.parts == 1 or held[0].is_null)

@@ -55,20 +55,19 @@ def test_graphs_and_merges_between_them_give_what_eager_steps_give(tmp_path):
         torch.testing.assert_close(some, others, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize("parts", [1, 5])
 def test_a_long_request_and_32_mixed_ones_answer_as_each_alone(tmp_path, monkeypatch, parts):
     """Prompts of one token to many segments, read in pieces, more of them than slots. Alone they are served eagerly.
 
-    Slots have parts, too, for up to 63 tokens, which some outgrow, and others are moved from.
+    Slots have parts, too, of 16 tokens, which up to 79 lie in, and which others are moved from.
     """
-    folder, settings = save_model(tmp_path, "llama"), SMALL
+    folder = save_model(tmp_path, "llama")
     if parts > 1:
-        monkeypatch.setattr(memory, "SHORT_TOKENS", 32)
-        settings = SMALL | {"memory": 528}
+        monkeypatch.setattr(memory, "PART_TOKENS", 16)
     prompts = [tokens(1900, seed=99), *(tokens(1 + 47 * i % 590, seed=i) for i in range(32))]
     shape = dict(max_model_len=2048, max_num_batched_tokens=300)
     few = {"enforce_eager": False, "num_gpu_blocks_override": 4 * parts + 1}
-    together = logprobs(folder, "DELTAMEM", settings, prompts, 40, **shape, **few)
-    alone = [logprobs(folder, "DELTAMEM", settings, [prompt], 40, **shape)[0] for prompt in prompts[::8]]
+    together = logprobs(folder, "DELTAMEM", SMALL, prompts, 40, **shape, **few)
+    alone = [logprobs(folder, "DELTAMEM", SMALL, [prompt], 40, **shape)[0] for prompt in prompts[::8]]
     for some, others in zip(together[::8], alone, strict=True):
         torch.testing.assert_close(some, others, atol=2e-3, rtol=0)
