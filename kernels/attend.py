@@ -33,6 +33,7 @@ from .tiles import LOG2E, locate, row_at, sink_logit
 INTERPRETED_KEYS = 16
 READ = 512 << 20  # bytes of decoded entries that a call keeps for the prompts it works on
 READ_ENTRIES = 64  # that a program decodes
+PARTED_CUT = 2048  # keys of a program at most where a sequence has parts: most are far shorter than they may get
 
 
 class Tile(NamedTuple):
@@ -177,7 +178,8 @@ def _cuts(call: Call, tile: Tile, blocks: int, tokens: int) -> tuple[Cuts, torch
     ring = call.slots.window + call.slots.segment
     counts = tuple(ring + capacity for capacity in call.heads.capacities)
     resident = processors(call.q.device) * tile.resident
-    cuts = call.heads.cuts(counts, tile.keys, blocks, resident, rows * size * 4)
+    most = PARTED_CUT if call.slots.parted else None
+    cuts = call.heads.cuts(counts, tile.keys, blocks, resident, rows * size * 4, most)
     shape = (cuts.parts, blocks, rows)
     partial = buffer("partial", (*shape, size), torch.float32, call.q.device)
     return cuts, partial, buffer("lse", shape, torch.float32, call.q.device)

@@ -50,19 +50,23 @@ class Heads:
         self._choices: dict[tuple, Cuts] = {}
         self._tiles: dict[tuple, torch.Tensor] = {}
 
-    def cuts(self, counts: tuple[int, ...], tile: int, copies: int, resident: int, part_bytes: int) -> Cuts:
+    def cuts(
+        self, counts: tuple[int, ...], tile: int, copies: int, resident: int, part_bytes: int, most: int | None = None
+    ) -> Cuts:
         """Cut heads of `counts` keys so that the last program ends soonest.
 
-        Every cut runs `copies` times, `resident` programs at once, and leaves a part of `part_bytes` each time.
+        Every cut runs `copies` times, `resident` programs at once, and leaves a part of `part_bytes` each time; it has
+        `most` keys at most, if there is room for the parts.
         The sizes to choose from, whole tiles of keys, are all made at the first call: a CUDA graph that is being
         captured cannot wait for a copy.
         """
-        key = (counts, tile, copies, resident)
+        key = (counts, tile, copies, resident, most)
         if key not in self._choices:
             if counts not in self._cuts:
                 self._cuts[counts] = [_cut(counts, size, self._device) for size in _cut_sizes(max(counts), tile)]
             fitting = [cut for cut in self._cuts[counts] if cut.parts * copies * part_bytes <= LARGEST_SCRATCH]
-            self._choices[key] = min(fitting, key=lambda cut: _makespan(cut.lengths, copies, resident))
+            some = [cut for cut in fitting if most is None or cut.size <= most] or fitting[:1]
+            self._choices[key] = min(some, key=lambda cut: _makespan(cut.lengths, copies, resident))
         return self._choices[key]
 
     def tiles(self, counts: tuple[int, ...], tile: int) -> torch.Tensor:

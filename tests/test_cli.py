@@ -50,12 +50,12 @@ def test_info_follows_settings_and_flags(llama, capsys):
 
 
 def test_info_says_what_is_short(llama, capsys):
-    """A part that is no larger than half of the memory, and at least 1,024 tokens."""
-    for memory, parts in ((3500, 3), (1500, 1)):
+    """At least two parts of at least 256 tokens."""
+    for memory, parts in ((3500, 13), (500, 1)):
         assert main(["info", llama, "--additional-config", json.dumps({"deltamem": {"memory": memory}})]) == 0
         found = facts(capsys)
         size = number(found["bytes per sequence"]) // parts
-        said = f"up to 1,023 tokens, exact, in {size:,} bytes: one of {parts} parts of a slot"
+        said = f"up to 3,327 tokens, exact: a part of {size:,} bytes, {parts} to a slot, for every 256 tokens"
         assert found.get("short sequences") == (said if parts > 1 else None)
 
 

@@ -23,6 +23,7 @@ from vllm_deltamem.connectorscheduler import ConnectorScheduler  # noqa: E402
 from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
 from vllm_deltamem.transfers import Span  # noqa: E402
+from vllm_deltamem.vacancies import Vacancies  # noqa: E402
 
 SETTINGS = {"memory": 80, "segment": 8, "window": 12, "pinned": 4}
 PARTS, CELLS = 8, 8  # of a slot; tokens that a part has room for
@@ -324,6 +325,18 @@ def test_a_prompt_that_goes_on_otherwise_starts_with_a_copy(folders):
         assert found == [(ask(llm, prompt, count=5)[0][0], cached) for prompt, cached in asked]
     with serving(folders["llama"], slots=1, enable_prefix_caching=True) as llm:
         assert [ask(llm, prompt, count=5)[0][1] for prompt, _ in asked] == [0, 29, 20, 20]
+
+
+def test_of_prompts_that_come_at_once_one_reads_what_they_begin_with(folders):
+    """The others start with copies of its parts while it goes on."""
+    prompts = [tokens(40) + tokens(5 + i, seed=1 + i) for i in range(3)]
+    options = {"enable_prefix_caching": True, "max_num_seqs": 8, "max_num_batched_tokens": 30}
+    with patch("vllm_deltamem.beginnings.LEAST", 16), serving(folders["llama"], **options) as llm:
+        with patch.object(Vacancies, "copy", side_effect=AssertionError("nothing is kept beside them")):
+            found = ask(llm, *prompts, count=5)
+    assert [cached for _, cached in found] == [0, 40, 40]
+    with serving(folders["llama"]) as llm:
+        assert [answer for answer, _ in found] == [ask(llm, prompt, count=5)[0][0] for prompt in prompts]
 
 
 def test_of_what_was_left_longest_ago_the_end_is_claimed_first(folders):

@@ -287,8 +287,8 @@ def test_prefix_caching_is_turned_off_with_one_warning(llama, caplog, wanted):
     assert sum("prefix caching is off" in record.message for record in caplog.records) == wanted
 
 
-@pytest.mark.parametrize("backend, blocks", [("DELTAMEM", 2), (None, 512)])
-def test_graphs_are_profiled_on_two_slots(llama, backend, blocks):
+@pytest.mark.parametrize("backend, blocks", [("DELTAMEM", 3), (None, 512)])
+def test_graphs_are_profiled_on_one_slot(llama, backend, blocks):
     """As vLLM's GPU workers do before they size the cache, with a block for every sequence of a capture."""
     config = vllm_config(llama, attention_backend=backend, num_gpu_blocks_override=512)
     config.cache_config.kv_cache_layout, kind = "BLHNC", config.model_config

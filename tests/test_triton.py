@@ -288,8 +288,10 @@ def test_steps_of_serving_are_those_of_the_cpu(monkeypatch, parts):
 
     steps = [[(1, 27, 27), (2, 37, 37)], [(2, 10, 47), (1, 1, 28)], [(1, 1, 29), (2, 1, 48), (0, 0, 0)]]
     steps += [[(2, 1, 49), (0, 0, 0)], [(1, 7, 7)], [(1, 1, 8)]]
-    if parts > 1:  # the second sequence has a slot, the first a part of another
-        steps = [[(block + block // 2, *row, 4 * (block == 2)) for block, *row in rows] for rows in steps]
+    if parts > 1:  # the second sequence has a slot, the first two parts of others
+        blocks = [0], [6, 2], [0, 3, 4]
+        steps = [[(blocks[block], *row) for block, *row in rows] for rows in steps]
+        steps += [[(blocks[1], 24, 32)], [(blocks[1], 9, 41)], [(blocks[1], 1, 42), (blocks[2], 1, 50)]]
     expected = run(steps)
     for module in (backend, pool):
         monkeypatch.setattr(module, "ON_CPU", False)
@@ -325,6 +327,13 @@ def test_cuts_follow_the_heads():
         assert sorted(mine[:, 1].tolist()) == list(range(0, capacity, cuts.size))
         parts = list(range(cuts.first_part[head], cuts.first_part[head + 1]))
         assert sorted(mine[:, 2].tolist()) == (parts or [-1])
+
+
+@pytest.mark.parametrize("part_bytes, fit", [(1 << 10, True), (1 << 20, False)])
+def test_heads_are_cut_as_finely_as_scratch_has_room_for(part_bytes, fit):
+    slab, view = make_layer("bf16", 32, (0, 0), (0, 0), 3 * 512 - 16, 16, cells=512)
+    cuts = launch.heads_of(view(slab)).cuts((1536, 1536), 16, 32, resident=8, part_bytes=part_bytes, most=96)
+    assert (cuts.size <= 96) == fit and cuts.parts * 32 * part_bytes <= launch.LARGEST_SCRATCH
 
 
 def test_what_a_buffer_outgrew_takes_no_more_than_the_buffer():

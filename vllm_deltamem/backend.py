@@ -342,7 +342,7 @@ class DeltaMemImpl(AttentionImpl[DeltaMemMetadata]):
         for piece, step in enumerate(attn_metadata.steps, -attn_metadata.single):
             known = {"max_query_len": step.longest, "live_tokens": step.tokens}
             beside = {"sink_logits": self.sink_logits, "max_seq_len": step.reach}
-            for slab, rows in zip(pool.slabs, step.rows, strict=True):
+            for slab, rows in pool.busy(step.rows):
                 slots = slab.layers[self.position]
                 kernels.write(key, value, slots, *rows, **known)
                 kernels.attend(query, slots, *rows, self.scale, out, rope, **known, **beside)

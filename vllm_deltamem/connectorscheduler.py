@@ -164,6 +164,7 @@ class ConnectorScheduler:
         reads = _reads(scheduler_output)
         step.branches = self._unnamed.plan(reads)
         self._count_tokens(reads)
+        step.kinds = self._slots.kinds(scheduler_output.num_scheduled_tokens)
         step.moves = self._slots.make_room()
         idle = not scheduler_output.num_scheduled_tokens
         step.waiting = idle and (self._waits or any(state.restoring for state in self._requests.values()))

@@ -46,6 +46,7 @@ class ConnectorWorker:
         if pool is not None:
             for target, slot in step.copies.items():
                 pool.copy(slot, target)
+            pool.kinds = step.kinds
             if step.branches:
                 pool.branch(step.branches)
             pool.pin(step.pins)
@@ -64,7 +65,7 @@ class ConnectorWorker:
         """Merge what is due, move what is in the way, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
-            pool.branches, pool.pins = [], {}  # a dummy run has none
+            pool.branches, pool.pins, pool.kinds = [], {}, (True, True)  # a dummy run has none, and no connector
             pool.merge_due()
             pool.move(step.moves)
         for turn in step.ended:

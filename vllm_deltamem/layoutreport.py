@@ -45,8 +45,8 @@ def _states(shape: Shape) -> dict[str, str]:
 def _short(plan: MemoryPlan) -> dict[str, str]:
     if not plan.part:
         return {}
-    each = f"{plan.block_bytes * plan.workers:,} bytes for every {plan.part.cells:,} tokens"
-    return {"short sequences": f"up to {plan.part_tokens:,} tokens, exact: {each}, a part of {plan.parts} of a slot"}
+    part = f"{plan.block_bytes * plan.workers:,} bytes, {plan.parts} to a slot, for every {plan.part.cells:,} tokens"
+    return {"short sequences": f"up to {plan.part_tokens:,} tokens, exact: a part of {part}"}
 
 
 def _heads(shape: Shape) -> str:

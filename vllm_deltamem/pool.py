@@ -49,6 +49,7 @@ class SlotPool:
     places: torch.Tensor  # [blocks] int32, the part that is a block of vLLM's; the null block is none: -1
     branches: list[Branch] = field(default_factory=list)  # of the step under way
     pins: dict[int, list[list[int]]] = field(default_factory=dict)  # of the same, by whole slot: see pin()
+    kinds: tuple[bool, bool] = (True, True)  # whether rows of it have whole slots, and parts; a captured graph's may
     due: list[Due] = field(default_factory=list)  # what merge_due() has to do after the forward pass
     # of the model that this process loaded last; vLLM makes and drops a small cache before the real one
     _holder: ClassVar[weakref.ref | None] = None
@@ -68,6 +69,10 @@ class SlotPool:
     def whole(self) -> Slab:
         """Whole slots: those in which anything is merged."""
         return self.slabs[0]
+
+    def busy(self, rows: list[Rows]) -> Iterator[tuple[Slab, Rows]]:
+        """Slabs that rows of the step may be in, with what is theirs of the rows of every slab."""
+        return ((slab, own) for slab, own, busy in zip(self.slabs, rows, self.kinds, strict=False) if busy)
 
     def slab(self, slot: Slot) -> Slab:
         """Whose row a slot is."""

@@ -137,6 +137,7 @@ class StepMetadata(KVConnectorMetadata):
     kept: dict[str, Slot] = field(default_factory=dict)  # slots to copy as they are before this step, by request
     copies: dict[Slot, Slot] = field(default_factory=dict)  # likewise, by the slot that they are copied to
     branches: list[Branch] = field(default_factory=list)
+    kinds: tuple[bool, bool] = (True, True)  # whether sequences of the step hold whole slots, and parts
     moves: Moves = field(default_factory=lambda: Moves({}, {}))  # after the forward pass
     begun: list[Turn] = field(default_factory=list)  # turns on sessions that only the worker keeps
     ended: list[Turn] = field(default_factory=list)

@@ -62,14 +62,16 @@ class Unnamed:
         name = request.request_id
         if self._awaits(name):
             return None
-        source, length = self._readers.find(request)
-        if source is None:
+        reader, length = self._readers.find(request)
+        if reader is None:
             length, slot = self._slots.vacancies.choose(name, request.all_token_ids, self._claims(request))
-        elif length:
-            self._slots.vacancies.pass_over()
-            slot = self._slots.slot(source)
-        else:
+            leader, read = self._led(request)
+            reader, length = (leader, read) if read > length else (None, length)
+        elif not length:
             return None
+        if reader is not None:
+            self._slots.vacancies.pass_over()
+            slot = self._slots.slot(reader)
         self._sources[name] = slot
         return length
 
@@ -135,8 +137,18 @@ class Unnamed:
         self._awaiting |= dict.fromkeys(asked, awaits)
         return awaits
 
+    def _led(self, request: Request) -> tuple[str | None, int]:
+        """Whose parts hold how many tokens of a short request's: its leader's, which has read them."""
+        leader, end = self._leaders.get(request.request_id, (None, 0))
+        running = leader is not None and leader.status == RequestStatus.RUNNING and leader.num_computed_tokens >= end
+        if not running or not {request.request_id, leader.request_id} <= self._slots.short:
+            return None, 0
+        return leader.request_id, min(end, request.num_tokens - 1)
+
     def _part(self, request_id: str, done: int, end: int) -> list[Branch]:
         found, slot, request = [], self._slots.slot(request_id), self._requests[request_id]
+        if not slot.whole:  # others start with copies of any beginning of it
+            return found
         for parting in sorted(self._parting[request_id]):
             if done < parting <= end and end > done + 1:  # a single token merges after the step, as in decoding
                 target = self._slots.vacancies.copy(self._vacancy(request, slot, parting, shared=True))

@@ -4,7 +4,7 @@ What vLLM's prefix caching does for blocks, for whole memories: nothing is copie
 slot's memory goes as soon as another sequence claims it, those that were left first before the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -176,6 +176,11 @@ class SlotManager(CircularBufferManager):
         free, parts = self.block_pool.get_num_free_blocks(), self.blocks.parts
         held = len(self.block_pool.blocks) - 1 - free
         return self.blocks.slots - free // parts, held - self._wholes * parts
+
+    def kinds(self, request_ids: Iterable[str]) -> tuple[bool, bool]:
+        """Whether any of them hold whole slots, and parts."""
+        whole = {self._is_whole(self.req_to_blocks[request_id]) for request_id in request_ids}
+        return True in whole, False in whole
 
     def make_room(self) -> Moves:
         """Parts to be moved, for who waits for a whole slot to claim it in the next step."""
