@@ -115,14 +115,19 @@ def launch_all(fidelity, size, group, kind, learned, segment, trained) -> None:
     sizes = dict(exact=(4, 0, 60), coarse=(200, 0, 1600), window=segment // 2, segment=segment)
     slab, view = make_layer(fidelity, size, dtype=torch.bfloat16, **sizes)
     slots = view(slab)
-    rope, policy = make_rope(kind, size, trained), make_policy(3, size, learned)
+    rope, policy, none = make_rope(kind, size, trained), make_policy(3, size, learned), (0, 0, 0)
+    slab_of_parts, view = make_layer("bf16", size, none, none, 3 * segment, segment, torch.bfloat16, cells=2 * segment)
+    parts = view(slab_of_parts)
     for batch, longest in (([(2, 1, 150), (0, 1, 9)], 1), ([(2, segment, 4 * segment)], segment)):
         rows = make_batch(batch)
+        in_parts = make_batch([((slot, 1), *row) for slot, *row in batch])
         k, v, q = make_tokens(sum(count for _, count, _ in batch), 3, size, group, torch.bfloat16)
         cuda.reset(slab, *rows)
-        cuda.write(k, v, slots, *rows, max_query_len=longest)
+        for each, own in ((slots, rows), (parts, in_parts)):
+            cuda.write(k, v, each, *own, max_query_len=longest)
         for sink_logits in (None, q.new_zeros(q.shape[1])):
-            cuda.attend(q, slots, *rows, size**-0.5, torch.empty_like(q), rope, sink_logits, max_query_len=longest)
+            for each, own in ((slots, rows), (parts, in_parts)):
+                cuda.attend(q, each, *own, size**-0.5, torch.empty_like(q), rope, sink_logits, max_query_len=longest)
         cuda.merge(slots, *rows, rope, policy)
 
 
