@@ -155,24 +155,23 @@ class SlotPool:
             self.places.index_copy_(0, blocks.long(), places)
 
     def copy(self, source: Slot, target: Slot) -> None:
-        """Have a vacant slot hold what another one of its kind holds now, as far as it has as many parts."""
-        assert source.whole == target.whole, "their bytes mean other things"
+        """Have a vacant slot hold what another one of its kind holds now, in its first parts if that has fewer."""
+        assert source.whole == target.whole and len(source.rows) <= len(target.rows)
         for rows in zip(source.rows, target.rows, strict=False):
             self.slab(target).copy(*rows)
 
     def branch(self, branches: list[Branch]) -> None:
         """Have the forward pass copy slots, none of which has pins, while prompts are read."""
         self.branches = branches
-        for row in (row for branch in branches if branch.target.whole for row in branch.target.rows):
-            self.whole.layers[0].pins[row] = 0
-            self.whole.forget([row])
+        for branch in branches:
+            self.whole.layers[0].pins[branch.target] = 0
+        self.whole.forget([branch.target for branch in branches])
 
     def copy_branches(self, layer: int, piece: int) -> None:
         """Copy in one layer what is due after this piece of every prompt."""
         for branch in self.branches:
             if branch.piece == piece:
-                for rows in zip(branch.slot.rows, branch.target.rows, strict=False):
-                    self.slab(branch.target).copy_layer(layer, *rows)
+                self.whole.copy_layer(layer, branch.slot, branch.target)
 
     def pins_of(self, slot: Slot) -> list[list[int]]:
         """The spans that are written in a whole slot."""

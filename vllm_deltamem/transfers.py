@@ -120,10 +120,10 @@ def clip(spans: list[list[int]], length: int) -> list[list[int]]:
 
 
 class Branch(NamedTuple):
-    """What a slot holds in the middle of a step, once a piece of its prompt is read, goes to a vacant one."""
+    """What a whole slot holds in the middle of a step, once a piece of its prompt is read, goes to a vacant one."""
 
-    slot: Slot
-    target: Slot
+    slot: int
+    target: int
     piece: int  # of those that the step cuts the prompt into, one per segment
 
 

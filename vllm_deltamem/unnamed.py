@@ -71,7 +71,7 @@ class Unnamed:
             return None
         if reader is not None:
             self._slots.vacancies.pass_over()
-            slot = self._slots.slot(reader)
+            slot = self._slots.slot(reader, length)
         self._sources[name] = slot
         return length
 
@@ -154,7 +154,7 @@ class Unnamed:
                 target = self._slots.vacancies.copy(self._vacancy(request, slot, parting, shared=True))
                 if target is not None:
                     piece = parting // self._segment - done // self._segment - 1
-                    found.append(Branch(slot, target, piece))
+                    found.append(Branch(slot.rows[0], target.rows[0], piece))
         return found
 
     def _vacancy(self, request: Request, slot: Slot, computed: int, shared: bool = False) -> Vacancy:

@@ -133,14 +133,11 @@ class Vacancies:
         return self._blocks.take(chosen[1])
 
     def copy(self, vacancy: Vacancy) -> Slot | None:
-        """A vacant slot for a copy of what a sequence holds; None if there is none, or if one holds that already.
+        """A vacant slot for a copy of what a whole one holds; None if there is none, or if one holds that already.
 
         It is lent until the step is planned: two copies of a step never go to one slot.
         """
-        if vacancy in self._held.values():
-            return None
-        short = vacancy.kind.short
-        slot = self._blocks.some(self._parts(vacancy.span.length)) if short else self._blocks.whole()
+        slot = None if vacancy in self._held.values() else self._blocks.whole()
         if slot is not None:
             self._blocks.take(slot)
             self.note(slot, vacancy)
@@ -167,9 +164,10 @@ class SlotManager(CircularBufferManager):
         """What a request is to claim that vLLM is about to admit."""
         (self.short.add if short else self.short.discard)(request_id)
 
-    def slot(self, request_id: str) -> Slot:
-        """What a request holds."""
-        return self.blocks.slot(self.req_to_blocks[request_id])
+    def slot(self, request_id: str, tokens: int | None = None) -> Slot:
+        """What a request holds; of parts, those that so many tokens lie in."""
+        slot = self.blocks.slot(self.req_to_blocks[request_id])
+        return slot if slot.whole or tokens is None else Slot(False, slot.rows[: -(-tokens // self._cells)])
 
     def used(self) -> tuple[int, int]:
         """How many slots can't be claimed, others moved out of the way, and how many parts are held by themselves."""
