@@ -62,9 +62,11 @@ class Heads:
         """
         key = (counts, tile, copies, resident, most)
         if key not in self._choices:
-            if counts not in self._cuts:
-                self._cuts[counts] = [_cut(counts, size, self._device) for size in _cut_sizes(max(counts), tile)]
-            fitting = [cut for cut in self._cuts[counts] if cut.parts * copies * part_bytes <= LARGEST_SCRATCH]
+            cuts = self._cuts.get((counts, tile))
+            if cuts is None:
+                cuts = [_cut(counts, size, self._device) for size in _cut_sizes(max(counts), tile)]
+                self._cuts[counts, tile] = cuts
+            fitting = [cut for cut in cuts if cut.parts * copies * part_bytes <= LARGEST_SCRATCH]
             some = [cut for cut in fitting if most is None or cut.size <= most] or fitting[:1]
             self._choices[key] = min(some, key=lambda cut: _makespan(cut.lengths, copies, resident))
         return self._choices[key]

@@ -25,7 +25,10 @@ def apply() -> None:
 
 
 def _preempt_outgrown(scheduler) -> None:
-    """They come first in the queue, in the order of their arrival, once all of their tokens under way are known."""
+    """They come first in the queue, in the order of their arrival, once all of their tokens under way are known.
+
+    So do those that vLLM has preempted while nothing new is to begin.
+    """
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.request import RequestStatus
 
@@ -39,14 +42,13 @@ def _preempt_outgrown(scheduler) -> None:
         scheduler.running.remove(request)
         scheduler._preempt_request(request, time.monotonic())
         scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-    if not preempted:
+    paused = scheduler._pause_state == PauseState.PAUSED_NEW  # which ends once all that had begun are answered
+    if not preempted and not paused:
         return
-    if scheduler._pause_state == PauseState.PAUSED_NEW:  # it ends once all that had begun are answered
-        scheduler.waiting.remove_requests(preempted)
-        for request in preempted:
-            scheduler.kv_holding_waiting.add_request(request)
-    else:
-        waiting = [request for request in scheduler.waiting if request.status == RequestStatus.PREEMPTED]
-        scheduler.waiting.remove_requests(waiting)
-        for request in sorted(waiting, key=lambda request: request.arrival_time, reverse=True):
-            scheduler.waiting.prepend_request(request)
+    queue, begun = scheduler.kv_holding_waiting if paused else scheduler.waiting, []
+    for waiting in (scheduler.waiting, queue):
+        some = [request for request in waiting if request.status == RequestStatus.PREEMPTED]
+        waiting.remove_requests(some)
+        begun += some
+    for request in sorted(begun, key=lambda request: request.arrival_time, reverse=True):
+        queue.prepend_request(request)

@@ -195,6 +195,25 @@ def test_who_outgrew_parts_goes_on_in_the_order_of_arrival(folders, steps):
             assert resumed == [*"01234"] and sorted(answered) == [*"01234"]
 
 
+@STEPS
+def test_a_pause_waits_for_those_that_vllm_has_preempted(folders, steps):
+    """Since others grow; none of them is answered otherwise for it."""
+    prompts = [tokens(14, seed=i) for i in range(4)]
+    with steps(), serving(folders["llama"], slots=1) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        for i, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(f"{i}", {"prompt_token_ids": prompt}, greedy(30, logprobs=0))
+        llm.llm_engine.step()
+        scheduler.set_pause_state(PauseState.PAUSED_NEW)
+        outputs = []
+        while scheduler.has_requests():
+            outputs += [output for output in llm.llm_engine.step() if output.finished]
+    assert [output.request_id for output in outputs] == [*"0123"]
+    with serving(folders["llama"]) as llm:
+        expected = [ask(llm, prompt, count=30)[0][0] for prompt in prompts]
+    assert [answer[:2] for answer in read_answers(outputs)] == expected
+
+
 def test_who_is_preempted_with_its_last_token_in_a_part_is_read_for_nobody(folders):
     """vLLM resets its caches just then: it is to claim a slot, others that began alike hold parts."""
     prompts, options = [tokens(40), tokens(42, seed=1)], {"enable_prefix_caching": True, "max_num_batched_tokens": 44}

@@ -181,6 +181,7 @@ class ConnectorScheduler:
         computed = min(request.num_computed_tokens, request.num_tokens)
         slot = self._slots.slot(request.request_id) if blocks else None
         beyond = request.num_computed_tokens // self._grain != computed // self._grain
+        beyond &= slot is not None and slot.whole
         if beyond:  # steps under way read more than can be taken back
             computed = state.kept
         if state.restoring or not self._complete(request) or not blocks or not computed:
