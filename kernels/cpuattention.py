@@ -21,9 +21,9 @@ def put(k, v, g, position, ring):
 
 
 @compiled
-def count_passes(rings, entries, limit, grid):
+def count_passes(n_rings, entries, limit, grid):
     """How many times queries look: at each ring, and at each part of the entries, once more for those that are far."""
-    return rings + parts(entries, grid) * (2 if limit else 1)
+    return n_rings + parts(entries, grid) * (2 if limit else 1)
 
 
 @compiled

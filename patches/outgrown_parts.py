@@ -1,4 +1,4 @@
-"""Has a sequence that has outgrown its part of a slot start anew in a whole one."""
+"""Has a sequence that has outgrown its parts of slots start anew in a whole one."""
 
 import time
 from functools import wraps

@@ -8,7 +8,7 @@ admitted, and the last to finish is the one that stays. A turn begins when its r
 later is final for it (one in host memory alone, once a step has told the worker).
 
 A request without a session goes on in a slot, or in a copy of one, that holds the beginning of its prompt (unnamed.py),
-in the step that admits it: there is nothing to load. A short one holds a part of a slot, until it has outgrown it.
+in the step that admits it: there is nothing to load. A short one holds parts of slots, until it has outgrown them.
 """
 
 import uuid

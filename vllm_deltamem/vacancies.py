@@ -1,7 +1,9 @@
 """Slots that sequences have left and nobody has claimed since: a prompt that goes on from there claims one as it is.
 
 What vLLM's prefix caching does for blocks, for whole memories: nothing is copied, and nothing has to be named. A
-slot's memory goes as soon as another sequence claims it, those that were left first before the others.
+slot's memory goes as soon as another sequence claims it, those that were left first before the others. What a short
+sequence left, in parts, goes from its end on, and serves whatever begins alike: from a copy where that goes on
+otherwise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,9 +53,6 @@ class Vacancies:
         self._around: dict[int, Slot] = {}  # those of them that are parts, by each one
         self._chosen: tuple[str, Slot] | None = None  # for the request that vLLM admits at the moment
         self._lent: list[Slot] = []  # that this step copies from or to: nobody may claim them meanwhile
-
-    def __contains__(self, slot: Slot) -> bool:
-        return slot in self._held
 
     def note(self, slot: Slot, vacancy: Vacancy) -> None:
         """What a slot will hold that its sequence is about to leave."""
