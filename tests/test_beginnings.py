@@ -116,9 +116,7 @@ def unnamed():
     """As the scheduler has it, over a pool of 32 slots."""
     found = Unnamed(16, chunk=1024)
     blocks = Blocks(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16), parts=1)
-    found.bind(
-        SimpleNamespace(vacancies=Vacancies(blocks, cells=0), short=set(), slot=lambda name, tokens: Slot(True, (0,)))
-    )
+    found.bind(SimpleNamespace(vacancies=Vacancies(blocks, cells=0), short=set(), slot=lambda *_: Slot(True, (0,))))
     return found
 
 
