@@ -115,8 +115,8 @@ def test_two_beginnings_that_one_step_keeps_go_to_two_slots(folder, slots):
 def unnamed():
     """As the scheduler has it, over a pool of 32 slots."""
     found = Unnamed(16, chunk=1024)
-    blocks = Blocks(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16), parts=1)
-    found.bind(SimpleNamespace(vacancies=Vacancies(blocks, cells=0), short=set(), slot=lambda *_: Slot(True, (0,))))
+    blocks = Blocks(BlockPool(num_gpu_blocks=33, enable_caching=False, hash_block_size=16), parts=1, cells=0)
+    found.bind(SimpleNamespace(vacancies=Vacancies(blocks), short=set(), slot=lambda *_: Slot(True, (0,))))
     return found
 
 

@@ -401,7 +401,7 @@ def test_short_is_no_longer_than_the_context_that_the_model_was_made_for(folders
 
 
 def blocks_in(slots, parts):
-    return Blocks(BlockPool(num_gpu_blocks=slots * parts + 1, enable_caching=False, hash_block_size=16), parts)
+    return Blocks(BlockPool(num_gpu_blocks=slots * parts + 1, enable_caching=False, hash_block_size=16), parts, CELLS)
 
 
 def whole(row):
@@ -443,7 +443,7 @@ def test_slots_are_claimed_in_the_order_in_which_they_were_left():
 
 
 def test_blocks_that_make_no_slot_are_parts():
-    blocks = Blocks(BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=16), 3)
+    blocks = Blocks(BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=16), 3, CELLS)
     assert blocks.slots == 2
     held = [blocks.take(whole(row)) for row in range(2)]
     assert blocks.whole() is None and blocks.some(2) == part(6, 7)

@@ -171,7 +171,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         return pool
 
     def _slots(self, batch: CommonAttentionMetadata) -> list[torch.Tensor]:
-        """The slots of a step's sequences, of every slab a row [N]; those of padding hold vLLM's null block."""
+        """The slots of a step's sequences, of every slab, see Rows; those of padding hold vLLM's null block."""
         table, places = batch.block_table_tensor, self.pool.places
         whole, *parts = held = [held[: len(table)] for held in self._held]
         first = table[:, len(parts)]  # of a whole slot, which has the null block before it where there are parts

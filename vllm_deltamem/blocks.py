@@ -28,20 +28,31 @@ class Moves(NamedTuple):
 
 
 class Blocks:
-    """vLLM's blocks, of which parts make a slot."""
+    """vLLM's blocks, of which parts make a slot; cells: tokens of a part."""
 
-    def __init__(self, pool: BlockPool, parts: int):
-        self._pool, self.parts = pool, parts
+    def __init__(self, pool: BlockPool, parts: int, cells: int):
+        self._pool, self.parts, self._cells = pool, parts, cells
         self._lying = pool.blocks[1:]  # by place; the null block has none
         self._places = {block.block_id: place for place, block in enumerate(self._lying)}
         self.slots = len(self._lying) // parts
 
     def slot(self, blocks: Sequence[KVCacheBlock]) -> Slot:
-        """blocks: what a sequence holds. Where slots have parts, vLLM's null block comes first in a whole one."""
-        whole = self.parts == 1 or blocks[0].is_null
-        if whole:
+        """blocks: what a sequence holds."""
+        if self.are_whole(blocks):
             return Slot(True, (self._places[blocks[self.parts > 1].block_id] // self.parts,))
         return Slot(False, tuple(self._places[block.block_id] for block in blocks))
+
+    def are_whole(self, blocks: Sequence[KVCacheBlock] | None) -> bool:
+        """Whether they are a whole slot: where slots have parts, vLLM's null block then comes first."""
+        return bool(blocks) and (self.parts == 1 or blocks[0].is_null)
+
+    def count(self, tokens: int) -> int:
+        """How many parts so many tokens take."""
+        return -(-tokens // self._cells)
+
+    def first(self, slot: Slot, tokens: int) -> Slot:
+        """What of a slot so many tokens lie in: the first parts of it, or all if it is whole."""
+        return slot if slot.whole else Slot(False, slot.rows[: self.count(tokens)])
 
     def of(self, slot: Slot) -> list[KVCacheBlock]:
         if not slot.whole:
@@ -51,6 +62,10 @@ class Blocks:
     def place(self, block: KVCacheBlock) -> int:
         """Which part a block is."""
         return self._places[block.block_id]
+
+    def tokens_before(self, part: int) -> int:
+        """Tokens of a sequence that lie in earlier parts than that of its."""
+        return part * self._cells
 
     def whole(self, besides: Slot | None = None) -> Slot | None:
         """The whole slot to be claimed next: the one that was left first, or was left with nothing of use."""

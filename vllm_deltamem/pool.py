@@ -74,10 +74,6 @@ class SlotPool:
         """Slabs that rows of the step may be in, with what is theirs of the rows of every slab."""
         return ((slab, own) for slab, own, busy in zip(self.slabs, rows, self.kinds, strict=False) if busy)
 
-    def slab(self, slot: Slot) -> Slab:
-        """Whose row a slot is."""
-        return self.slabs[0 if slot.whole else 1]
-
     def memory(self, slot: Slot) -> torch.Tensor:
         """The bytes of a whole slot, uint8."""
         return self.whole.rows[slot.rows[0]]
@@ -157,8 +153,9 @@ class SlotPool:
     def copy(self, source: Slot, target: Slot) -> None:
         """Have a vacant slot hold what another one of its kind holds now, in its first parts if that has fewer."""
         assert source.whole == target.whole and len(source.rows) <= len(target.rows)
+        slab = self.whole if target.whole else self.slabs[1]
         for rows in zip(source.rows, target.rows, strict=False):
-            self.slab(target).copy(*rows)
+            slab.copy(*rows)
 
     def branch(self, branches: list[Branch]) -> None:
         """Have the forward pass copy slots, none of which has pins, while prompts are read."""

@@ -42,13 +42,10 @@ class Vacancy(NamedTuple):
 
 
 class Vacancies:
-    """What is known of vacant slots. Empty where `--no-enable-prefix-caching` says so: nobody notes any.
+    """What is known of vacant slots. Empty where `--no-enable-prefix-caching` says so: nobody notes any."""
 
-    cells: tokens of a part.
-    """
-
-    def __init__(self, blocks: Blocks, cells: int):
-        self._blocks, self._cells = blocks, cells
+    def __init__(self, blocks: Blocks):
+        self._blocks = blocks
         self._held: dict[Slot, Vacancy] = {}
         self._around: dict[int, Slot] = {}  # those of them that are parts, by each one
         self._chosen: tuple[str, Slot] | None = None  # for the request that vLLM admits at the moment
@@ -56,8 +53,8 @@ class Vacancies:
 
     def note(self, slot: Slot, vacancy: Vacancy) -> None:
         """What a slot will hold that its sequence is about to leave."""
+        slot = self._blocks.first(slot, vacancy.span.length)
         if not slot.whole:
-            slot = Slot(False, slot.rows[: self._parts(vacancy.span.length)])
             self._around |= dict.fromkeys(slot.rows, slot)
         self._held[slot] = vacancy
 
@@ -76,7 +73,7 @@ class Vacancies:
             for row in slot.rows:
                 del self._around[row]
             if kept:
-                self.note(slot, vacancy._replace(span=vacancy.span.first(kept * self._cells)))
+                self.note(slot, vacancy._replace(span=vacancy.span.first(self._blocks.tokens_before(kept))))
 
     def choose(self, request_id: str, tokens: Sequence[int], kind: Kind) -> tuple[int, Slot | None]:
         """How many of a request's tokens a slot holds at most, and that slot if it is to be copied: else it is claimed.
@@ -97,8 +94,7 @@ class Vacancies:
         for slot, vacancy in self._held.items():
             if slot != best and slot not in self._lent and reached[slot] == vacancy.span.length and not vacancy.shared:
                 self._blocks.claim_next(slot)
-        source = best if best.whole else Slot(False, best.rows[: self._parts(length)])
-        lent = best in self._lent
+        source, lent = self._blocks.first(best, length), best in self._lent
         if lent or ((other or self._held[best].shared) and self._room(len(tokens), best)):
             self._blocks.hold(best)
             self._lent.append(best)
@@ -106,14 +102,11 @@ class Vacancies:
         self._chosen = request_id, source
         return length, None
 
-    def _parts(self, tokens: int) -> int:
-        return -(-tokens // self._cells)
-
     def _room(self, tokens: int, besides: Slot) -> Slot | None:
         """What so many tokens may claim, without claiming that slot."""
         if besides.whole:
             return self._blocks.whole(besides)
-        return self._blocks.some(self._parts(tokens), besides.rows)
+        return self._blocks.some(self._blocks.count(tokens), besides.rows)
 
     def give_back(self) -> None:
         """Nobody claims slots for this step any more; whoever does so in a later one finds the copies made."""
@@ -152,11 +145,10 @@ class SlotManager(CircularBufferManager):
 
     def __init__(self, kv_cache_spec, block_pool: BlockPool, *args, **kwargs):
         super().__init__(kv_cache_spec, block_pool, *args, **kwargs)
-        self._part_tokens, self._cells = kv_cache_spec.part_tokens, kv_cache_spec.cells
-        self.blocks = Blocks(block_pool, kv_cache_spec.parts)
-        self.vacancies = Vacancies(self.blocks, self._cells)
+        self._part_tokens = kv_cache_spec.part_tokens
+        self.blocks = Blocks(block_pool, kv_cache_spec.parts, kv_cache_spec.cells)
+        self.vacancies = Vacancies(self.blocks)
         self.short: set[str] = set()  # requests that hold parts or are to, until they have finished
-        self._wholes = 0  # whole slots that requests hold
         self._asked = False  # whether a request of the step at hand waits for a whole slot
 
     def admit(self, request_id: str, short: bool) -> None:
@@ -166,17 +158,16 @@ class SlotManager(CircularBufferManager):
     def slot(self, request_id: str, tokens: int | None = None) -> Slot:
         """What a request holds; of parts, those that so many tokens lie in."""
         slot = self.blocks.slot(self.req_to_blocks[request_id])
-        return slot if slot.whole or tokens is None else Slot(False, slot.rows[: -(-tokens // self._cells)])
+        return slot if tokens is None else self.blocks.first(slot, tokens)
 
     def used(self) -> tuple[int, int]:
         """How many slots can't be claimed, others moved out of the way, and how many parts are held by themselves."""
-        free, parts = self.block_pool.get_num_free_blocks(), self.blocks.parts
-        held = len(self.block_pool.blocks) - 1 - free
-        return self.blocks.slots - free // parts, held - self._wholes * parts
+        parts = sum(len(held) for held in self.req_to_blocks.values() if not self.blocks.are_whole(held))
+        return self.blocks.slots - self.block_pool.get_num_free_blocks() // self.blocks.parts, parts
 
     def kinds(self, request_ids: Iterable[str]) -> tuple[bool, bool]:
         """Whether any of them hold whole slots, and parts."""
-        whole = {self._is_whole(self.req_to_blocks[request_id]) for request_id in request_ids}
+        whole = {self.blocks.are_whole(self.req_to_blocks[request_id]) for request_id in request_ids}
         return True in whole, False in whole
 
     def make_room(self) -> Moves:
@@ -191,10 +182,10 @@ class SlotManager(CircularBufferManager):
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         """More than there are while no slot is vacant, though blocks may be, or if parts have no room for so many."""
         held, none = self.req_to_blocks.get(request_id), self.block_pool.get_num_free_blocks() + 1
-        if request_id in self.short and not self._is_whole(held):
+        if request_id in self.short and not self.blocks.are_whole(held):
             return none if num_tokens > self._part_tokens else self._lacking(held, num_tokens)
         if held:
-            return 0 if self._is_whole(held) else none
+            return 0 if self.blocks.are_whole(held) else none
         slot = self.blocks.whole()
         self._asked |= slot is None
         return none if slot is None else self.blocks.parts
@@ -209,7 +200,6 @@ class SlotManager(CircularBufferManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         held = self.req_to_blocks.get(request_id)
         noted = self.vacancies.noted(self.blocks.slot(held)) if held else None
-        self._wholes -= self._is_whole(held)
         blocks = [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
         if noted is None:
             return blocks
@@ -226,13 +216,9 @@ class SlotManager(CircularBufferManager):
         claimed = self.vacancies.claim(request_id, whole, lacking)
         if whole and self.blocks.parts > 1:
             claimed.insert(0, self.block_pool.null_block)  # which tells workers that it is no part
-        self._wholes += whole
         held.extend(claimed)
         return claimed
 
     def _lacking(self, held: Sequence[KVCacheBlock] | None, tokens: int) -> int:
         """How many parts a short request has to claim yet."""
-        return max(-(-tokens // self._cells) - len(held or ()), 0)
-
-    def _is_whole(self, held: Sequence[KVCacheBlock] | None) -> bool:
-        return bool(held) and (self.blocks.parts == 1 or held[0].is_null)
+        return max(self.blocks.count(tokens) - len(held or ()), 0)
