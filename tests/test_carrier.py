@@ -9,11 +9,13 @@ from engines import gated
 from test_sessions import ALICE, FINGERPRINT, open_store, random_slab, refused
 
 from vllm_deltamem import carrier as carriers
+from vllm_deltamem.blocks import Slot
 from vllm_deltamem.carrier import Carrier, Copied, Read, Write
 from vllm_deltamem.sessions import SessionRefused
 from vllm_deltamem.transfers import Reach, Transfer, Turn
 
 N_BYTES = 3000
+SLOT = Slot(True, (1,))
 
 
 @pytest.fixture(params=[True, False], ids=["directory", "host"])
@@ -40,13 +42,13 @@ def turn(store, name="chat"):
 
 
 def write_of(turn, seed=0, tokens=(1, 2), earlier=None):
-    kept = None if earlier is None else Copied.of(random_slab(N_BYTES, earlier))
-    transfer = Transfer(f"request-{seed}", 1, turn, list(tokens), 0 if kept is None else 1)
-    return Write(transfer, Copied.of(random_slab(N_BYTES, seed)), kept)
+    kept = None if earlier is None else Copied.of([random_slab(N_BYTES, earlier)])
+    transfer = Transfer(f"request-{seed}", SLOT, turn, list(tokens), 0 if kept is None else 1)
+    return Write(transfer, Copied.of([random_slab(N_BYTES, seed)]), kept)
 
 
 def restore_of(turn, earlier=False):
-    return Transfer("reader", 1, turn, reach=Reach(1, earlier))
+    return Transfer("reader", SLOT, turn, reach=Reach(1, earlier, 0))
 
 
 def done(poll):
@@ -65,18 +67,18 @@ def test_what_is_written_is_read_again(store, carrier, earlier):
     carrier.write(write)
     carrier.finish()
     assert carrier.written() == [write] and carrier.written() == []
-    assert not write.slot.memory.any(), "the copy is zeroed"
-    assert earlier is None or not write.earlier.memory.any()
+    assert not write.slot.buffer.any(), "the copy is zeroed"
+    assert earlier is None or not write.earlier.buffer.any()
     for asked, seed in [(False, 0)] + ([] if earlier is None else [(True, earlier)]):
         row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
-        carrier.read(restore_of(begun, asked), row)
+        carrier.read(restore_of(begun, asked), [row])
         done(carrier.arrived).place()
         assert torch.equal(row, random_slab(N_BYTES, seed))
 
 
 def test_the_slot_may_change_once_it_is_copied(store, carrier, gate):
     begun, row = turn(store), random_slab(N_BYTES)
-    carrier.write(Write(Transfer("request", 1, begun, [1]), Copied.of(row), None))
+    carrier.write(Write(Transfer("request", SLOT, begun, [1]), Copied.of([row]), None))
     row.zero_()
     assert carrier.written() == []
     gate.set()
@@ -84,16 +86,39 @@ def test_the_slot_may_change_once_it_is_copied(store, carrier, gate):
     assert torch.equal(store.restore(ALICE, "chat").slab, random_slab(N_BYTES))
 
 
+@pytest.mark.parametrize("written", [True, False], ids=["written", "waiting"])
+@pytest.mark.parametrize("asked", [1, 3])
+def test_of_parts_the_first_are_read_that_are_asked_for(store, carrier, gate, written, asked):
+    begun, parts = turn(store), random_slab(N_BYTES).view(5, -1)
+    transfer = Transfer("request", Slot(False, (4, 0, 2)), begun, [1, 2])
+    carrier.write(Write(transfer, carrier.copy([parts[4], parts[0], parts[2]]), None))
+    if written:
+        gate.set()
+        carrier.finish()
+        header = store.peek(ALICE, "chat").header
+        assert (header.parts, header.n_bytes) == (3, 3 * N_BYTES // 5)
+    rows = [torch.zeros(N_BYTES // 5, dtype=torch.uint8) for _ in range(asked)]
+    carrier.read(Transfer("reader", Slot(False, (*range(asked),)), begun, reach=Reach(1, False, 3)), rows)
+    read = done(carrier.arrived)
+    assert not any(row.any() for row in rows), "not before it is placed"
+    read.place()
+    gate.set()
+    for row, part in zip(rows, (4, 0, 2), strict=False):
+        assert torch.equal(row, parts[part])
+
+
 def test_copies_are_made_where_earlier_ones_were(store, carrier):
     places = set()
     for i in range(6):
         write = write_of(turn(store, f"chat-{i}"), i)
-        write.slot = carrier.copy(random_slab(N_BYTES, i))
+        write.slot = carrier.copy([random_slab(N_BYTES, i)])
         carrier.write(write)
         carrier.finish()
         carrier.written()
-        places.add(write.slot.memory.data_ptr())
+        places.add(write.slot.buffer.data_ptr())
     assert len(places) == 1
+    smaller, other = carrier.copy([random_slab(10)]), carrier.copy([random_slab(20)])
+    assert smaller.buffer.data_ptr() in places and len(smaller.wait()) == 10 and len(other.buffer) == 20
     for i in range(6):
         assert torch.equal(store.restore(ALICE, f"chat-{i}").slab, random_slab(N_BYTES, i))
 
@@ -136,10 +161,10 @@ def test_an_erasure_is_final_for_what_waits(store, carrier, gate):
     carrier.write(write)
     assert store.erase(ALICE, "chat")
     gate.set()
-    assert done(carrier.written) is write and not write.slot.memory.any()
+    assert done(carrier.written) is write and not write.slot.buffer.any()
     assert store.peek(ALICE, "chat") is None and store._host._begun == {}
     row = torch.full((N_BYTES,), 9, dtype=torch.uint8)
-    carrier.read(restore_of(begun), row)
+    carrier.read(restore_of(begun), [row])
     assert refused(done(carrier.arrived).place).reason == "erased"
     assert (row == 9).all(), "nothing was put into the slot"
 
@@ -148,7 +173,7 @@ def test_an_erasure_is_final_for_what_waits(store, carrier, gate):
 def test_what_waits_to_be_written_can_be_read(store, carrier, gate, earlier):
     begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
     carrier.write(write_of(begun, earlier=7))
-    carrier.read(restore_of(begun, earlier), row)
+    carrier.read(restore_of(begun, earlier), [row])
     done(carrier.arrived).place()
     assert torch.equal(row, random_slab(N_BYTES, 7 if earlier else 0)) and not gate.is_set()
     gate.set()
@@ -160,7 +185,7 @@ def test_what_waits_and_was_erased_cannot_be_read(store, carrier, gate):
     begun, row = turn(store), torch.empty(N_BYTES, dtype=torch.uint8)
     carrier.write(write_of(begun))
     assert store.erase(ALICE, "chat")
-    carrier.read(restore_of(begun), row)
+    carrier.read(restore_of(begun), [row])
     assert refused(done(carrier.arrived).place).reason == "erased"
 
 
@@ -169,12 +194,12 @@ def test_what_is_written_before_it_is_read_comes_from_the_store(store, carrier):
     write = write_of(begun)
     with gated(Write) as writing, gated(Read) as reading:
         carrier.write(write)
-        carrier.read(restore_of(begun), row)
+        carrier.read(restore_of(begun), [row])
         writing.set()
         carrier.finish()
         reading.set()
         done(carrier.arrived).place()
-    assert torch.equal(row, random_slab(N_BYTES)) and not write.slot.memory.any()
+    assert torch.equal(row, random_slab(N_BYTES)) and not write.slot.buffer.any()
 
 
 def test_a_rank_reads_its_part_before_others_have_written_theirs(tmp_path):
@@ -185,9 +210,9 @@ def test_a_rank_reads_its_part_before_others_have_written_theirs(tmp_path):
     carriers[1].write(write_of(begun, 1))
     carriers[1].finish()
     assert refused(stores[0].peek, ALICE, "chat").reason == "incomplete"
-    carriers[1].read(restore_of(begun), rows[1])
+    carriers[1].read(restore_of(begun), [rows[1]])
     done(carriers[1].arrived).place()
-    carriers[0].read(restore_of(begun), rows[0])
+    carriers[0].read(restore_of(begun), [rows[0]])
     assert refused(done(carriers[0].arrived).place).reason == "incomplete", "this one has written nothing"
     assert torch.equal(rows[1], random_slab(N_BYTES, 1))
     for carrier in carriers:
@@ -231,7 +256,7 @@ def test_a_slot_on_a_device_is_read_through_host_memory(store, carrier, monkeypa
     store.save(ALICE, "chat", [1], random_slab(N_BYTES))
     monkeypatch.setattr(carriers, "is_pin_memory_available", lambda: False)
     save_id = store.peek(ALICE, "chat").header.save_id
-    carrier.read(restore_of(Turn(ALICE, "chat", save_id)), torch.empty(N_BYTES, dtype=torch.uint8, device="meta"))
+    carrier.read(restore_of(Turn(ALICE, "chat", save_id)), [torch.empty(N_BYTES, dtype=torch.uint8, device="meta")])
     read = done(carrier.arrived)
     read.place()
     assert torch.equal(read.staged, random_slab(N_BYTES))

@@ -9,7 +9,18 @@ import pytest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from engines import STEPS, STOCK, ahead, engine, preempted, read_answers, save_model, tokens  # noqa: E402
+from engines import (  # noqa: E402
+    STEPS,
+    STOCK,
+    ahead,
+    engine,
+    gated,
+    preempted,
+    read_answers,
+    save_model,
+    session_of,
+    tokens,
+)
 from test_engine import greedy  # noqa: E402
 from test_vacancies import ask  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
@@ -18,6 +29,7 @@ from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 from vllm_deltamem import memory, vacancies  # noqa: E402
 from vllm_deltamem.backend import DeltaMemBackend  # noqa: E402
 from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
+from vllm_deltamem.carrier import Read  # noqa: E402
 from vllm_deltamem.config import DeltaMemConfig  # noqa: E402
 from vllm_deltamem.connectorscheduler import ConnectorScheduler  # noqa: E402
 from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
@@ -267,14 +279,100 @@ def test_aborted_and_preempted_ones_leave_their_parts(folders):
         assert slots_of(llm).used() == (0, 0) and not slots_of(llm).short
 
 
-def test_sessions_hold_whole_slots(folders):
-    """They are what grows from turn to turn: none is read into a part."""
-    named = {"extra_args": {"deltamem_session": "talk"}}
+def turn(llm, prompt, name, count=10):
+    """An answer in a session, as ask() tells it, and what became of the session."""
+    params = greedy(count, logprobs=0, extra_args={"deltamem_session": name})
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return read_answers([output])[0][:2], output.kv_transfer_params["deltamem_session"]
+
+
+def test_a_short_session_takes_as_many_parts_as_its_tokens(folders):
+    """It goes back to any of them, and is computed anew once its prompt has outgrown all parts."""
     with serving(folders["llama"]) as llm:
-        first = ask(llm, tokens(30), count=10, **named)[0]
-        (again, known) = ask(llm, tokens(30) + first[0][0], count=10, **named)[0]
-        assert known == 39
-        assert again == ask(llm, tokens(30) + first[0][0], count=10, extra_args={"deltamem_session": "new"})[0][0]
+        talk = tokens(30)
+        answer, _ = turn(llm, talk, "talk")
+        assert session_of(llm, "talk").header.parts == 5  # 39 tokens
+        told = talk + answer[0][:4] + [5, 6]  # otherwise
+        answers = {tuple(told): turn(llm, told, "talk")}
+        part = session_of(llm, "talk").header.n_bytes // 6  # 45 tokens
+        longer = told + tokens(SHORT + 1 - len(told), seed=1)
+        answers[tuple(longer)] = answer, _ = turn(llm, longer, "talk")
+        header = session_of(llm, "talk").header
+        assert header.parts == 0 and header.n_bytes == PARTS * part
+        longer = longer + answer[0]
+        answers[tuple(longer)] = turn(llm, longer, "talk")
+    assert [said["history"] for _, said in answers.values()] == ["restored", "outgrown", "restored"]
+    assert [said.get("restored_tokens") for _, said in answers.values()] == [34, None, len(longer) - 1]
+    for prompt, (answer, _) in answers.items():
+        assert answer == anew(folders["llama"], list(prompt), 10)
+
+
+@STEPS
+@pytest.mark.parametrize("directory", [False, True], ids=["host", "directory"])
+def test_sessions_go_on_from_parts_and_slots(folders, tmp_path, steps, directory):
+    """Restored, branched from, told otherwise, outgrown, among others: as if computed anew."""
+    rng, asked, reused = random.Random(6), [], 0
+    talks = [tokens(rng.randrange(10, 40), seed=90 + i) for i in range(9)]
+    settings = SETTINGS | {"sessions": {"directory": str(tmp_path)} if directory else {}}
+    moving = patch.object(Blocks, "_swap", autospec=True, side_effect=Blocks._swap)
+    options = {"num_gpu_blocks_override": PARTS * 6 + 1, "max_num_seqs": 32, "max_model_len": 2048}
+    with steps(), engine(folders["llama"], settings=settings, **options) as llm, moving as moved:
+        for _ in range(7):
+            chosen = rng.sample(range(9), rng.randrange(3, 9))
+            params = []
+            for i in chosen:
+                source = rng.choice([i, i, i, i - 1])
+                talks[i] = talks[source] + tokens(rng.randrange(1, 14), seed=len(asked) + i)
+                names = {"deltamem_session": f"talk-{i}", "deltamem_session_from": f"talk-{source}"}
+                params.append(greedy(12, logprobs=0, extra_args=names if rng.random() < 0.9 else None))
+            outputs = llm.generate([{"prompt_token_ids": talks[i]} for i in chosen], params, use_tqdm=False)
+            for i, (*answer, known) in zip(chosen, read_answers(outputs), strict=True):
+                asked.append((list(talks[i]), tuple(answer)))
+                talks[i] += answer[0][: rng.choice([12, 12, 11, 5])]
+                reused += known
+    lengths = [len(prompt) for prompt, _ in asked]
+    assert moved.called
+    assert min(lengths) < SHORT - 12 < max(lengths) - 12
+    assert reused > sum(lengths) / 6
+    with serving(folders["llama"]) as llm:
+        assert [answer for answer, _ in ask(llm, *(p for p, _ in asked), count=12)] == [answer for _, answer in asked]
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["waits", "leaves"])
+def test_parts_that_are_being_restored_are_not_moved(folders, leaves):
+    """Others are; a long one claims the slot meanwhile, whose memory a client that leaves must not spoil."""
+    talk, long = tokens(2 * CELLS - 3), tokens(100, seed=99)
+    expected = [anew(folders["llama"], prompt, 4) for prompt in (talk + [7], long)]
+    with serving(folders["llama"], slots=2) as llm, gated(Read) as gate:
+        core, answered = llm.llm_engine, []
+        turn(llm, talk, "talk", count=1)
+        for i in range(PARTS + 2):
+            core.add_request(str(i), {"prompt_token_ids": tokens(4, seed=i)}, greedy(3))
+        named = greedy(4, logprobs=0, extra_args={"deltamem_session": "talk"})
+        core.add_request("talk", {"prompt_token_ids": talk + [7]}, named)
+        core.step()
+        restoring = slots_of(llm).blocks.slot(held_by(llm, "talk"))
+        core.add_request("long", {"prompt_token_ids": long}, greedy(4, logprobs=0))
+        if leaves:
+            core.abort_request(["talk"])
+        while not any(out.request_id == "long" for out in answered):
+            answered += [output for output in core.step() if output.finished]
+        if not leaves:
+            assert slots_of(llm).blocks.slot(held_by(llm, "talk")) == restoring
+        gate.set()
+        answered += finished(llm)
+    found = {
+        output.request_id: read_answers([output])[0][:2] for output in answered if output.request_id in ("talk", "long")
+    }
+    assert found["long"] == expected[1]
+    assert leaves or found["talk"] == expected[0]
+
+
+def held_by(llm, name):
+    """The blocks of a request."""
+    blocks = slots_of(llm).req_to_blocks
+    (held,) = (held for request_id, held in blocks.items() if request_id.startswith(name))
+    return held
 
 
 @STEPS

@@ -91,8 +91,8 @@ def test_pins_go_with_their_sequence(pool):
 def test_parts_are_cleared_as_a_sequence_comes_to_them():
     """Of a slot that was left with pins, say; others lie beside them."""
     pool = make_pool(parts=2)
-    pool.memory(Slot(True, (0,))).fill_(7)
-    pool.memory(Slot(True, (1,))).fill_(7)
+    pool.memory(Slot(True, (0,)))[0].fill_(7)
+    pool.memory(Slot(True, (1,)))[0].fill_(7)
     cleared = []
     for before, count in ((0, 1), (1, 30), (31, 2), (33, 1)):
         ends = torch.tensor([0, count]), torch.tensor([before + count])

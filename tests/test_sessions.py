@@ -139,7 +139,7 @@ def test_a_clear_file_is_plain_safetensors(tmp_path):
     with safe_open(only_file(tmp_path), "pt") as file:
         assert file.get_tensor("tokens").tolist() == [3, 1, 4]
         assert torch.equal(file.get_tensor("slab"), random_slab())
-        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "3"
+        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "4"
 
 
 def test_a_sealed_file_is_safetensors_that_tells_nothing(tmp_path, monkeypatch):

@@ -19,6 +19,11 @@ class Slot(NamedTuple):
     whole: bool
     rows: tuple[int, ...]  # the one among all that are whole, or those among all parts, in the order of their tokens
 
+    @property
+    def parts(self) -> int:
+        """How many; 0: it is whole."""
+        return 0 if self.whole else len(self.rows)
+
 
 class Moves(NamedTuple):
     """Parts that lie elsewhere after a step."""

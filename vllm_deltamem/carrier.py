@@ -28,31 +28,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copied:
-    """A slot as it was, in host memory: uint8 [bytes]."""
+    """A slot as it was, in host memory."""
 
-    memory: torch.Tensor
+    buffer: torch.Tensor  # uint8, at least as many as the slot takes
+    n_bytes: int
     done: torch.cuda.Event | None  # until then the device is still filling it
 
     @classmethod
     @torch.inference_mode()  # a tensor made in it changes in it only
-    def of(cls, row: torch.Tensor, memory: torch.Tensor | None = None) -> Copied:
-        """Copy a slot, uint8 [bytes], as the steps so far leave it: later ones may use it anew.
+    def of(cls, rows: list[torch.Tensor], buffer: torch.Tensor | None = None) -> Copied:
+        """Copy a slot, its parts uint8 [bytes] each, as the steps so far leave it: later ones may use it anew.
 
-        memory: to copy it to, of an earlier copy that is no longer needed.
+        buffer: to copy it to, of an earlier copy that is no longer needed.
         """
-        memory = _host_memory(row) if memory is None else memory
-        memory.copy_(row, non_blocking=True)
-        if row.device.type == "cpu":
-            return cls(memory, None)
+        n_bytes, device = sum(map(len, rows)), rows[0].device
+        buffer = _host_memory(n_bytes, device) if buffer is None else buffer
+        for copy, row in zip(buffer[:n_bytes].chunk(len(rows)), rows, strict=True):
+            copy.copy_(row, non_blocking=True)
+        if device.type == "cpu":
+            return cls(buffer, n_bytes, None)
         done = torch.cuda.Event()
         done.record()
-        return cls(memory, done)
+        return cls(buffer, n_bytes, done)
 
     def wait(self) -> torch.Tensor:
         """The bytes, once they are there."""
         if self.done is not None:
             self.done.synchronize()
-        return self.memory
+        return self.buffer[: self.n_bytes]
 
 
 @dataclass(eq=False)
@@ -67,7 +70,7 @@ class Write:
 
     @property
     def n_bytes(self) -> int:
-        return sum(len(copied.memory) for copied in self.copies())
+        return sum(copied.n_bytes for copied in self.copies())
 
     @torch.inference_mode()  # as the copies were made
     def run(self, store: SessionStore) -> None:
@@ -77,7 +80,8 @@ class Write:
         try:
             slab, *others = (copied.wait() for copied in self.copies())
             earlier = (n_earlier, *others) if others else None
-            store.save(turn.tenant, turn.name, self.transfer.tokens, slab, turn.save_id, earlier)
+            parts = self.transfer.slot.parts
+            store.save(turn.tenant, turn.name, self.transfer.tokens, slab, turn.save_id, earlier, parts)
             saved = True
         except SessionRefused as refused:
             logger.warning("deltamem could not save a session: %s", refused)
@@ -103,26 +107,26 @@ class Write:
 
 @dataclass
 class Read:
-    """A session to restore into a slot, uint8 [bytes], that no step uses meanwhile."""
+    """A session to restore into a slot, its parts uint8 [bytes] each, that no step uses meanwhile."""
 
     transfer: Transfer
-    row: torch.Tensor
+    rows: list[torch.Tensor]  # no more parts than the session has
     waiting: Write | None = None  # the same save, where it has not been written yet
-    staged: torch.Tensor | None = None  # what was read, where the slot is on a device
+    staged: torch.Tensor | None = None  # what was read, where the slot is on a device or in parts
     refused: SessionRefused | None = None
 
     @torch.inference_mode()
     def run(self, store: SessionStore) -> None:
         """Read it, and note a refusal."""
-        turn = self.transfer.turn
-        on_cpu = self.row.device.type == "cpu"
-        out = self.row if on_cpu else _host_memory(self.row)
+        turn, reach, row = self.transfer.turn, self.transfer.reach, self.rows[0]
+        direct = row.device.type == "cpu" and not reach.parts
+        out = row if direct else _host_memory(len(row) * (reach.parts or 1), row.device)
         try:
-            save, earlier = (turn.tenant, turn.name, turn.save_id), self.transfer.reach.earlier
+            save, earlier = (turn.tenant, turn.name, turn.save_id), reach.earlier
             taken = self.waiting is not None and self.waiting.take(out, earlier) and store.holds(*save)
             if not taken and store.restore(*save, out, earlier) is None:
                 raise SessionRefused("erased", f"session {turn.name} is gone")
-            self.staged = None if on_cpu else out
+            self.staged = None if direct else out
         except SessionRefused as refused:
             self.refused = refused
 
@@ -131,7 +135,8 @@ class Read:
         if self.refused:
             raise self.refused
         if self.staged is not None:
-            self.row.copy_(self.staged, non_blocking=True)
+            for row, read in zip(self.rows, self.staged.split(len(self.rows[0])), strict=False):
+                row.copy_(read, non_blocking=True)
 
 
 class Carrier:
@@ -145,9 +150,10 @@ class Carrier:
         self._reads: dict[Future, Read] = {}
         self._spare: list[torch.Tensor] = []  # zeroed copies: fresh memory takes many times as long to write to
 
-    def copy(self, row: torch.Tensor) -> Copied:
-        """Copy a slot, uint8 [bytes]: see Copied."""
-        return Copied.of(row, self._spare.pop() if self._spare else None)
+    def copy(self, rows: list[torch.Tensor]) -> Copied:
+        """Copy a slot, see Copied."""
+        fitting = [i for i, spare in enumerate(self._spare) if len(spare) >= sum(map(len, rows))]
+        return Copied.of(rows, self._spare.pop(fitting[0]) if fitting else None)
 
     def write(self, write: Write) -> None:
         """Have a session saved. Waits while too much waits to be written."""
@@ -155,16 +161,17 @@ class Carrier:
             wait(left, return_when=FIRST_COMPLETED)
         self._writes[self._writer.submit(write.run, self._store)] = write
 
-    def read(self, transfer: Transfer, row: torch.Tensor) -> None:
-        """Have a session read into a slot."""
+    def read(self, transfer: Transfer, rows: list[torch.Tensor]) -> None:
+        """Have a session read into a slot, its parts uint8 [bytes] each."""
         same = (write for write in self._writes.values() if write.transfer.turn == transfer.turn)
-        read = Read(transfer, row, next(same, None))
+        read = Read(transfer, rows, next(same, None))
         self._reads[self._reader.submit(read.run, self._store)] = read
 
     def written(self) -> list[Write]:
         """What was saved or refused since the last call."""
         done = _done(self._writes)
-        self._spare = [*self._spare, *(copied.memory for write in done for copied in write.copies())][:SPARE]
+        left = [*self._spare, *(copied.buffer for write in done for copied in write.copies())]
+        self._spare = sorted(left, key=len)[-SPARE:]  # smallest first, for those that it is enough for
         return done
 
     def arrived(self) -> list[Read]:
@@ -199,10 +206,10 @@ def end(store: SessionStore, turn: Turn) -> None:
         logger.warning("deltamem: %s", refused)
 
 
-def _host_memory(row: torch.Tensor) -> torch.Tensor:
-    """As large as a slot, and of one on a device pinned where that can be, for it to read and to write by itself."""
-    pinned = row.device.type != "cpu" and is_pin_memory_available()
-    return torch.empty(row.shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+def _host_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
+    """uint8, and for a slot on a device pinned where that can be, for it to read and to write by itself."""
+    pinned = device.type != "cpu" and is_pin_memory_available()
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _done(futures: dict[Future, Write] | dict[Future, Read]) -> list:

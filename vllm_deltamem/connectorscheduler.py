@@ -32,6 +32,7 @@ from vllm_deltamem.vacancies import SlotManager
 logger = init_logger(__name__)
 
 NEW = {"history": "new"}  # what becomes of a session that does not exist yet
+OUTGROWN = {"history": "outgrown"}  # of one that lies in parts of slots which have no room for the prompt
 ENDED = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION
 
 
@@ -48,6 +49,7 @@ class ConnectorScheduler:
         self._refused: dict[str, str] = {}  # why workers could not restore, by request
         self._step = StepMetadata()  # being put together
         self._waits = False  # whether a request of this step waits for a save
+        self._loading: set[str] = set()  # requests into whose slots workers are restoring, some of them aborted
         self._stats = DeltaMemStats()
         self._slots: SlotManager | None = None
         self._say_sizes(blocks - 1)
@@ -117,6 +119,8 @@ class ConnectorScheduler:
                 reach = last.reach(request.all_token_ids)
                 length = reach.length
                 outcome = {"history": "restored", "restored_tokens": length} if length else {"history": "other history"}
+                if length and (reach.parts > 0) != (request.request_id in self._slots.short):
+                    length, outcome = 0, OUTGROWN
         except SessionRefused as refused:
             outcome = {"history": refused.reason}
             logger.warning("deltamem computes a prompt anew: %s", refused)
@@ -141,6 +145,7 @@ class ConnectorScheduler:
             turn, reach = state.matched
             self._step.restores.append(Transfer(request.request_id, slot, turn, reach=reach, pins=pins))
             state.restoring = matched_tokens
+            self._loading.add(request.request_id)
         state.matched = None
 
     def outgrown(self, running: Iterable[Request]) -> list[Request]:
@@ -165,7 +170,7 @@ class ConnectorScheduler:
         step.branches = self._unnamed.plan(reads)
         self._count_tokens(reads)
         step.kinds = self._slots.kinds(scheduler_output.num_scheduled_tokens)
-        step.moves = self._slots.make_room()
+        step.moves = self._slots.make_room(self._loading)
         idle = not scheduler_output.num_scheduled_tokens
         step.waiting = idle and (self._waits or any(state.restoring for state in self._requests.values()))
         self._waits = False
@@ -179,7 +184,7 @@ class ConnectorScheduler:
         if turn is None and not unnamed:
             return None, {SESSION: said} if state.outcome else None
         computed = min(request.num_computed_tokens, request.num_tokens)
-        slot = self._slots.slot(request.request_id) if blocks else None
+        slot = self._slots.slot(request.request_id, computed) if blocks else None
         beyond = request.num_computed_tokens // self._grain != computed // self._grain
         beyond &= slot is not None and slot.whole
         if beyond:  # steps under way read more than can be taken back
@@ -215,6 +220,7 @@ class ConnectorScheduler:
         if report is not None:
             self._refused |= report.refused
             self._saves.written(report.written)
+        self._loading.difference_update(arrived)
         for request_id in arrived:
             state, refused = self._requests.get(request_id), self._refused.pop(request_id, None)
             if state is None or not state.restoring:  # aborted meanwhile
@@ -249,9 +255,8 @@ class ConnectorScheduler:
                 self._unnamed.readmit(request)
 
     def _is_short(self, request) -> bool:
-        """Not if it grows from turn to turn, or by what is yet to come: then it has a whole slot at once."""
-        grows = request.resumable or options_of(request.sampling_params).keys() & SESSIONS
-        return not grows and request.num_tokens <= self.plan.part_tokens
+        """Not if its prompt is yet to come: then it has a whole slot at once."""
+        return not request.resumable and request.num_tokens <= self.plan.part_tokens
 
     def _outgrows(self, request) -> bool:
         """Whether parts have no room for the next token, unless there is none: vLLM, too, sees that ahead."""
@@ -275,12 +280,13 @@ class ConnectorScheduler:
         """Have workers keep a memory as it is before the answer's first merge, while host memory has room for it.
 
         The next prompt may contain the answer otherwise than it was generated: without its reasoning, its tool calls
-        written anew. The prompt before the answer it will contain, and this memory can be taken back to.
+        written anew. The prompt before the answer it will contain, and this memory can be taken back to. What lies in
+        parts can be taken back to any token.
         """
-        kept = sum(state.kept > 0 for state in self._requests.values())
-        if (kept + 1) * self.plan.worker_bytes <= self._store.settings.host_bytes:
+        slot, kept = self._slots.slot(request_id), sum(state.kept > 0 for state in self._requests.values())
+        if slot.whole and (kept + 1) * self.plan.worker_bytes <= self._store.settings.host_bytes:
             self._requests[request_id].kept = done
-            step.kept[request_id] = self._slots.slot(request_id)
+            step.kept[request_id] = slot
 
     def _branch(self, request_id: str, done: int, step: StepMetadata) -> None:
         """The same for a request without a session, in a slot that is vacant."""

@@ -31,6 +31,8 @@ def fingerprint_of(vllm_config, rank: int) -> Fingerprint:
     """What must be equal for a saved slot to mean the same."""
     plan, model = plan_memory(vllm_config), vllm_config.model_config
     layout = {**asdict(plan.whole), "shape": str(plan.whole.shape), "merge": plan.merge}
+    if plan.part:
+        layout["part"] = [plan.part.cells, plan.block_bytes]
     if plan.whole.shape.state_bytes:
         cache = vllm_config.cache_config
         layout["states"] = [plan.whole.shape.state_bytes, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype]

@@ -74,9 +74,9 @@ class SlotPool:
         """Slabs that rows of the step may be in, with what is theirs of the rows of every slab."""
         return ((slab, own) for slab, own, busy in zip(self.slabs, rows, self.kinds, strict=False) if busy)
 
-    def memory(self, slot: Slot) -> torch.Tensor:
-        """The bytes of a whole slot, uint8."""
-        return self.whole.rows[slot.rows[0]]
+    def memory(self, slot: Slot) -> list[torch.Tensor]:
+        """The bytes of a whole slot, or of every part, uint8."""
+        return [self._slab(slot).rows[row] for row in slot.rows]
 
     def merge(self, layer: int, due: list[Due]) -> None:
         """Merge in one layer."""
@@ -133,7 +133,7 @@ class SlotPool:
 
     def forget(self, slot: Slot) -> None:
         """Drop what the CPU path has read of a slot that is restored."""
-        self.whole.forget([*slot.rows])
+        self._slab(slot).forget([*slot.rows])
 
     def pin(self, claimed: dict[int, list[list[int]]]) -> None:
         """Write the pinned spans of whole slots that sequences just claimed, and once more where reset() clears one."""
@@ -153,9 +153,8 @@ class SlotPool:
     def copy(self, source: Slot, target: Slot) -> None:
         """Have a vacant slot hold what another one of its kind holds now, in its first parts if that has fewer."""
         assert source.whole == target.whole and len(source.rows) <= len(target.rows)
-        slab = self.whole if target.whole else self.slabs[1]
         for rows in zip(source.rows, target.rows, strict=False):
-            slab.copy(*rows)
+            self._slab(target).copy(*rows)
 
     def branch(self, branches: list[Branch]) -> None:
         """Have the forward pass copy slots, none of which has pins, while prompts are read."""
@@ -173,6 +172,9 @@ class SlotPool:
     def pins_of(self, slot: Slot) -> list[list[int]]:
         """The spans that are written in a whole slot."""
         return [span for span in self.whole.layers[0].pins[slot.rows[0]].tolist() if any(span)]
+
+    def _slab(self, slot: Slot) -> Slab:
+        return self.whole if slot.whole else self.slabs[1]
 
     def _write_pins(self) -> None:
         for row, spans in self.pins.items():

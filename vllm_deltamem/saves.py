@@ -58,7 +58,7 @@ class Saves:
         if session is None:
             return None
         self._check_reset(name, session.header.save_id, session.header.created_ns)
-        return self._note(session.header.save_id, session.tokens, session.header.n_earlier)
+        return self._note(session.header.save_id, session.tokens, session.header.n_earlier, session.header.parts)
 
     def unwritten(self, tenant: str, name: str) -> Note | None:
         """The last save of a session, as long as workers are at it. Raises SessionRefused."""
@@ -69,7 +69,7 @@ class Saves:
                 if erased:
                     return None
                 self._check_reset(name, turn.save_id)
-                return self._note(turn.save_id, save.tokens, save.n_earlier)
+                return self._note(turn.save_id, save.tokens, save.n_earlier, save.slot.parts)
         return None
 
     def _check_reset(self, name: str, save_id: str, created_ns: float = inf) -> None:
@@ -82,9 +82,9 @@ class Saves:
             self._notes.pop(session, None)
             if save.turn.save_id in self._stale:
                 return
-            self._notes[session] = self._note(save.turn.save_id, save.tokens, save.n_earlier)
+            self._notes[session] = self._note(save.turn.save_id, save.tokens, save.n_earlier, save.slot.parts)
             if len(self._notes) > self._store.settings.max_sessions:
                 del self._notes[next(iter(self._notes))]
 
-    def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int) -> Note:
-        return Note.of(save_id, tokens, n_earlier, self._segment)
+    def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int, parts: int) -> Note:
+        return Note.of(save_id, tokens, n_earlier, parts, self._segment)

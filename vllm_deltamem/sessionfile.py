@@ -2,7 +2,7 @@
 
 The file is safetensors: an 8-byte length, a JSON header, then the tensors `tokens`, `slab` and, if the session has an
 earlier memory, `earlier`. The header's `__metadata__` says what it is: format, version, tenant (keyed hash), name,
-save_id, created_ns, n_tokens, n_earlier, n_bytes and fingerprint. There are two kinds:
+save_id, created_ns, n_tokens, n_earlier, n_bytes, parts and fingerprint. There are two kinds:
 
 * clear: `tokens` is I32 [n_tokens], the slabs are U8 [n_bytes], and any safetensors reader opens them. SHA-256 of
   each tensor and of the header find damage; they cannot find a forger, who would compute them anew.
@@ -29,7 +29,7 @@ from vllm_deltamem.seal import PIECE, TAG, Cipher, Seal
 from vllm_deltamem.sessionname import NAME_LIMIT
 
 FORMAT = "deltamem-session"
-VERSION = "3"
+VERSION = "4"
 HEADER_LIMIT = 64 << 10  # bytes; a longer header is not one of ours
 NAME, TOKENS, SLAB, EARLIER = range(4)  # sections of a sealed file
 TENSORS = {TOKENS: "tokens", SLAB: "slab", EARLIER: "earlier"}
@@ -89,6 +89,7 @@ class Header:
     n_tokens: int
     n_earlier: int  # tokens that the earlier memory has read, 0 if there is none
     n_bytes: int  # of a slab of one rank
+    parts: int  # of slots that the slab is, in the order of their tokens; 0: a whole slot
     fingerprint: Fingerprint
 
     def __post_init__(self):
@@ -96,6 +97,8 @@ class Header:
             raise ValueError(f"a session needs tokens and bytes, got {self.n_tokens} and {self.n_bytes}")
         if not 0 <= self.n_earlier < self.n_tokens:
             raise ValueError(f"an earlier memory of {self.n_earlier} tokens in a session of {self.n_tokens}")
+        if self.parts < 0 or self.parts and self.n_bytes % self.parts:
+            raise ValueError(f"{self.n_bytes} bytes in {self.parts} parts")
 
     @property
     def rank_bytes(self) -> int:
@@ -219,7 +222,7 @@ class SessionFile:
             return Header(
                 tenant=meta["tenant"], name=name, save_id=meta["save_id"], created_ns=int(meta["created_ns"]),
                 n_tokens=int(meta["n_tokens"]), n_earlier=int(meta["n_earlier"]), n_bytes=int(meta["n_bytes"]),
-                fingerprint=Fingerprint(**json.loads(meta["fingerprint"])),
+                parts=int(meta["parts"]), fingerprint=Fingerprint(**json.loads(meta["fingerprint"])),
             )  # fmt: skip
         except (ValueError, LookupError, TypeError):
             raise SessionRefused("altered", "the header of the session file was altered") from None

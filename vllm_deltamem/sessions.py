@@ -3,7 +3,7 @@
     store = SessionStore(SessionSettings.from_dict(config.sessions), fingerprint)
     save_id = store.begin(tenant, name)     # a turn begins
     store.expect(tenant, name, save_id)     # it is over: who shares the directory may wait for the save
-    store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot, opaque here
+    store.save(tenant, name, tokens, slab, save_id)  # tokens: N ids; slab: uint8 [bytes], a slot or parts, opaque here
     store.save(tenant, name, tokens, slab, save_id, earlier=(n, other))  # and as it was after n of them
     store.end(tenant, name, save_id)
     session = store.peek(tenant, name)      # header and tokens only: does the prompt begin with them?
@@ -116,13 +116,14 @@ class SessionStore:
 
     def save(
         self, tenant: str, name: str, tokens: Sequence[int] | torch.Tensor, slab: torch.Tensor,
-        save_id: str | None = None, earlier: tuple[int, torch.Tensor] | None = None,
+        save_id: str | None = None, earlier: tuple[int, torch.Tensor] | None = None, parts: int = 0,
     ) -> Header:  # fmt: skip
         """Keep a session in place of the one of the same name; durable on return.
 
         tokens: N ids, 0 <= id < 2**31. slab: uint8 [bytes] on the CPU, contiguous; it is only read.
         save_id: from begin(), the same for all ranks; None, if there is one rank, for a turn that begins now.
         earlier: how many of the tokens another slab of the same size has read; left out where both are too large.
+        parts: of slots that the slab is; 0: a whole slot.
         Raises SessionRefused: size or unwritable, and the session saved before is still there; erased.
         """
         tenant_tag, tag = self._tags(tenant, name)
@@ -134,7 +135,7 @@ class SessionStore:
         if save_id is None and size == 1:
             save_id = self.begin(tenant, name)
             try:
-                return self.save(tenant, name, tokens, slab, save_id, earlier)
+                return self.save(tenant, name, tokens, slab, save_id, earlier, parts)
             finally:
                 self.end(tenant, name, save_id)
         if not SAVE_ID.fullmatch(save_id or ""):
@@ -151,7 +152,7 @@ class SessionStore:
                 before = self.directory.entries(tenant_tag, tag)
                 created = max([created, *(entry.created_ns + 1 for entry in before)])
             n_earlier, made = earlier[0] if earlier else 0, self._fingerprint
-            header = Header(tenant_tag, name, save_id, created, len(tokens), n_earlier, slab.numel(), made)
+            header = Header(tenant_tag, name, save_id, created, len(tokens), n_earlier, slab.numel(), parts, made)
             if self.directory:
                 self.directory.publish(tag, header, tokens, slabs)
         self._host.put((tenant, name), header, tokens, slabs, begun=self.directory is None)

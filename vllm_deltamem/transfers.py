@@ -28,6 +28,7 @@ class Reach(NamedTuple):
 
     length: int
     earlier: bool  # the earlier memory of the save
+    parts: int  # of slots that the save holds; 0: a whole slot
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,16 @@ class Note:
 
     save_id: str
     spans: tuple[Span, ...]  # of the memory, and of the earlier one if there is one
+    parts: int  # of slots that it lies in; 0: a whole slot
 
     @classmethod
-    def of(cls, save_id: str, tokens: Sequence[int], n_earlier: int, segment: int) -> "Note":
-        return cls(save_id, tuple(Span.of(tokens[:n], segment) for n in (len(tokens), n_earlier) if n))
+    def of(cls, save_id: str, tokens: Sequence[int], n_earlier: int, parts: int, segment: int) -> "Note":
+        reached = [tokens[:n] for n in (len(tokens), n_earlier) if n]
+        return cls(save_id, tuple(Span.of(read, None if parts else segment) for read in reached), parts)
 
     def reach(self, prompt: Sequence[int]) -> Reach:
         asked = Prompt(prompt)
-        return max(Reach(span.shared(asked), i > 0) for i, span in enumerate(self.spans))
+        return max(Reach(span.shared(asked), i > 0, self.parts) for i, span in enumerate(self.spans))
 
 
 def clip(spans: list[list[int]], length: int) -> list[list[int]]:

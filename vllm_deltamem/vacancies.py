@@ -6,7 +6,7 @@ sequence left, in parts, goes from its end on, and serves whatever begins alike:
 otherwise.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -170,12 +170,12 @@ class SlotManager(CircularBufferManager):
         whole = {self.blocks.are_whole(self.req_to_blocks[request_id]) for request_id in request_ids}
         return True in whole, False in whole
 
-    def make_room(self) -> Moves:
-        """Parts to be moved, for who waits for a whole slot to claim it in the next step."""
+    def make_room(self, fixed: Collection[str]) -> Moves:
+        """Parts to be moved, so that who waits for a whole slot claims it next. fixed: requests whose stay."""
         asked, self._asked = self._asked, False
         if not asked or self.blocks.whole():
             return Moves({}, {})
-        held = [self.blocks.slot(blocks) for blocks in self.req_to_blocks.values() if blocks]
+        held = [self.blocks.slot(blocks) for name, blocks in self.req_to_blocks.items() if blocks and name not in fixed]
         movable = [row for slot in held if not slot.whole for row in slot.rows]
         return self.blocks.make_vacant(movable, self.vacancies.forget)
 
