@@ -17,6 +17,7 @@ import torch
 
 from vllm_deltamem import sessiondirectory, sessions, sessionsweep
 from vllm_deltamem.seal import PIECE, TAG
+from vllm_deltamem.sessionfile import VERSION
 from vllm_deltamem.sessionname import tenant_of
 from vllm_deltamem.sessions import Fingerprint, SessionRefused, SessionSettings, SessionStore
 
@@ -139,7 +140,7 @@ def test_a_clear_file_is_plain_safetensors(tmp_path):
     with safe_open(only_file(tmp_path), "pt") as file:
         assert file.get_tensor("tokens").tolist() == [3, 1, 4]
         assert torch.equal(file.get_tensor("slab"), random_slab())
-        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == "4"
+        assert file.metadata()["format"] == "deltamem-session" and file.metadata()["version"] == VERSION
 
 
 def test_a_sealed_file_is_safetensors_that_tells_nothing(tmp_path, monkeypatch):
@@ -217,7 +218,7 @@ def test_foreign_files(tmp_path, key_env):
     store = open_store(tmp_path, key_env)
     store.save(ALICE, "chat", [1], random_slab())
     tensors = {"tokens": torch.tensor([1], dtype=torch.int32), "slab": random_slab()}
-    own = {"format": "deltamem-session", "version": "3"}
+    own = {"format": "deltamem-session", "version": VERSION}
     assert damaged(tmp_path, store, save(tensors)) == "foreign"
     assert damaged(tmp_path, store, save(tensors, {"format": "pt"})) == "foreign"
     assert damaged(tmp_path, store, save(tensors, own)) in {"altered", "key"}
