@@ -15,6 +15,7 @@ from model_configs import (
     FALCON,
     GEMMA2,
     GEMMA4,
+    JAMBA,
     LLAMA,
     MAMBA,
     MISTRAL,
@@ -228,8 +229,10 @@ def test_profile_of_another_model_refused(llama, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-         "does not support speculative decoding"),
+        ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+         "does not support speculative decoding by ngram_gpu .*ngram is supported"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 15, "prompt_lookup_max": 2},
+          "additional_config": {"deltamem": {"segment": 16, "memory": 512}}}, "no room for 15 that are drafted"),
         ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
         ({"ubatch_size": 2}, "does not support batches in halves"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "does not support decode context"),
@@ -263,6 +266,12 @@ def test_features_refused(llama, options, message):
 def test_models_refused(tmp_path, config, feature):
     with pytest.raises(ValueError, match=f"deltamem does not support {feature}"):
         vllm_config(save_config(tmp_path, config))
+
+
+def test_drafts_with_recurrent_layers_are_refused(tmp_path):
+    drafting = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="does not support speculative decoding .* with recurrent layers"):
+        vllm_config(save_config(tmp_path, JAMBA), speculative_config=drafting)
 
 
 def test_a_model_whose_every_layer_slides_is_refused(tmp_path):

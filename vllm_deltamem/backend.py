@@ -140,7 +140,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         batch, pool = common_attn_metadata, self.pool
         slots = self._slots(batch)
         starts = batch.query_start_loc_cpu.numpy()
-        ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: speculative decoding is refused; 0 for padding
+        ends = batch.seq_lens_cpu_upper_bound.numpy()  # exact: whoever drafts plans one step at a time; 0 for padding
         counts = starts[1:] - starts[:-1]
         if (-((counts - ends) // self._cleared) * self._cleared < ends).any():
             pool.reset([Rows(held, batch.query_start_loc, batch.seq_lens) for held in slots])

@@ -56,6 +56,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def outgrown(self, running):
         return self.scheduler.outgrown(running)
 
+    def most_drafts(self, request):
+        return self.scheduler.most_drafts(request)
+
     def build_connector_meta(self, scheduler_output):
         return self.scheduler.plan_step(scheduler_output)
 

@@ -43,6 +43,7 @@ class ConnectorScheduler:
         self.plan = plan_memory(vllm_config)
         self._grain, self._model = self.plan.grain, vllm_config.model_config
         self._store, self._n_slots = store, (blocks - 1) // self.plan.parts
+        self._drafted = vllm_config.num_speculative_tokens
         self._saves = Saves(store, self._grain, vllm_config.parallel_config.world_size)
         self._requests: dict[str, RequestState] = {}  # that have not finished
         self._unnamed = Unnamed(self._grain, vllm_config.scheduler_config.max_num_batched_tokens)
@@ -97,7 +98,8 @@ class ConnectorScheduler:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
         self._admit(request, self._is_short(request))
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
-            return self._unnamed.match(request), False
+            length = self._unnamed.match(request)
+            return length and self._with_drafts(request, length), False
         state = self._requests[request.request_id]
         name, tenant = _source(request), options_of(request.sampling_params).get(TENANT)
         refused = (state.outcome or NEW)["history"] not in ("new", "restored")
@@ -117,6 +119,7 @@ class ConnectorScheduler:
             last = last or self._saves.last(tenant, name)
             if last is not None:
                 reach = last.reach(request.all_token_ids)
+                reach = reach._replace(length=self._with_drafts(request, reach.length))
                 length = reach.length
                 outcome = {"history": "restored", "restored_tokens": length} if length else {"history": "other history"}
                 if length and (reach.parts > 0) != (request.request_id in self._slots.short):
@@ -152,6 +155,15 @@ class ConnectorScheduler:
         """Which requests need a whole slot for their next token: they are to start anew."""
         return [request for request in running if request.request_id in self._slots.short and self._outgrows(request)]
 
+    def most_drafts(self, request) -> int:
+        """How many tokens may be drafted beyond those that are known: none that completes a segment, or outgrows parts.
+
+        What is merged then could not be taken back where drafts are rejected.
+        """
+        if request.request_id in self._slots.short:
+            return max(self.plan.part_tokens - request.num_tokens, 0)
+        return max(-request.num_tokens % self._grain - 1, 0)
+
     def plan_step(self, scheduler_output) -> StepMetadata:
         """What workers have to do with the next step."""
         step, self._step = self._step, StepMetadata()
@@ -168,7 +180,7 @@ class ConnectorScheduler:
                 keep(request_id, done, step)
         reads = _reads(scheduler_output)
         step.branches = self._unnamed.plan(reads)
-        self._count_tokens(reads)
+        self._count_tokens(reads, scheduler_output.scheduled_spec_decode_tokens)
         step.kinds = self._slots.kinds(scheduler_output.num_scheduled_tokens)
         step.moves = self._slots.make_room(self._loading)
         idle = not scheduler_output.num_scheduled_tokens
@@ -294,10 +306,20 @@ class ConnectorScheduler:
         if slot is not None:
             step.copies[slot] = self._slots.slot(request_id)
 
-    def _count_tokens(self, reads: list[tuple[str, int, int]]) -> None:
-        """What a step writes, and where it makes room, from positions alone."""
+    def _with_drafts(self, request, length: int) -> int:
+        """How many tokens of a prompt need not be computed, where so many are known.
+
+        vLLM fills a step that computes a single token up with drafts, before there are any.
+        """
+        single = 0 < length == request.num_tokens - 1
+        return length - (single and self.most_drafts(request) < self._drafted)
+
+    def _count_tokens(self, reads: list[tuple[str, int, int]], drafts: dict[str, list[int]]) -> None:
+        """What a step writes, and where it makes room, from positions alone; drafts once they are known to stay."""
         layout, longest = self.plan.whole, 0
         for request_id, before, after in reads:
+            state, after = self._requests[request_id], after - len(drafts.get(request_id, ()))
+            before, state.counted = before if state.counted is None else min(before, state.counted), after
             longest = max(longest, after)
             self._stats.count("tokens_written", after - before)
             if request_id in self._slots.short:  # they are where they were

@@ -70,6 +70,12 @@ def configure(vllm_config) -> None:
             "the memory."
         )
     layout = plan_memory(vllm_config, settings).layout
+    drafted = vllm_config.num_speculative_tokens
+    if drafted > layout.segment - 2:
+        raise ValueError(
+            f"deltamem: a segment of {layout.segment} tokens has no room for {drafted} that are drafted beyond those "
+            "that are known: lower num_speculative_tokens, or raise the setting 'segment'."
+        )
     extend(vllm_config.model_config, layout.window + 2 * layout.segment)
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
@@ -104,12 +110,20 @@ def check_version() -> None:
 
 def apply_patches() -> None:
     """Apply what no extension point of vLLM offers, see patches/README.md. In every process, idempotent."""
-    from vllm_deltamem.patches import http_tenant, hybrid_states, outgrown_parts, profiling_cache, request_options
+    from vllm_deltamem.patches import (
+        draft_lengths,
+        http_tenant,
+        hybrid_states,
+        outgrown_parts,
+        profiling_cache,
+        request_options,
+    )
 
     check_version()
     profiling_cache.apply()
     hybrid_states.apply()
     outgrown_parts.apply()
+    draft_lengths.apply()
     request_options.apply()
     http_tenant.apply()
     if current_platform.is_cpu():
@@ -124,7 +138,7 @@ def apply_patches() -> None:
 
 def _refuse_unsupported(vllm_config) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    hf = model.hf_text_config
+    hf, drafting = model.hf_text_config, getattr(vllm_config.speculative_config, "method", None)
     refusals = {
         "multi-head latent attention (MLA) models": model.use_mla,
         "attention-free models": model.is_attention_free,
@@ -140,7 +154,9 @@ def _refuse_unsupported(vllm_config) -> None:
         "layers with unequal numbers of query heads": _has_unequal_queries(hf),
         "layers of several blocks or none (block_configs)": bool(getattr(hf, "block_configs", None)),
         "pooling models": model.runner_type == "pooling",
-        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        f"speculative decoding by {drafting} (--speculative-config; ngram is supported)": drafting
+        not in (None, "ngram"),  # which takes no model, and plans one step at a time
+        "speculative decoding (--speculative-config) with recurrent layers": drafting and count_recurrent(hf),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
