@@ -50,5 +50,6 @@ def _preempt_outgrown(scheduler) -> None:
         some = [request for request in waiting if request.status == RequestStatus.PREEMPTED]
         waiting.remove_requests(some)
         begun += some
-    for request in sorted(begun, key=lambda request: request.arrival_time, reverse=True):
-        queue.prepend_request(request)
+    begun.sort(key=lambda request: (request.num_computed_tokens == 0, request.arrival_time))
+    for request in begun if paused else reversed(begun):  # never before who holds parts, and may need more
+        (queue.add_request if paused else queue.prepend_request)(request)

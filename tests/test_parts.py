@@ -32,8 +32,10 @@ from vllm_deltamem.blocks import Blocks, Slot  # noqa: E402
 from vllm_deltamem.carrier import Read  # noqa: E402
 from vllm_deltamem.config import DeltaMemConfig  # noqa: E402
 from vllm_deltamem.connectorscheduler import ConnectorScheduler  # noqa: E402
+from vllm_deltamem.enginestore import open_store  # noqa: E402
 from vllm_deltamem.memory import Shape, plan_layout, plan_part  # noqa: E402
 from vllm_deltamem.pool import SlotPool  # noqa: E402
+from vllm_deltamem.sessionname import tenant_of  # noqa: E402
 from vllm_deltamem.transfers import Span  # noqa: E402
 from vllm_deltamem.vacancies import Vacancies  # noqa: E402
 
@@ -544,3 +546,37 @@ def test_blocks_that_make_no_slot_are_parts():
     held = [blocks.take(whole(row)) for row in range(2)]
     assert blocks.whole() is None and blocks.some(2) == part(6, 7)
     assert blocks.slot([blocks._pool.null_block, *held[1]]) == whole(1)
+
+
+def test_a_session_whose_bytes_do_not_fit_its_tokens_is_refused(folders, tmp_path):
+    """Whoever can write to the directory can make a clear file say so; it costs that session alone."""
+    settings = SETTINGS | {"sessions": {"directory": str(tmp_path)}}
+    with engine(folders["llama"], settings=settings, num_gpu_blocks_override=2 * PARTS + 1, max_model_len=2048) as llm:
+        talk, store = tokens(40), open_store(llm.llm_engine.vllm_config, 0)
+        expected, _ = turn(llm, talk + [9], "new")
+        part = session_of(llm, "new").header.n_bytes // 7  # 50 tokens
+        for parts, n_bytes in ((1, part), (4, 4 * part), (5, 10 * part), (1 << 20, 1 << 20), (0, 5 * part)):
+            store.save(tenant_of(None), "forged", talk, torch.zeros(n_bytes, dtype=torch.uint8), parts=parts)
+            answer, said = turn(llm, talk + [9], "forged")
+            assert answer == expected and said["history"] == "size"
+
+
+def test_a_pause_does_not_keep_a_session_from_the_parts_that_others_wait_for(folders):
+    """It is restored before who was preempted goes on, since it holds some of them."""
+    talk = tokens(6)
+    with serving(folders["llama"], slots=1) as llm, gated(Read) as gate:
+        core, answered = llm.llm_engine, []
+        scheduler = core.engine_core.engine_core.scheduler
+        turn(llm, talk, "talk", count=1)
+        core.add_request("grows", {"prompt_token_ids": tokens(40, seed=5)}, greedy(60))
+        core.step()
+        named = greedy(4, extra_args={"deltamem_session": "talk"})
+        core.add_request("talk", {"prompt_token_ids": talk + [7]}, named)
+        core.step()
+        scheduler.set_pause_state(PauseState.PAUSED_NEW)
+        while scheduler.running:
+            core.step()
+        gate.set()
+        for _ in range(2000):
+            answered += [output.request_id for output in core.step() if output.finished]
+    assert answered == ["talk", "grows"]

@@ -44,7 +44,7 @@ class ConnectorScheduler:
         self._grain, self._model = self.plan.grain, vllm_config.model_config
         self._store, self._n_slots = store, (blocks - 1) // self.plan.parts
         self._drafted = vllm_config.num_speculative_tokens
-        self._saves = Saves(store, self._grain, vllm_config.parallel_config.world_size)
+        self._saves = Saves(store, self.plan, vllm_config.parallel_config.world_size)
         self._requests: dict[str, RequestState] = {}  # that have not finished
         self._unnamed = Unnamed(self._grain, vllm_config.scheduler_config.max_num_batched_tokens)
         self._refused: dict[str, str] = {}  # why workers could not restore, by request

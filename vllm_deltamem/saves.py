@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from vllm_deltamem.sessions import SessionRefused, SessionStore
+from vllm_deltamem.plan import MemoryPlan
+from vllm_deltamem.sessionfile import Header, SessionRefused
+from vllm_deltamem.sessions import SessionStore
 from vllm_deltamem.transfers import Note, Transfer
 
 
@@ -19,9 +21,8 @@ class _Open:
 class Saves:
     """The store's directory tells what was saved. Host memory is the worker's, so notes of it are kept."""
 
-    def __init__(self, store: SessionStore, segment: int, workers: int):
-        """segment: MemoryPlan.grain."""
-        self._store, self._segment, self._workers = store, segment, workers
+    def __init__(self, store: SessionStore, plan: MemoryPlan, workers: int):
+        self._store, self._plan, self._workers = store, plan, workers
         self._open: dict[str, _Open] = {}  # by save, in their order
         self._notes: dict[tuple[str, str], Note] = {}  # by tenant and name, of what is in host memory
         self._reset_ns = 0
@@ -58,6 +59,7 @@ class Saves:
         if session is None:
             return None
         self._check_reset(name, session.header.save_id, session.header.created_ns)
+        self._check_size(session.header)
         return self._note(session.header.save_id, session.tokens, session.header.n_earlier, session.header.parts)
 
     def unwritten(self, tenant: str, name: str) -> Note | None:
@@ -76,6 +78,15 @@ class Saves:
         if save_id in self._stale or created_ns < self._reset_ns:
             raise SessionRefused("reset", f"session {name} is from before vLLM's caches were reset")
 
+    def _check_size(self, header: Header) -> None:
+        """That the bytes are what so many tokens take: a clear file may say anything."""
+        plan, parts = self._plan, header.parts
+        count = -(-header.n_tokens // plan.part.cells) if plan.part and header.n_tokens <= plan.part_tokens else 0
+        expected = parts * plan.block_bytes if parts else plan.worker_bytes
+        if parts not in (0, count) or header.n_bytes != expected:
+            said = f"{header.n_bytes} bytes in {parts} parts for {header.n_tokens} tokens"
+            raise SessionRefused("size", f"session {header.name} has {said}, which no slot here has")
+
     def _keep(self, save: Transfer) -> None:
         if self._store.directory is None:
             session = save.turn.tenant, save.turn.name
@@ -87,4 +98,4 @@ class Saves:
                 del self._notes[next(iter(self._notes))]
 
     def _note(self, save_id: str, tokens: Sequence[int], n_earlier: int, parts: int) -> Note:
-        return Note.of(save_id, tokens, n_earlier, parts, self._segment)
+        return Note.of(save_id, tokens, n_earlier, parts, self._plan.grain)
