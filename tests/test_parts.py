@@ -556,8 +556,9 @@ def test_a_session_whose_bytes_do_not_fit_its_tokens_is_refused(folders, tmp_pat
         expected, _ = turn(llm, talk + [9], "new")
         part = session_of(llm, "new").header.n_bytes // 7  # 50 tokens
         for parts, n_bytes in ((1, part), (4, 4 * part), (5, 10 * part), (1 << 20, 1 << 20), (0, 5 * part)):
-            store.save(tenant_of(None), "forged", talk, torch.zeros(n_bytes, dtype=torch.uint8), parts=parts)
-            answer, said = turn(llm, talk + [9], "forged")
+            name = f"forged-{parts}"
+            store.save(tenant_of(None), name, talk, torch.zeros(n_bytes, dtype=torch.uint8), parts=parts)
+            answer, said = turn(llm, talk + [9], name)
             assert answer == expected and said["history"] == "size"
 
 
