@@ -57,10 +57,10 @@ def shorter():
         yield
 
 
-def serving(folder, slots=4, **options):
-    """An engine with so many slots."""
+def serving(folder, slots=4, sessions=None, **options):
+    """An engine with so many slots; sessions: how they are kept."""
     options = {"num_gpu_blocks_override": PARTS * slots + 1, "max_num_seqs": 32, "max_model_len": 2048} | options
-    return engine(folder, settings=SETTINGS, **options)
+    return engine(folder, settings=SETTINGS | {"sessions": sessions or {}}, **options)
 
 
 def anew(folder, prompt, count):
@@ -288,6 +288,18 @@ def turn(llm, prompt, name, count=10):
     return read_answers([output])[0][:2], output.kv_transfer_params["deltamem_session"]
 
 
+def check(folder, asked, reused):
+    """That prompts, in parts and in slots, were answered as if all were computed: (prompt, answer) each.
+
+    reused: how many of their tokens were not computed.
+    """
+    lengths = [len(prompt) for prompt, _ in asked]
+    assert min(lengths) < SHORT - 12 < max(lengths) - 12
+    assert reused > sum(lengths) / 6
+    with serving(folder) as llm:
+        assert [answer for answer, _ in ask(llm, *(p for p, _ in asked), count=12)] == [answer for _, answer in asked]
+
+
 def test_a_short_session_takes_as_many_parts_as_its_tokens(folders):
     """It goes back to any of them, and is computed anew once its prompt has outgrown all parts."""
     with serving(folders["llama"]) as llm:
@@ -315,10 +327,9 @@ def test_sessions_go_on_from_parts_and_slots(folders, tmp_path, steps, directory
     """Restored, branched from, told otherwise, outgrown, among others: as if computed anew."""
     rng, asked, reused = random.Random(6), [], 0
     talks = [tokens(rng.randrange(10, 40), seed=90 + i) for i in range(9)]
-    settings = SETTINGS | {"sessions": {"directory": str(tmp_path)} if directory else {}}
+    sessions = {"directory": str(tmp_path)} if directory else None
     moving = patch.object(Blocks, "_swap", autospec=True, side_effect=Blocks._swap)
-    options = {"num_gpu_blocks_override": PARTS * 6 + 1, "max_num_seqs": 32, "max_model_len": 2048}
-    with steps(), engine(folders["llama"], settings=settings, **options) as llm, moving as moved:
+    with steps(), serving(folders["llama"], slots=6, sessions=sessions) as llm, moving as moved:
         for _ in range(7):
             chosen = rng.sample(range(9), rng.randrange(3, 9))
             params = []
@@ -332,12 +343,8 @@ def test_sessions_go_on_from_parts_and_slots(folders, tmp_path, steps, directory
                 asked.append((list(talks[i]), tuple(answer)))
                 talks[i] += answer[0][: rng.choice([12, 12, 11, 5])]
                 reused += known
-    lengths = [len(prompt) for prompt, _ in asked]
     assert moved.called
-    assert min(lengths) < SHORT - 12 < max(lengths) - 12
-    assert reused > sum(lengths) / 6
-    with serving(folders["llama"]) as llm:
-        assert [answer for answer, _ in ask(llm, *(p for p, _ in asked), count=12)] == [answer for _, answer in asked]
+    check(folders["llama"], asked, reused)
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["waits", "leaves"])
@@ -396,12 +403,8 @@ def test_conversations_go_on_from_parts_and_slots(folders, steps):
                 asked.append((list(talks[i]), answer))
                 talks[i] += answer[0][: rng.choice([12, 12, 11, 5])]
                 known += cached
-    lengths = [len(prompt) for prompt, _ in asked]
     assert moved.called
-    assert min(lengths) < SHORT - 12 < max(lengths) - 12
-    assert known > sum(lengths) / 6
-    with serving(folders["llama"]) as llm:
-        assert [answer for answer, _ in ask(llm, *(p for p, _ in asked), count=12)] == [answer for _, answer in asked]
+    check(folders["llama"], asked, known)
 
 
 def test_without_the_patch_a_part_is_not_written_past_its_end(folders):
@@ -550,8 +553,7 @@ def test_blocks_that_make_no_slot_are_parts():
 
 def test_a_session_whose_bytes_do_not_fit_its_tokens_is_refused(folders, tmp_path):
     """Whoever can write to the directory can make a clear file say so; it costs that session alone."""
-    settings = SETTINGS | {"sessions": {"directory": str(tmp_path)}}
-    with engine(folders["llama"], settings=settings, num_gpu_blocks_override=2 * PARTS + 1, max_model_len=2048) as llm:
+    with serving(folders["llama"], slots=2, sessions={"directory": str(tmp_path)}) as llm:
         talk, store = tokens(40), open_store(llm.llm_engine.vllm_config, 0)
         expected, _ = turn(llm, talk + [9], "new")
         part = session_of(llm, "new").header.n_bytes // 7  # 50 tokens

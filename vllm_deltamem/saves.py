@@ -80,11 +80,12 @@ class Saves:
 
     def _check_size(self, header: Header) -> None:
         """That the bytes are what so many tokens take: a clear file may say anything."""
-        plan, parts = self._plan, header.parts
-        count = -(-header.n_tokens // plan.part.cells) if plan.part and header.n_tokens <= plan.part_tokens else 0
-        expected = parts * plan.block_bytes if parts else plan.worker_bytes
-        if parts not in (0, count) or header.n_bytes != expected:
-            said = f"{header.n_bytes} bytes in {parts} parts for {header.n_tokens} tokens"
+        plan, parts, tokens = self._plan, header.parts, header.n_tokens
+        fits = header.n_bytes == (parts * plan.block_bytes if parts else plan.worker_bytes)
+        if parts:
+            fits &= tokens <= plan.part_tokens and 0 <= parts * plan.part.cells - tokens < plan.part.cells
+        if not fits:
+            said = f"{header.n_bytes} bytes in {parts} parts for {tokens} tokens"
             raise SessionRefused("size", f"session {header.name} has {said}, which no slot here has")
 
     def _keep(self, save: Transfer) -> None:
