@@ -101,3 +101,14 @@ def test_conversations_go_on_as_without_drafts(folders, family):
     assert 0 < drafts.accepted < drafts.drafted
     assert min(len(prompt) for prompt, *_ in asked) < 63 < max(len(prompt) for prompt, *_ in asked)
     assert [answer for *_, answer in asked] == [list(answer[:2]) for answer in read_answers(outputs)]
+
+
+def test_the_only_slot_restores_a_session(folders):
+    """vLLM would set a block aside for drafts while it loads."""
+    with engine(folders["llama"], settings=SMALL, num_gpu_blocks_override=2, speculative_config=SPECULATIVE) as llm:
+        talk, named = echo(200), greedy(10, extra_args={"deltamem_session": "talk"})
+        (output,) = llm.generate([{"prompt_token_ids": talk}], named, use_tqdm=False)
+        talk += list(output.outputs[0].token_ids) + tokens(20)
+        llm.llm_engine.add_request("talk", {"prompt_token_ids": talk}, named)
+        outputs = [output for _ in range(1000) for output in llm.llm_engine.step() if output.finished]
+    assert [output.num_cached_tokens for output in outputs] == [209]

@@ -43,7 +43,6 @@ class ConnectorScheduler:
         self.plan = plan_memory(vllm_config)
         self._grain, self._model = self.plan.grain, vllm_config.model_config
         self._store, self._n_slots = store, (blocks - 1) // self.plan.parts
-        self._drafted = vllm_config.num_speculative_tokens
         self._saves = Saves(store, self.plan, vllm_config.parallel_config.world_size)
         self._requests: dict[str, RequestState] = {}  # that have not finished
         self._unnamed = Unnamed(self._grain, vllm_config.scheduler_config.max_num_batched_tokens)
@@ -98,8 +97,7 @@ class ConnectorScheduler:
         """How many tokens of a prompt some memory holds, None to be asked again, and whether it has to be restored."""
         self._admit(request, self._is_short(request))
         if request.request_id in self._unnamed and not request.skip_reading_prefix_cache:
-            length = self._unnamed.match(request)
-            return length and self._with_drafts(request, length), False
+            return self._unnamed.match(request), False
         state = self._requests[request.request_id]
         name, tenant = _source(request), options_of(request.sampling_params).get(TENANT)
         refused = (state.outcome or NEW)["history"] not in ("new", "restored")
@@ -119,7 +117,6 @@ class ConnectorScheduler:
             last = last or self._saves.last(tenant, name)
             if last is not None:
                 reach = last.reach(request.all_token_ids)
-                reach = reach._replace(length=self._with_drafts(request, reach.length))
                 length = reach.length
                 outcome = {"history": "restored", "restored_tokens": length} if length else {"history": "other history"}
                 if length and (reach.parts > 0) != (request.request_id in self._slots.short):
@@ -137,6 +134,7 @@ class ConnectorScheduler:
     def claim(self, request, matched_tokens: int) -> None:
         """A request has claimed a slot, and so many of its tokens need not be computed."""
         state, slot = self._requests[request.request_id], self._slots.slot(request.request_id)
+        state.counted = None
         if request.request_id in self._unnamed:
             source = self._unnamed.claim(request.request_id)
             if source is not None and matched_tokens:
@@ -305,14 +303,6 @@ class ConnectorScheduler:
         slot = self._unnamed.keep(request_id, done)
         if slot is not None:
             step.copies[slot] = self._slots.slot(request_id)
-
-    def _with_drafts(self, request, length: int) -> int:
-        """How many tokens of a prompt need not be computed, where so many are known.
-
-        vLLM fills a step that computes a single token up with drafts, before there are any.
-        """
-        single = 0 < length == request.num_tokens - 1
-        return length - (single and self.most_drafts(request) < self._drafted)
 
     def _count_tokens(self, reads: list[tuple[str, int, int]], drafts: dict[str, list[int]]) -> None:
         """What a step writes, and where it makes room, from positions alone; drafts once they are known to stay."""
