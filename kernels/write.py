@@ -9,6 +9,7 @@ from .slot import LayerSlots
 from .tiles import all_rows, at, locate, part_of, row_at
 
 TOKENS = 16  # of one program
+ALL_CELLS = 1 << 30  # of a whole slot: more than a sequence has tokens
 CLEARED = 4096  # words of 8 bytes that a program clears at a time
 
 
@@ -32,12 +33,16 @@ def write(
     )  # fmt: skip
 
 
-def reset(slab, slot_indices, cu_seqlens, seq_lens) -> None:
-    """Zero the whole slots of sequences whose first token is in this call. slab [S, bytes] uint8, rows strided."""
+def reset(slab, slot_indices, cu_seqlens, seq_lens, cells: int = ALL_CELLS) -> None:
+    """Zero the slots of sequences whose first token is in this call. slab [S, bytes] uint8, rows strided.
+
+    cells: of a part, where slots are parts, of which those are zeroed that a sequence comes to.
+    """
     words, rows = slab.view(torch.int64), rows_of(slot_indices, cu_seqlens, seq_lens)
     _reset[(2 * processors(slab.device),)](
-        words, words.stride(0), words.shape[1], *rows, ROWS=rows_width(len(slot_indices)), BLOCK=CLEARED, num_warps=8
-    )
+        words, words.stride(0), words.shape[1], *rows,
+        CELLS=cells, ROWS=rows_width(len(slot_indices)), BLOCK=CLEARED, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
@@ -83,16 +88,20 @@ def _reset(
     cu_seqlens,
     seq_lens,
     sequences,
+    CELLS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Every program clears its share of each slot that is new, and leaves at once when none is."""
     rows = (slot_indices, slot_step, cu_seqlens, seq_lens, sequences)
     slot, queries, seq_len = all_rows(rows, ROWS)
-    new = (slot >= 0) & (seq_len == queries)
-    order = tl.cumsum(new.to(tl.int32)) - 1
+    first_part = tl.cdiv(seq_len - queries, CELLS)
+    new = tl.where(slot >= 0, tl.cdiv(seq_len, CELLS) - first_part, 0)
+    end = tl.cumsum(new)
     word = tl.arange(0, BLOCK)
-    for i in range(tl.sum(new.to(tl.int32))):
-        base = words + tl.sum(tl.where(new & (order == i), slot, 0)).to(tl.int64) * stride
+    for i in range(tl.sum(new)):
+        n = tl.sum((end <= i).to(tl.int32))
+        part = tl.sum(tl.where(tl.arange(0, ROWS) == n, first_part + i - (end - new), 0))
+        base = words + tl.load(slot_indices + n * slot_step + part).to(tl.int64) * stride
         for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
             tl.store(base + first + word, tl.zeros([BLOCK], tl.int64), mask=first + word < count)

@@ -123,6 +123,7 @@ def launch_all(fidelity, size, group, kind, learned, segment, trained) -> None:
         in_parts = make_batch([((slot, 1), *row) for slot, *row in batch])
         k, v, q = make_tokens(sum(count for _, count, _ in batch), 3, size, group, torch.bfloat16)
         cuda.reset(slab, *rows)
+        cuda.reset(slab_of_parts, *in_parts, cells=2 * segment)
         for each, own in ((slots, rows), (parts, in_parts)):
             cuda.write(k, v, each, *own, max_query_len=longest)
         for sink_logits in (None, q.new_zeros(q.shape[1])):

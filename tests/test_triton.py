@@ -14,7 +14,7 @@ if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in tests/gpu", allow_module_level=True)
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
-    from vllm_deltamem.kernels import attend, cuda, launch, merge, slot
+    from vllm_deltamem.kernels import attend, cpu, cuda, launch, merge, slot
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked-out lanes
 
@@ -313,6 +313,16 @@ def test_reset_clears_new_sequences_only():
     slab.fill_(9)
     cuda.reset(slab, *make_batch([(3, 1, 1), (-1, 2, 2), (0, 4, 5), (1, 6, 6), (2, 0, 0)]))
     assert [int(row.max()) for row in slab] == [9, 0, 9, 0]
+
+
+def test_reset_clears_the_parts_that_sequences_come_to():
+    """The first cell of one, many at once, one that is there already, rows without a slot, padding."""
+    rows = [((3, 0, 9), 1, 1), ((5, 1, 2), 1, 9), ((-1, -1, -1), 9, 9), ((4, 6, 7), 19, 20), ((8, 10, 11), 7, 8)]
+    rows = make_batch(rows + [((12, 13, 14), 1, 17), ((-1, -1, -1), 0, 0)])
+    slab, expected = torch.full((2, 15, 48), 9, dtype=torch.uint8)
+    cuda.reset(slab, *rows, cells=8)
+    fresh = cpu.reset(expected, *rows, cells=8)
+    assert torch.equal(slab, expected) and sorted(fresh) == [1, 3, 6, 7, 14]
 
 
 def test_cuts_follow_the_heads():

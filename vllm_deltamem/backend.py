@@ -128,7 +128,7 @@ class DeltaMemMetadataBuilder(AttentionMetadataBuilder[DeltaMemMetadata]):
         shapes = [(), (self.plan.part.parts,)] if self.plan.part else [()]
         self._held = [torch.empty(rows, *shape, dtype=torch.int32, device=device) for shape in shapes]
         # Tokens between two at which a sequence comes to bytes that are to be cleared; there is one if it has a slot.
-        self._cleared = self.plan.part.cells if self.plan.part and ON_CPU else shape.max_model_len + 1
+        self._cleared = self.plan.part.cells if self.plan.part else shape.max_model_len + 1
         if shape.state_bytes:
             start_states(vllm_config)
         SlotPool.held_by(self)

@@ -122,13 +122,16 @@ class SlotPool:
             yield from zip(slab.layers, repeat(own), self.ropes, queries)
 
     def reset(self, rows: list[Rows]) -> None:
-        """Clear the slots of sequences whose first token is in this step, and write their pins. rows: of every slab."""
+        """Clear the slots of sequences whose first token is in this step, and write their pins. rows: of every slab.
+
+        Parts are cleared as a sequence comes to them: what others left there would be saved along with a session.
+        """
         whole, *parts = rows
         fresh = kernels.reset(self.whole.rows, *whole)
         if ON_CPU:
             self.whole.forget(fresh)
-            for slab, own in zip(self.slabs[1:], parts, strict=True):  # a GPU's kernels look at no cell without a token
-                kernels.reset(slab.rows, *own, cells=slab.layers[0].ring_k.shape[2])
+        for slab, own in zip(self.slabs[1:], parts, strict=True):
+            kernels.reset(slab.rows, *own, cells=slab.layers[0].ring_k.shape[2])
         self._write_pins()
 
     def forget(self, slot: Slot) -> None:
