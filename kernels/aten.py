@@ -31,7 +31,6 @@ _flash = _function(
     "aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu", *[_ADDRESS] * 3, types.float64, _INT, *[_ADDRESS] * 4
 )
 _mm_out = _function("aoti_torch_cpu_mm_out", *[_ADDRESS] * 3)
-_addmm_out = _function("aoti_torch_cpu_addmm_out", *[_ADDRESS] * 4, types.float64, types.float64)
 _memcpy = _function("memcpy", *[_ADDRESS] * 3, result=_ADDRESS)
 
 
@@ -70,33 +69,13 @@ def product(kind, x, y, transposed, out):
     Raises RuntimeError when PyTorch refuses the operands.
     """
     made = np.zeros(3, np.int64)
-    _operands(kind, x, y, transposed, out, made)
+    _matrix(kind, out, False, made[0:])
+    _matrix(kind, x, False, made[1:])
+    _matrix(kind, y, transposed, made[2:])
     failed = _mm_out(made[0], made[1], made[2])
     _drop(made)
     if failed:
         raise RuntimeError("PyTorch refused the operands of a matrix product.")
-
-
-@compiled
-def product_less(kind, less, x, y, transposed, out):
-    """out [M, N] = x y - less, rounded once; x and y as for product.
-
-    Raises RuntimeError when PyTorch refuses the operands.
-    """
-    made = np.zeros(4, np.int64)
-    _operands(kind, x, y, transposed, out, made)
-    _matrix(kind, less, False, made[3:])
-    failed = _addmm_out(made[0], made[3], made[1], made[2], -1.0, 1.0)
-    _drop(made)
-    if failed:
-        raise RuntimeError("PyTorch refused the operands of a matrix product.")
-
-
-@compiled
-def _operands(kind, x, y, transposed, out, made):
-    _matrix(kind, out, False, made[0:])
-    _matrix(kind, x, False, made[1:])
-    _matrix(kind, y, transposed, made[2:])
 
 
 @compiled

@@ -15,6 +15,7 @@ from .cpuattention import combine, count_passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
 from .grid import Grid, far_limit, leaves, left_ring, rings, width
+from .lanes import ROWS
 from .rows import compiled, inlined
 from .team import add, each, replace, value
 
@@ -100,41 +101,42 @@ def _do(task, layer, tokens, pieces, seen, lse):
     i, begin, count, position = pieces.table[n]
     own, end = slice(begin, begin + count), position + count
     slots, row = pieces.slots[i], pieces.row[i]
-    arrays = one_of(layer.arrays, slots[0], row, far_limit(end, layer.grid))
     if does & READS:
+        arrays = one_of(layer.arrays, slots[0], row, far_limit(end, layer.grid))
         read_plain(arrays, np.arange(arrays.start[g], arrays.start[g + 1]))
     if does & PUTS:
         last_ring = sum(rings(position, layer.arrays.cells, layer.grid)) - 1
         put(tokens.k[own], tokens.v[own], g, position, ring_of(layer.arrays, slots[last_ring]))
     if task[LAST] > task[FIRST]:
-        _attend(task, layer, slots, arrays, tokens.q[own], position, tokens, seen, lse, tokens.out[own])
+        _attend(task, layer, slots, row, tokens.q[own], position, tokens, seen, lse, tokens.out[own])
     if does & MERGES:
         arrays = one_of(layer.arrays, slots[0], row, far_limit(end + 1, layer.grid))
         merge_head(arrays, layer.weights, g, leaves(end, layer.grid), layer.grid)
 
 
 @compiled
-def _attend(task, layer, slots, arrays, q, position, tokens, seen, lse, out):
+def _attend(task, layer, slots, row, q, position, tokens, seen, lse, out):
     """Do a task's passes, and combine those of its rows if told to; seen and lse: rows that tasks share.
 
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
     """
     g, first, last, of, place = task[HEAD], task[FIRST], task[LAST], task[OF], task[PLACE]
-    (_, heads, size), rows = q.shape, _whole(last - first, layer.way)
+    (_, heads, size), rows = q.shape, _whole(last - first)
     if place < 0:
         seen, lse, place = np.empty((of * rows, size), q.dtype), np.empty(of * rows, np.float32), 0
     own = slice(place, place + of * rows)
     seen, lse = seen[own].reshape(of, rows, size), lse[own].reshape(of, rows)
-    seeing = layer.way, layer.grid, layer.arrays, slots, arrays, g, q, position, first, last, task[BEGIN], task[END]
+    seeing = layer.way, layer.grid, layer.arrays, slots, row, g, q, position, first, last, task[BEGIN], task[END]
     see(*seeing, tokens.scale, seen, lse)
     if task[DOES] & COMBINES:
-        combine(layer.way.kind, seen, lse, tokens.sink_logits, g * (heads // len(arrays.ring_k)), first, last, out)
+        group = heads // (len(layer.arrays.exact_start) - 1)
+        combine(layer.way.kind, seen, lse, tokens.sink_logits, g * group, first, last, out)
 
 
 @compiled
-def _whole(rows, way):
-    """Rounded up to whole blocks."""
-    return (rows + way.block - 1) // way.block * way.block
+def _whole(rows):
+    """Rounded up to whole tiles."""
+    return (rows + ROWS - 1) // ROWS * ROWS
 
 
 @compiled
@@ -168,10 +170,10 @@ def _tasks(layer, tokens, pieces, merges, threads):
                     start, end = end, 1 + share * (of - 1) // shares  # the first one looks at a ring more
                     m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
                 m = _task(found, m, n, g, 0, rows, m - before, COMBINES | merging, 0, 0, of, shared)
-                shared += of * _whole(rows, layer.way)
+                shared += of * _whole(rows)
                 continue
-            step = layer.way.block * shares
-            size = (rows + step - 1) // step * layer.way.block
+            step = ROWS * shares
+            size = (rows + step - 1) // step * ROWS
             for first in range(0, rows, size):
                 m = _task(found, m, n, g, first, min(first + size, rows), after, COMBINES, 0, of, of, -1)
             m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)

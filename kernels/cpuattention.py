@@ -4,11 +4,14 @@ import math
 
 import numpy as np
 
-from .arrays import MASKED, rank_position, ring_of
-from .cpupartial import partial_attention, rows_at_once
-from .grid import left_ring, parts, rings, width
+from .arrays import MASKED, one_of, rank_position, ring_of
+from .cpupartial import partial_attention
+from .grid import far_limit, left_ring, parts, rings, width
+from .lanes import ROWS
 from .rows import compiled, load, save, turn
 from .slot import EMPTY
+
+MASKED_AT_ONCE = 1 << 20  # logits of a ring
 
 
 @compiled
@@ -27,24 +30,39 @@ def count_passes(n_rings, entries, limit, grid):
 
 
 @compiled
-def see(way, grid, layer, slots, arrays, g, q, position, first, last, begin, end, scale, seen, lse):
+def see(way, grid, layer, slots, readout, g, q, position, first, last, begin, end, scale, seen, lse):
     """Write what tokens from a position on, those of a piece, see in the passes from begin to end.
 
-    layer: LayerArrays; slots: those of the sequence, `arrays` of the first; q [T, H, D]; first and last: of the rows
-    of the head's group, N with those that fill up a block; seen [P, N, D]; lse [P, N] fp32.
+    layer: LayerArrays; slots: those of the sequence, with the row of its readout; q [T, H, D]; first and last: of the
+    rows of the head's group, N with those that fill up a tile; seen [P, N, D]; lse [P, N] fp32.
     """
-    (tokens, heads, _), gone = q.shape, left_ring(position + len(q), grid)
+    tokens, heads, _ = q.shape
     query = np.zeros(seen.shape[1:], q.dtype)
-    _side_by_side(q, g * (heads // len(arrays.ring_k)), first, last, query)
-    step, (first_ring, n_rings) = rows_at_once(layer.cells, way.block), rings(position, layer.cells, grid)
+    _side_by_side(q, g * (heads // (len(layer.exact_start) - 1)), first, last, query)
+    first_ring, n_rings = rings(position, layer.cells, grid)
     for p in range(begin, min(end, n_rings)):
         k, v = ring_of(layer, slots[first_ring + p])
+        newest = position + tokens - 1 - ((first_ring + p) * layer.cells if grid.parted else 0)
+        count = (
+            layer.cells if way.in_tiles else min(layer.cells, newest + 1)
+        )  # PyTorch rounds by how many keys there are
+        step = max(MASKED_AT_ONCE // count // ROWS, 1) * ROWS
         for here in range(0, len(query), step):
             there = min(here + step, len(query))
-            mask = _mask(grid, layer.cells, first_ring + p, position, tokens, first + here, there - here)
-            partial_attention(way, query[here:there], k[g], v[g], mask, scale, seen[p, here:there], lse[p, here:there])
+            masks = min(tokens, there - here)
+            mask = _mask(grid, layer.cells, first_ring + p, position, tokens, first + here, masks, count)
+            own, held = slice(here, there), slice(0, count)
+            partial_attention(way, query[own], k[g, held], v[g, held], mask, scale, seen[p, own], lse[p, own])
+    if end > n_rings:  # a tuple of so many arrays takes its time
+        arrays = one_of(layer, slots[0], readout, far_limit(position + tokens, grid))
+        _see_entries(way, grid, arrays, g, query, position, tokens, first, begin, end, n_rings, scale, seen, lse)
+
+
+@compiled
+def _see_entries(way, grid, arrays, g, query, position, tokens, first, begin, end, n_rings, scale, seen, lse):
+    """The passes that follow those at rings."""
     capacity = arrays.exact_start[g + 1] - arrays.exact_start[g] + arrays.coarse_start[g + 1] - arrays.coarse_start[g]
-    entries = width(capacity, gone, grid)
+    entries = width(capacity, left_ring(position + tokens, grid), grid)
     near = parts(entries, grid)
     for p in range(max(begin, n_rings), end):
         part, far = (p - n_rings) % near, p >= n_rings + near
@@ -82,17 +100,17 @@ def _see_from_afar(kind, arrays, grid, position, tokens, first, query):
 
 
 @compiled
-def _mask(grid, cells, ring, position, tokens, first, rows):
-    """0 or MASKED over the cells of a ring [1 or rows, L], for rows from the first on of tokens from a position on."""
+def _mask(grid, cells, ring, position, tokens, first, rows, count):
+    """0 or MASKED over the first cells of a ring [rows, count], for rows from the first on of tokens from a position on."""
     newest = position + tokens - 1
-    mask, held = np.zeros((rows if tokens > 1 else 1, cells), np.float32), np.empty(cells, np.int64)
-    for cell in range(cells):
+    mask, held = np.zeros((rows, count), np.float32), np.empty(count, np.int64)
+    for cell in range(count):
         # the newest token that it can hold
         held[cell] = ring * cells + cell if grid.parted else newest - (newest - cell) % cells
     for row in range(len(mask)):
         own = position + (first + row) % tokens
         begin = max(own - grid.window + 1 if grid.sliding else own // grid.segment * grid.segment - grid.window, 0)
-        for cell in range(cells):
+        for cell in range(count):
             mask[row, cell] = np.float32(0) if begin <= held[cell] <= own else MASKED
     return mask
 

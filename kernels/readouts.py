@@ -69,7 +69,7 @@ class Readouts:
             like = self.slots.ring_k
             self._rope, self._policy = rope, policy or Policy(None, torch.zeros(like.shape[1], 3))
             self._layer = Layer(
-                way_of(like.dtype, like.shape[3]),
+                way_of(like.dtype),
                 Grid.of(self.slots, rope),
                 LayerArrays.of(self.slots, self._storage, self._start, rope),
                 Weights.of(self._policy, rope),

@@ -138,16 +138,17 @@ def test_what_fails_is_told_and_nobody_waits_for_it(threads):
     _, slots, readouts = make()
     k, v, q = make_tokens(640, 3, 64, 3, torch.bfloat16)
     most, out = torch.get_num_threads(), torch.zeros_like(q)
-    pieces, given = pieces_of(slots, (1, 0, 640)), dict(k=k, v=v, q=q, out=out, scale=0.1)
+    pieces, given = pieces_of(slots, (1, 0, 640)), dict(q=q, out=out, scale=0.1)
     readouts.of(1, 576, 0)
     layer = readouts.layer(None, make_policy(3, 64))
-    readouts._layer, right = layer._replace(way=layer.way._replace(block=1 << 42)), layer  # rows that no memory holds
+    wide = layer.arrays._replace(cells=1 << 42)  # more than any memory holds, of which AMX takes all
+    readouts._layer, right = layer._replace(way=layer.way._replace(in_tiles=True), arrays=wide), layer
     torch._C.set_num_threads(threads)  # vLLM replaces torch.set_num_threads
     try:
         with pytest.raises(RuntimeError, match="short of memory"):
             cpu.walk(slots, pieces, None, None, readouts, **given)
         readouts._layer = right
-        cpu.walk(slots, pieces, None, None, readouts, **given)
+        cpu.walk(slots, pieces, None, None, readouts, k=k, v=v, **given)
     finally:
         torch._C.set_num_threads(most)
     assert out.any(-1).all()

@@ -5,7 +5,7 @@ import torch
 
 from tests.layers import make_batch, make_layer, make_pairs, make_policy, make_rope, make_tokens
 from vllm_deltamem.config import DeltaMemConfig
-from vllm_deltamem.kernels import arrays, chains, cpu, cpumerge, cpupartial, readout, reference, slot
+from vllm_deltamem.kernels import arrays, chains, cpu, cpuattention, cpumerge, readout, reference, slot
 from vllm_deltamem.kernels.pairs import pair_bytes, pair_code
 from vllm_deltamem.kernels.readouts import Readouts
 from vllm_deltamem.kernels.slot import decode, encode, pack_rank, rank_position, rotate
@@ -272,7 +272,7 @@ def test_a_wide_ring_is_seen_in_parts():
     settings = DeltaMemConfig(memory=1400, window=256, segment=512, pinned=0)
     layout = plan_layout(Shape(2, 3, 32, torch.float32, 2048, windows=(None, 1000)), settings)
     slots = layout.views(torch.zeros(2, layout.slot_bytes, dtype=torch.uint8), 1)
-    assert slots.ring_k.shape[2] * 2 * 512 > cpupartial.AT_ONCE
+    assert slots.ring_k.shape[2] * 2 * 512 > cpuattention.MASKED_AT_ONCE
     actual = run(cpu, slots, k, v, q, 0, [1100], None, make_policy())
     age = torch.arange(1100)[:, None] - torch.arange(1100)
     expected = torch.nn.functional.scaled_dot_product_attention(
