@@ -101,7 +101,7 @@ def _see_from_afar(kind, arrays, grid, position, tokens, first, query):
 
 @compiled
 def _mask(grid, cells, ring, position, tokens, first, rows, count):
-    """0 or MASKED over the first cells of a ring [rows, count], for rows from the first on of tokens from a position on."""
+    """0 or MASKED over the first cells of a ring [rows, count], for rows from the first on of a piece's tokens."""
     newest = position + tokens - 1
     mask, held = np.zeros((rows, count), np.float32), np.empty(count, np.int64)
     for cell in range(count):

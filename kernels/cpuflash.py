@@ -20,8 +20,8 @@ LOWEST = np.float32(-3e38)  # below any logit
 def flash(kind, q, k, v, mask, factor, seen, lse):
     """Write what queries see [T, D], and its log-sum-exp [T] fp32.
 
-    q [T, D], T a multiple of ROWS; k and v [K, D]: bits, see rows.KINDS; mask [M, K] fp32, finite: row t % M is added to
-    the logits of query t, which are multiplied by `factor` before.
+    q [T, D], T a multiple of ROWS; k and v [K, D]: bits, see rows.KINDS; mask [M, K] fp32, finite: row t % M is added
+    to the logits of query t, which are multiplied by `factor` before.
     """
     (rows, size), most = q.shape, min(_whole(len(k), WIDTH), BLOCK)
     wide = _whole(size, WIDTH)
@@ -102,7 +102,7 @@ def _logits(query, row, turned, count, logits):
 
 @compiled
 def _gather(weights, values, count, found, row, fade):
-    """What a tile's rows saw before, faded, and the first values [K, D] by their weights [ROWS, BLOCK]: found [T, D]."""
+    """What a tile's rows of `found` [T, D] saw before, faded, and the first values [K, D] by weights [ROWS, BLOCK]."""
     size, most = values.shape[1], weights.shape[1]
     for d in range(0, size, WIDTH):
         sums = scale(take(found, row * size + d, size), fade)

@@ -32,8 +32,8 @@ def way_of(dtype: torch.dtype) -> Way:
 def partial_attention(way, q, k, v, mask, scale, seen, lse):
     """Write what queries see [T, D], and its log-sum-exp [T] fp32.
 
-    q [T, D], T a multiple of lanes.ROWS; k and v [K, D]: bits; mask: [M, K] fp32, finite, row t % M is query t's. Raises
-    RuntimeError when PyTorch refuses the operands.
+    q [T, D], T a multiple of lanes.ROWS; k and v [K, D]: bits; mask: [M, K] fp32, finite, row t % M is query t's.
+    Raises RuntimeError when PyTorch refuses the operands.
     """
     if not way.in_tiles:
         cpuflash.flash(way.kind, q, k, v, mask, np.float32(scale), seen, lse)

@@ -46,8 +46,14 @@ def attend_token(
     head = tl.load(table + 4 * tl.program_id(1))
     start = tl.load(table + 4 * tl.program_id(1) + 1)
     part = tl.load(table + 4 * tl.program_id(1) + 2)
+    gone = left_ring(seq_len, WINDOW, SEGMENT)
 
     row = tl.arange(0, TILE)
+    cell = (part.to(tl.int64) * tl.num_programs(0) + n) * GROUP + row
+    if PARTED:  # most sequences are far shorter than they may get
+        if (part >= 0) & (start >= seq_len - gone):
+            tl.store(lse + cell, tl.full([TILE], float("-inf"), tl.float32), mask=row < GROUP)
+            return
     query_head = head * GROUP + row
     valid = row < GROUP
     i = tl.arange(0, HALF)
@@ -65,7 +71,6 @@ def attend_token(
                 query, mask, q_low, q_high, cos, sin, position, valid, D, HALF, TRAINED, ROTARY, INTERLEAVED
             )
 
-    gone = left_ring(seq_len, WINDOW, SEGMENT)
     exact_first, coarse_first, exact, _, held_exact, held_coarse = sizes(slots, head, gone)
     key = tl.arange(0, KEYS)
     top, total = no_keys(sink_logits, query_head, valid, SUNK, part)
@@ -76,9 +81,9 @@ def attend_token(
         seen = gone + at_key + key
         inside = (at_key + key < RING) & (seen < seq_len)
         lies_in = part_of(rows, n, slot, seen, inside, CELLS, PARTED)
-        cell = head * CELLS + seen % CELLS
-        k_low, k_high = halves(at(slots.ring_k, lies_in, stride), cell, inside, D, HALF)
-        v_low, v_high = halves(at(slots.ring_v, lies_in, stride), cell, inside, D, HALF)
+        key_cell = head * CELLS + seen % CELLS
+        k_low, k_high = halves(at(slots.ring_k, lies_in, stride), key_cell, inside, D, HALF)
+        v_low, v_high = halves(at(slots.ring_v, lies_in, stride), key_cell, inside, D, HALF)
         sees = inside
         if SLIDING:
             sees &= seen >= seq_len - WINDOW
@@ -123,7 +128,6 @@ def attend_token(
         tl.store(target, (low * share).to(DTYPE), mask=mask)
         tl.store(target + D // 2, (high * share).to(DTYPE), mask=mask)
     else:
-        cell = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * GROUP + row
         scratch = partial + cell[:, None] * D + i[None, :]
         tl.store(scratch, low * share, mask=mask)
         tl.store(scratch + D // 2, high * share, mask=mask)

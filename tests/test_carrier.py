@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import gated
+from test_pool import make_pool
 from test_sessions import ALICE, FINGERPRINT, open_store, random_slab, refused
 
 from vllm_deltamem import carrier as carriers
-from vllm_deltamem.blocks import Slot
+from vllm_deltamem.blocks import Moves, Slot
 from vllm_deltamem.carrier import Carrier, Copied, Read, Write
+from vllm_deltamem.connectorworker import ConnectorWorker
+from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused
-from vllm_deltamem.transfers import Reach, Transfer, Turn
+from vllm_deltamem.transfers import Reach, StepMetadata, Transfer, Turn
 
 N_BYTES = 3000
 SLOT = Slot(True, (1,))
@@ -260,3 +263,23 @@ def test_a_slot_on_a_device_is_read_through_host_memory(store, carrier, monkeypa
     read = done(carrier.arrived)
     read.place()
     assert torch.equal(read.staged, random_slab(N_BYTES))
+
+
+def test_a_save_in_the_middle_of_a_step_finds_what_the_step_moves(store, monkeypatch):
+    """As vLLM has it with structured output: a step's answers are looked at between the next one's pass and its end."""
+    pool, begun = make_pool(parts=2), turn(store)
+    monkeypatch.setattr(SlotPool, "serving", lambda: pool)
+    worker, left = ConnectorWorker(store), pool.memory(Slot(False, (2, 5)))
+    held = random_slab(2 * len(left[0]))
+    for row, values in zip(left, held.chunk(2), strict=True):
+        row.copy_(values)
+    step = StepMetadata(moves=Moves({2: 4}, {}))
+    worker.begin_step(step)
+    worker.save(Transfer("talker", Slot(False, (4, 5)), begun, [1, 2]))
+    pool.memory(Slot(False, (4,)))[0].zero_()  # whoever claims it next
+    worker.end_step(step)
+    assert not pool.memory(Slot(False, (4,)))[0].any(), "it is moved once"
+    worker.shutdown()
+    restored = torch.empty_like(held)
+    store.restore(begun.tenant, begun.name, begun.save_id, restored)
+    assert torch.equal(restored, held)

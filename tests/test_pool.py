@@ -12,7 +12,7 @@ from vllm_deltamem.kernels import cpu
 from vllm_deltamem.kernels.slot import Rope
 from vllm_deltamem.memory import Shape, align, plan_layout, plan_part
 from vllm_deltamem.plan import MemoryPlan
-from vllm_deltamem.pool import Rows, SlotPool
+from vllm_deltamem.pool import Due, Rows, SlotPool
 
 SHAPE = Shape(layers=2, kv_heads=2, head_size=32, dtype=torch.float32, max_model_len=512)
 SLOTS, LENGTH, SCALE = 3, 300, 32**-0.5
@@ -99,6 +99,17 @@ def test_parts_are_cleared_as_a_sequence_comes_to_them():
         pool.reset([Rows(torch.tensor([-1]), *ends), Rows(torch.tensor([[3, 0]]), *ends)])
         cleared.append([not row.any() for row in pool.slabs[1].rows[:4]])
     assert cleared == 2 * [[False, False, False, True]] + 2 * [[True, False, False, True]]
+
+
+def test_nothing_is_merged_in_a_step_without_whole_slots():
+    """Of all sequences that complete a segment the step does not know which hold parts."""
+    pool = make_pool(parts=2)
+    merged = patch("vllm_deltamem.pool.kernels.merge")
+    for kinds, calls in (((False, True), 0), ((True, True), 2)):
+        pool.kinds, pool.due = kinds, [Due(Rows(torch.tensor([-1]), torch.tensor([0, 1]), torch.tensor([48])), 48)]
+        with merged as merge:
+            pool.merge_due()
+        assert merge.call_count == calls and not pool.due
 
 
 def test_pages_must_lie_side_by_side(pool):

@@ -9,6 +9,7 @@ from collections import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
+from vllm_deltamem.blocks import Moves
 from vllm_deltamem.carrier import Carrier, Copied, Read, Write
 from vllm_deltamem.pool import SlotPool
 from vllm_deltamem.sessions import SessionRefused, SessionStore
@@ -29,6 +30,7 @@ class ConnectorWorker:
         self._copied: set[str] = set()  # requests whose slot was copied since the last results
         self._restored: set[str] = set()  # likewise those whose session was restored, or refused
         self._report = Report({}, Counter())  # being put together
+        self._moves = Moves({}, {})  # of the step under way
 
     def start(self) -> None:
         """What the slots compile should not keep the first request waiting."""
@@ -39,6 +41,7 @@ class ConnectorWorker:
 
     def begin_step(self, step: StepMetadata) -> None:
         """Before every forward pass; loads may start after it."""
+        self._moves = step.moves
         for transfer in step.saves:  # no merge is due but those of this step, whose tokens are to come
             self._copy(transfer)
             self._copied.add(transfer.request_id)
@@ -65,9 +68,8 @@ class ConnectorWorker:
         """Merge what is due, move what is in the way, and note what has been read and written."""
         pool = SlotPool.serving()
         if pool is not None:
+            self._settle(pool)
             pool.branches, pool.pins, pool.kinds = [], {}, (True, True)  # a dummy run has none, and no connector
-            pool.merge_due()
-            pool.move(step.moves)
         for turn in step.ended:
             self._store.end(turn.tenant, turn.name, turn.save_id)
         if step.waiting:
@@ -77,8 +79,11 @@ class ConnectorWorker:
         self._report.written.update(write.transfer.turn.save_id for write in self.carrier.written())
 
     def save(self, transfer: Transfer) -> None:
-        """Save a slot between two steps."""
-        SlotPool.serving().merge_due()  # a step may be under way whose last token this save counts
+        """Save a slot between two steps, or, as vLLM has it with structured output, once a forward pass is through.
+
+        The step may be under way whose last token this save counts, and whose moves it knows.
+        """
+        self._settle(SlotPool.serving())
         self._copy(transfer)
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:
@@ -93,6 +98,12 @@ class ConnectorWorker:
         """What came of sessions since the last report."""
         report, self._report = self._report, Report({}, Counter())
         return report if report.refused or report.written else None
+
+    def _settle(self, pool: SlotPool) -> None:
+        """Do what is left to do after a forward pass, once."""
+        pool.merge_due()
+        moves, self._moves = self._moves, Moves({}, {})
+        pool.move(moves)
 
     def _copy(self, transfer: Transfer) -> None:
         """Copy a slot, to be written."""

@@ -79,8 +79,8 @@ class SlotPool:
         return [self._slab(slot).rows[row] for row in slot.rows]
 
     def merge(self, layer: int, due: list[Due]) -> None:
-        """Merge in one layer."""
-        for rows, longest in due:
+        """Merge in one layer, unless the step has no whole slots: `due` has sequences in parts, too."""
+        for rows, longest in due if self.kinds[0] else ():
             known = {"readouts": self.whole.readouts[layer]} if ON_CPU else {"max_seq_len": longest}
             kernels.merge(self.whole.layers[layer], *rows, self.ropes[layer], self.policies[layer], **known)
 
@@ -97,13 +97,16 @@ class SlotPool:
         """Compile, on a GPU, what steps of up to so many rows launch, and look it up: no request should wait for it.
 
         Rows without a slot do that. queries: of every layer, heads and sink logits; longest: tokens of the longest
-        sequence. What more than USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes.
+        sequence. What more than USUAL_ROWS take, compiled anew for every few hundred, is left until such a step comes,
+        but for clearing, which no captured graph has done.
         """
         tokens = 2
-        for count in kernels.least_rows(min(most_rows, USUAL_ROWS)):
+        for count in kernels.least_rows(most_rows):
             ends, lens = self.upload([0] + [tokens] * count), self.upload([tokens] * count)
             rows = [Rows(lens.new_full((count, *slab.held), -1), ends, lens) for slab in self.slabs]
             self.reset(rows)
+            if count > USUAL_ROWS:
+                continue
             for slots, own, rope, (heads, sinks) in self._all(rows, queries):
                 _, kv_heads, _, size = slots.ring_k.shape
                 qkv = slots.ring_k.new_zeros(tokens, heads + 2 * kv_heads, size)
