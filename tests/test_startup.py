@@ -249,6 +249,13 @@ def test_features_refused(llama, options, message):
         vllm_config(llama, **options)
 
 
+def test_memory_that_is_mapped_anew_is_refused(llama, monkeypatch):
+    """By vLLM, too, in words about a connector that nobody chose."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    with pytest.raises(ValueError, match="deltamem does not support PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"):
+        vllm_config(llama)
+
+
 @pytest.mark.parametrize(
     "config, feature",
     [

@@ -23,6 +23,7 @@ KNOWN_VLLM = ("0.32.",)
 CONNECTOR = "DeltaMemConnector"
 CONTINUING = "continuing"  # whether prompts may go on in slots that others have left
 WORKER_EXTENSION = "vllm_deltamem.worker.SessionWorker"
+EXPANDING = "expandable_segments:True"  # of PyTorch's allocator: memory of the cache may be mapped anew
 
 
 def is_chosen(vllm_config) -> bool:
@@ -165,6 +166,9 @@ def _refuse_unsupported(vllm_config) -> None:
         not in ("", WORKER_EXTENSION),
         "--kv-transfer-config (its own connector carries sessions)": _foreign_connector(vllm_config),
         "--kv-offloading-size (see the setting 'sessions')": cache.kv_offloading_size is not None,
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True without --enable-cumem-allocator (nor does vLLM beside any "
+        "KV connector, as is what carries sessions)": EXPANDING in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+        and not model.enable_cumem_allocator,
         f"--kv-cache-dtype {cache.cache_dtype} (see the setting 'fidelity')": cache.cache_dtype
         not in ("auto", str(model.dtype).removeprefix("torch.")),
     }

@@ -6,6 +6,7 @@ sequence left, in parts, goes from its end on, and serves whatever begins alike:
 otherwise.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 
 from vllm_deltamem.blocks import Blocks, Moves, Slot
-from vllm_deltamem.transfers import Prompt, Span, clip
+from vllm_deltamem.transfers import TOKEN_BYTES, Prompt, Span, clip
 
 LEAST = 64  # tokens: to read fewer costs less than to copy the part that they lie in
+ANY = b""  # beginning
 
 
 class Kind(NamedTuple):
@@ -34,6 +36,11 @@ class Vacancy(NamedTuple):
     kind: Kind
     shared: bool = False  # a beginning of many prompts: they start from copies, and it stays
 
+    @property
+    def beginning(self) -> bytes:
+        """What a prompt has to begin with for this to be of use; ANY where it has to be looked at closer."""
+        return self.span.rest[: LEAST * TOKEN_BYTES] if self.kind.short and self.span.length >= LEAST else ANY
+
     def reach(self, prompt: Prompt, kind: Kind) -> int:
         """How many tokens of a prompt need not be computed."""
         alike = (self.kind.salt, self.kind.short) == (kind.salt, kind.short)
@@ -47,6 +54,7 @@ class Vacancies:
     def __init__(self, blocks: Blocks):
         self._blocks = blocks
         self._held: dict[Slot, Vacancy] = {}
+        self._alike: dict[bytes, dict[Slot, Vacancy]] = defaultdict(dict)  # the same by beginning
         self._around: dict[int, Slot] = {}  # those of them that are parts, by each one
         self._chosen: tuple[str, Slot] | None = None  # for the request that vLLM admits at the moment
         self._lent: list[Slot] = []  # that this step copies from or to: nobody may claim them meanwhile
@@ -56,7 +64,8 @@ class Vacancies:
         slot = self._blocks.first(slot, vacancy.span.length)
         if not slot.whole:
             self._around |= dict.fromkeys(slot.rows, slot)
-        self._held[slot] = vacancy
+        self._drop(slot)
+        self._held[slot] = self._alike[vacancy.beginning][slot] = vacancy
 
     def noted(self, slot: Slot) -> Slot | None:
         """What of a slot will hold what is noted: all of it, or its first parts."""
@@ -66,10 +75,10 @@ class Vacancies:
     def forget(self, block: KVCacheBlock) -> None:
         """A block is claimed, or vLLM resets its prefix cache. Of what lies in parts, those before it stay."""
         place = self._blocks.place(block)
-        self._held.pop(Slot(True, (place // self._blocks.parts,)), None)
+        self._drop(Slot(True, (place // self._blocks.parts,)))
         slot = self._around.get(place)
         if slot is not None:
-            vacancy, kept = self._held.pop(slot), slot.rows.index(place)
+            vacancy, kept = self._drop(slot), slot.rows.index(place)
             for row in slot.rows:
                 del self._around[row]
             if kept:
@@ -85,13 +94,16 @@ class Vacancies:
         if not self._held:
             return 0, None
         prompt = Prompt(tokens)
-        ascending = sorted(self._held, key=lambda slot: self._held[slot].span.closed)  # so that all is hashed once
-        reached = {slot: self._held[slot].reach(prompt, kind) for slot in ascending}
+        found = {**self._alike.get(ANY, {}), **self._alike.get(prompt.ids[:LEAST].tobytes(), {})}
+        if not found:
+            return 0, None
+        ascending = sorted(found, key=lambda slot: found[slot].span.closed)  # so that all is hashed once
+        reached = {slot: found[slot].reach(prompt, kind) for slot in ascending}
         best = max(reached, key=lambda slot: (reached[slot], not self._held[slot].shared))
         length, other = reached[best], kind.short and reached[best] < self._held[best].span.length
         if not length or (other and length < LEAST):
             return 0, None
-        for slot, vacancy in self._held.items():
+        for slot, vacancy in found.items():
             if slot != best and slot not in self._lent and reached[slot] == vacancy.span.length and not vacancy.shared:
                 self._blocks.claim_next(slot)
         source, lent = self._blocks.first(best, length), best in self._lent
@@ -101,6 +113,16 @@ class Vacancies:
             return length, source
         self._chosen = request_id, source
         return length, None
+
+    def _drop(self, slot: Slot) -> Vacancy | None:
+        """Forget what a slot holds, and say what that was."""
+        vacancy = self._held.pop(slot, None)
+        if vacancy is not None:
+            alike = self._alike[vacancy.beginning]
+            del alike[slot]
+            if not alike:
+                del self._alike[vacancy.beginning]
+        return vacancy
 
     def _room(self, tokens: int, besides: Slot) -> Slot | None:
         """What so many tokens may claim, without claiming that slot."""
