@@ -280,6 +280,7 @@ def test_a_save_in_the_middle_of_a_step_finds_what_the_step_moves(store, monkeyp
     worker.end_step(step)
     assert not pool.memory(Slot(False, (4,)))[0].any(), "it is moved once"
     worker.shutdown()
+    store.sweeper.stop()
     restored = torch.empty_like(held)
     store.restore(begun.tenant, begun.name, begun.save_id, restored)
     assert torch.equal(restored, held)
