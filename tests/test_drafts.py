@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +15,7 @@ from test_engine import SMALL, greedy  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
 from vllm_deltamem import memory, vacancies  # noqa: E402
+from vllm_deltamem.metrics import DeltaMemStats  # noqa: E402
 
 DRAFTED = 5
 SPECULATIVE = {"method": "ngram", "num_speculative_tokens": DRAFTED, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -112,3 +114,15 @@ def test_the_only_slot_restores_a_session(folders):
         llm.llm_engine.add_request("talk", {"prompt_token_ids": talk}, named)
         outputs = [output for _ in range(1000) for output in llm.llm_engine.step() if output.finished]
     assert [output.num_cached_tokens for output in outputs] == [209]
+
+
+def test_drafts_that_stay_are_counted_when_they_are_the_last(folders):
+    """No step follows that would count them; those that go never are."""
+    counted, drafts = Counter(), Drafts()
+    count = patch.object(DeltaMemStats, "count", lambda stats, name, amount: counted.update({name: amount}))
+    with drafts.counting, count, engine(folders["llama"], settings=SMALL, speculative_config=SPECULATIVE) as llm:
+        for length in range(20, 28):
+            counted.clear()
+            llm.generate([{"prompt_token_ids": echo(150)}], greedy(length, allowed_token_ids=[7]), use_tqdm=False)
+            assert counted["tokens_written"] in (149 + length, 150 + length), "the last one may have been a draft"
+    assert drafts.accepted > 8 * 10

@@ -188,12 +188,13 @@ class ConnectorScheduler:
 
     def finish(self, request, blocks: list[int]) -> tuple[Transfer | None, dict | None]:
         """A request ends: what to save of it now, and what its response says of its session."""
+        computed = min(request.num_computed_tokens, request.num_tokens)
+        self._count_written(request.request_id, computed, computed)  # the last step's drafts that stay
         self._slots.admit(request.request_id, False)
         state, unnamed = self._requests.pop(request.request_id), self._unnamed.finish(request.request_id)
         turn, said = state.turn, {"name": _source(request), **(state.outcome or {})}
         if turn is None and not unnamed:
             return None, {SESSION: said} if state.outcome else None
-        computed = min(request.num_computed_tokens, request.num_tokens)
         slot = self._slots.slot(request.request_id, computed) if blocks else None
         beyond = request.num_computed_tokens // self._grain != computed // self._grain
         beyond &= slot is not None and slot.whole
@@ -306,22 +307,27 @@ class ConnectorScheduler:
 
     def _count_tokens(self, reads: list[tuple[str, int, int]], drafts: dict[str, list[int]]) -> None:
         """What a step writes, and where it makes room, from positions alone; drafts once they are known to stay."""
-        layout, longest = self.plan.whole, 0
+        longest = 0
         for request_id, before, after in reads:
-            state, after = self._requests[request_id], after - len(drafts.get(request_id, ()))
-            before, state.counted = before if state.counted is None else min(before, state.counted), after
+            after -= len(drafts.get(request_id, ()))
+            self._count_written(request_id, before, after)
             longest = max(longest, after)
-            self._stats.count("tokens_written", after - before)
-            if request_id in self._slots.short:  # they are where they were
-                continue
-            for name, amount in layout.placed(before, after).items():
-                self._stats.count(f"tokens_{name}", amount)
         if longest:
             self._stats.data |= {
                 "bytes_per_sequence": self.plan.bytes_per_sequence,
-                "full_attention_bytes": layout.shape.full_attention_bytes(longest),
+                "full_attention_bytes": self.plan.whole.shape.full_attention_bytes(longest),
                 "longest_sequence_tokens": longest,
             }
+
+    def _count_written(self, request_id: str, before: int, after: int) -> None:
+        """Count a request's tokens up to `after`; those before `before` have been, if any."""
+        state = self._requests[request_id]
+        before, state.counted = before if state.counted is None else min(before, state.counted), after
+        self._stats.count("tokens_written", after - before)
+        if request_id in self._slots.short:  # they are where they were
+            return
+        for name, amount in self.plan.whole.placed(before, after).items():
+            self._stats.count(f"tokens_{name}", amount)
 
 
 def _reads(scheduler_output) -> list[tuple[str, int, int]]:
