@@ -1,7 +1,7 @@
 """The CPU's serving path: the functions of reference.py, and all of them at once for many pieces of prompts.
 
 Results of a row never depend on which other rows share the call: how many keys a product has is fixed by the
-row's own position, and how many rows does not matter to it (see cpupartial.py, and KEY_BLOCK in grid.py).
+row's own position, or the rest are hidden from it, and how many rows does not matter to it (see cpupartial.py).
 `readouts`, one per layer, keep what steps before have read of the slots.
 """
 

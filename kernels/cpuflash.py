@@ -20,8 +20,8 @@ LOWEST = np.float32(-3e38)  # below any logit
 def flash(kind, q, k, v, mask, factor, seen, lse):
     """Write what queries see [T, D], and its log-sum-exp [T] fp32.
 
-    q [T, D], T a multiple of ROWS; k and v [K, D]: bits, see rows.KINDS; mask [M, K] fp32, finite: row t % M is added
-    to the logits of query t, which are multiplied by `factor` before.
+    q [T, D], T a multiple of ROWS; k and v [K, D]: finite, bits, see rows.KINDS; mask [M, K] fp32, finite: row t % M
+    is added to the logits of query t, which are multiplied by `factor` before.
     """
     (rows, size), most = q.shape, min(_whole(len(k), WIDTH), BLOCK)
     wide = _whole(size, WIDTH)
@@ -36,7 +36,7 @@ def flash(kind, q, k, v, mask, factor, seen, lse):
         _load(k[begin : begin + count], kind, keys)
         _load(v[begin : begin + count], kind, values)
         _turn_over(keys, held, turned)
-        keys[count:held] = values[count:held] = 0
+        values[count:held] = 0
         weights[:, held:] = 0  # sums of a row go over all of it, in one order
         for row in range(0, rows, ROWS):
             _logits(query, row, turned, held, weights)

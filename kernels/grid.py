@@ -6,7 +6,7 @@ from . import reference, slot
 from .rows import compiled
 from .slot import LayerSlots, Rope
 
-KEY_BLOCK = 64  # columns are a multiple: from 32 keys on a row rounds alike however many rows there are
+KEY_BLOCK = 64  # entries are read in multiples: with AMX a row rounds alike from 32 keys on however many rows there are
 PART = 1 << 13  # entries that queries see at a time, about: threads may share out those of a single token
 
 

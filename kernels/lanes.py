@@ -4,13 +4,16 @@ A tile is ROWS x WIDTH numbers. Arrays are contiguous fp32 of any shape, and num
 first on: i, j. step: places from a row to the next.
 """
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+# What Numba compiles for, by which it also tells apart what lies in its cache
+TARGET, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()
+LANES = 16 if "+avx512f" in FEATURES else 8
+FUSED = "+fma" in FEATURES or not TARGET.startswith("x86")  # where they are not, a fused product is a call
 ROWS, WIDTH = 4, 2 * LANES
 _LANES = ir.VectorType(ir.FloatType(), LANES)
 _TILE = ir.ArrayType(_LANES, 2 * ROWS)  # of every row two
@@ -138,6 +141,8 @@ def _shuffle(builder, a, b, places):
 
 
 def _fma(builder, a, b, c):
+    if not FUSED:
+        return builder.fadd(builder.fmul(a, b), c)
     signature = ir.FunctionType(_LANES, [_LANES] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.v{LANES}f32"), [a, b, c])
 

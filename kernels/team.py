@@ -1,5 +1,6 @@
 """PyTorch's threads for compiled functions: OpenMP's, which are awake while a model computes; and what they count."""
 
+import ctypes
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -11,10 +12,13 @@ from numba.extending import intrinsic
 
 _INT, _LONG, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
-
+_OWN = "deltamem_"  # before the names of what is PyTorch's: in a process with two OpenMPs any may answer to the others
 # The one that PyTorch brings along, else the system's
-for library in [*(Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["libgomp.so.1"]:
-    llvm.load_library_permanently(str(library))
+_openmp = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), "libgomp.so.1")))
+for _name in (
+    "GOMP_parallel_loop_dynamic", "GOMP_loop_dynamic_next", "GOMP_loop_end_nowait", "omp_set_max_active_levels"
+):  # fmt: skip
+    llvm.add_symbol(_OWN + _name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
 
 
 @intrinsic
@@ -37,6 +41,9 @@ def each(typingctx, task, count, given):
             builder.module, "GOMP_parallel_loop_dynamic", ir.VoidType(),
             [body.type, _BYTES, _INT, _LONG, _LONG, _LONG, _LONG, _INT],
         )  # fmt: skip
+        # Numba's own threads, with which vLLM finds drafts, allow regions in regions: MKL then divides products further
+        levels = _declared(builder.module, "omp_set_max_active_levels", ir.VoidType(), [_INT])
+        builder.call(levels, [_INT(1)])
         data = builder.bitcast(shared, _BYTES)
         builder.call(start, [body, data, _INT(0), _LONG(0), values[1], _LONG(1), _LONG(1), _INT(0)])
         return builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
@@ -108,4 +115,4 @@ def _place(context, builder, signature, values):
 
 
 def _declared(module, name, result, arguments):
-    return cgutils.get_or_insert_function(module, ir.FunctionType(result, arguments), name)
+    return cgutils.get_or_insert_function(module, ir.FunctionType(result, arguments), _OWN + name)

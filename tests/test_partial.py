@@ -105,6 +105,9 @@ def check_rows(keys, sizes, rows, threads, dtype=torch.bfloat16):
                 seen, lse = attend(q[part], key, value, mask[:1], 0.1)
                 same = torch.equal(seen, whole[part]) and torch.equal(lse, whole_lse[part])
                 assert same, f"{t} rows of {d} among {k} keys, {count} threads"
+        order = torch.randperm(len(q), generator=torch.Generator().manual_seed(k))
+        seen, lse = attend(q[order], key, value, mask[:1], 0.1)
+        assert torch.equal(seen, whole[order]) and torch.equal(lse, whole_lse[order]), "each in another place of a tile"
         torch._C.set_num_threads(most)
 
 

@@ -22,6 +22,18 @@ cpu.compile_walk(views(slab), None)
 assert chains.walk.stats.cache_hits and not chains.walk.stats.cache_misses
 """
 
+BESIDE_NUMBAS = """
+import ctypes
+from pathlib import Path
+import numba, numpy as np, torch
+from tests.test_team import run
+library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), "libgomp.so.1")))
+numba.njit(parallel=True)(lambda x: x + 1)(np.ones(1000))
+library.omp_set_max_active_levels(5)  # as Numba's threads do, where they are OpenMP's
+run(np.zeros(4, np.int64), -1)
+assert library.omp_get_max_active_levels() == 1
+"""
+
 
 @compiled
 def task(i, given):
@@ -80,3 +92,7 @@ def test_another_process_takes_it_from_numbas_cache():
     slab, views = make_layer()
     cpu.compile_walk(views(slab), None)
     subprocess.run([sys.executable, "-c", ALONE], check=True)
+
+
+def test_products_stay_in_their_thread_beside_numbas_own():
+    subprocess.run([sys.executable, "-c", BESIDE_NUMBAS], check=True)

@@ -148,6 +148,7 @@ class SlotPool:
             self.whole.layers[0].pins[row] = 0  # a memory that went back may have had some past its new end
         self._write_pins()
 
+    @torch.inference_mode()
     def move(self, moves: Moves) -> None:
         """Have parts lie elsewhere from the next step on."""
         for source, target in moves.parts.items():
