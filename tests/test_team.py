@@ -26,11 +26,13 @@ BESIDE_NUMBAS = """
 import ctypes
 from pathlib import Path
 import numba, numpy as np, torch
-from tests.test_team import run
+from tests.layers import make_layer
+from vllm_deltamem.kernels import cpu
 library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), "libgomp.so.1")))
 numba.njit(parallel=True)(lambda x: x + 1)(np.ones(1000))
 library.omp_set_max_active_levels(5)  # as Numba's threads do, where they are OpenMP's
-run(np.zeros(4, np.int64), -1)
+slab, views = make_layer()
+cpu.compile_walk(views(slab), None)
 assert library.omp_get_max_active_levels() == 1
 """
 
