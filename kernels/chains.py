@@ -14,7 +14,7 @@ from .arrays import LayerArrays, Weights, one_of, read_plain, ring_of
 from .cpuattention import combine, count_passes, put, see
 from .cpumerge import merge_head
 from .cpupartial import Way
-from .grid import Grid, far_limit, leaves, left_ring, rings, width
+from .grid import Grid, far_limit, leaves, left_ring, rings, whole, width
 from .lanes import ROWS
 from .rows import compiled, inlined
 from .team import add, each, replace, value
@@ -121,7 +121,7 @@ def _attend(task, layer, slots, row, q, position, tokens, seen, lse, out):
     Not part of _work: arrays that were made within its `try` broke the heap once another of them failed.
     """
     g, first, last, of, place = task[HEAD], task[FIRST], task[LAST], task[OF], task[PLACE]
-    (_, heads, size), rows = q.shape, _whole(last - first)
+    (_, heads, size), rows = q.shape, whole(last - first, ROWS)
     if place < 0:
         seen, lse, place = np.empty((of * rows, size), q.dtype), np.empty(of * rows, np.float32), 0
     own = slice(place, place + of * rows)
@@ -131,12 +131,6 @@ def _attend(task, layer, slots, row, q, position, tokens, seen, lse, out):
     if task[DOES] & COMBINES:
         group = heads // (len(layer.arrays.exact_start) - 1)
         combine(layer.way.kind, seen, lse, tokens.sink_logits, g * group, first, last, out)
-
-
-@compiled
-def _whole(rows):
-    """Rounded up to whole tiles."""
-    return (rows + ROWS - 1) // ROWS * ROWS
 
 
 @compiled
@@ -170,10 +164,9 @@ def _tasks(layer, tokens, pieces, merges, threads):
                     start, end = end, 1 + share * (of - 1) // shares  # the first one looks at a ring more
                     m = _task(found, m, n, g, 0, rows, after, 0, start, end, of, shared)
                 m = _task(found, m, n, g, 0, rows, m - before, COMBINES | merging, 0, 0, of, shared)
-                shared += of * _whole(rows)
+                shared += of * whole(rows, ROWS)
                 continue
-            step = ROWS * shares
-            size = (rows + step - 1) // step * ROWS
+            size = whole(rows, ROWS * shares) // shares
             for first in range(0, rows, size):
                 m = _task(found, m, n, g, first, min(first + size, rows), after, COMBINES, 0, of, of, -1)
             m = _task(found, m, n, g, 0, 0, m - before, merging, 0, 0, of, -1)

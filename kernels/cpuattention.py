@@ -43,9 +43,8 @@ def see(way, grid, layer, slots, readout, g, q, position, first, last, begin, en
     for p in range(begin, min(end, n_rings)):
         k, v = ring_of(layer, slots[first_ring + p])
         newest = position + tokens - 1 - ((first_ring + p) * layer.cells if grid.parted else 0)
-        count = (
-            layer.cells if way.in_tiles else min(layer.cells, newest + 1)
-        )  # PyTorch rounds by how many keys there are
+        # PyTorch's flash attention rounds by how many keys there are
+        count = layer.cells if way.in_tiles else min(layer.cells, newest + 1)
         step = max(MASKED_AT_ONCE // count // ROWS, 1) * ROWS
         for here in range(0, len(query), step):
             there = min(here + step, len(query))

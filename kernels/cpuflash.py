@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from .grid import whole
 from .lanes import LANES, ROWS, WIDTH, add_products, put, scale, take, transpose, zeros
 from .rows import compiled, exponentiate, highest, load, save, summed
 
@@ -23,16 +24,17 @@ def flash(kind, q, k, v, mask, factor, seen, lse):
     q [T, D], T a multiple of ROWS; k and v [K, D]: finite, bits, see rows.KINDS; mask [M, K] fp32, finite: row t % M
     is added to the logits of query t, which are multiplied by `factor` before.
     """
-    (rows, size), most = q.shape, min(_whole(len(k), WIDTH), BLOCK)
-    wide = _whole(size, WIDTH)
-    query, found = _room(rows, size, _whole(size, LANES)), np.zeros((rows, wide), np.float32)
+    (rows, size), most = q.shape, min(whole(len(k), WIDTH), BLOCK)
+    wide = whole(size, WIDTH)
+    query, found = _room(rows, size, whole(size, LANES)), np.zeros((rows, wide), np.float32)
     top, total, fade = np.full(rows, LOWEST), np.zeros(rows, np.float32), np.empty(ROWS, np.float32)
-    keys, values, weights = _room(most, size, query.shape[1]), _room(most, size, wide), _room(ROWS, 0, BLOCK)
+    keys, values = _room(most, size, query.shape[1]), _room(most, size, wide)
+    weights = np.zeros((ROWS, BLOCK), np.float32)
     turned = np.empty((most // WIDTH, query.shape[1], WIDTH), np.float32)
     _load(q, kind, query)
     for begin in range(0, len(k), BLOCK):
         count = min(len(k) - begin, BLOCK)
-        held = _whole(count, WIDTH)
+        held = whole(count, WIDTH)
         _load(k[begin : begin + count], kind, keys)
         _load(v[begin : begin + count], kind, values)
         _turn_over(keys, held, turned)
@@ -53,11 +55,6 @@ def flash(kind, q, k, v, mask, factor, seen, lse):
         _multiply(found[row], np.float32(1) / total[row])
         save(found[row, :size], kind, seen[row])
         lse[row] = top[row] + np.float32(math.log(total[row]))
-
-
-@compiled
-def _whole(count, step):
-    return (count + step - 1) // step * step
 
 
 @compiled

@@ -55,9 +55,15 @@ def leaves(seq_len, grid):
 
 
 @compiled
+def whole(count, step):
+    """Round up to a multiple."""
+    return (count + step - 1) // step * step
+
+
+@compiled
 def blocks(count):
     """Round up to whole key blocks, at least one."""
-    return (max(count, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
+    return whole(max(count, 1), KEY_BLOCK)
 
 
 @compiled
